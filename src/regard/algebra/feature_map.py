@@ -1,0 +1,151 @@
+"""Feature maps: phi_q and phi_k such that phi_q(q).phi_k(k) stands for the weight of a pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .part import Function, Input, Learned, Part, Sizes, bind, call, described
+
+
+@described
+class FeatureMap(Part):
+    """query and key: plain functions x (B, H, L, D) -> (B, H, L, F), and by name any of: position (L,), horizon, inputs.
+
+    key None: the same function as query. pre: a power of D multiplying q and k before the map (Performer: -1/4).
+    """
+
+    query: Function
+    key: Function | None = None
+    inputs: tuple[Input, ...] = ()
+    pre: float = 0.0
+
+    def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.pre:
+            q, k = q * q.shape[-1] ** self.pre, k * k.shape[-1] ** self.pre
+        return call(self.query, q, env=q_env), call(self.key or self.query, k, env=k_env)
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """Linear Transformer's map, elu(x) + 1."""
+    return torch.nn.functional.elu(x) + 1
+
+
+def taylor(x: Tensor, eps: float = 0.0) -> Tensor:
+    """[1, x / D^(1/4), vec(x x^T) / sqrt(2 D)]: phi(q).phi(k) = 1 + s + s^2/2 with s = q.k / sqrt(D) (Based, 2024)."""
+    d = x.shape[-1]
+    square = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2 * d)
+    return torch.cat((torch.ones_like(x[..., :1]), x / d**0.25, square), -1)
+
+
+def taylor_packed(x: Tensor) -> Tensor:
+    """`taylor` with only the upper triangle of x x^T, off-diagonal entries times sqrt(2): the same products, (D+1)(D+2)/2 wide."""
+    d = x.shape[-1]
+    rows, cols = torch.triu_indices(d, d, device=x.device)
+    factor = torch.where(rows == cols, 1.0, math.sqrt(2.0)).to(x.dtype) / math.sqrt(2 * d)
+    return torch.cat((torch.ones_like(x[..., :1]), x / d**0.25, x[..., rows] * x[..., cols] * factor), -1)
+
+
+def orthogonal_gaussian(sizes: Sizes, features: int, orthogonal: bool = True, seed: int = 0, regularised: bool = False) -> Tensor:
+    """FAVOR+'s projection (features, D): blocks of D Haar-orthogonal rows, each of chi_D length (sqrt(D) when regularised)."""
+    generator = torch.Generator().manual_seed(seed)
+    d = sizes.head_dim
+    if not orthogonal:
+        return torch.randn(features, d, generator=generator)
+    blocks = []
+    for _ in range(0, features, d):
+        turn, upper = torch.linalg.qr(torch.randn(d, d, generator=generator))
+        blocks.append(turn * upper.diagonal().sign())  # without the sign fix QR is not Haar and the estimate is biased
+    norms = torch.full((features,), math.sqrt(d)) if regularised else torch.randn(features, d, generator=generator).norm(dim=-1)
+    return torch.cat(blocks)[:features] * norms[:, None]
+
+
+def positive_random(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool, stabilize: bool) -> Tensor:
+    """m^(-1/2) exp(w.x - |x|^2/2) (+ eps): an unbiased positive estimate of exp(q.k)."""
+    at = x @ projection.to(x.dtype).transpose(-1, -2)
+    at = torch.cat((at, -at), -1) if hyperbolic else at
+    power = at - x.square().sum(-1, keepdim=True) / 2
+    if stabilize:
+        power = power - power.amax((-1, -2), keepdim=True).detach()
+    return (torch.exp(power) + eps) / math.sqrt(at.shape[-1])
+
+
+def positive_random_query(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool, stabilize: bool) -> Tensor:
+    """As for keys; the stabilising maximum is the token's own, which cancels in the readout."""
+    at = x @ projection.to(x.dtype).transpose(-1, -2)
+    at = torch.cat((at, -at), -1) if hyperbolic else at
+    power = at - x.square().sum(-1, keepdim=True) / 2
+    if stabilize:
+        power = power - power.amax(-1, keepdim=True).detach()
+    return (torch.exp(power) + eps) / math.sqrt(at.shape[-1])
+
+
+def favor(features: int = 256, *, eps: float = 1e-4, orthogonal: bool = True, hyperbolic: bool = False, stabilize: bool = True,
+          seed: int = 0, causal: bool = True, regularised: bool = False) -> FeatureMap:
+    """Performer's positive random features; input `projection` (features, D), drawn from `seed` unless passed.
+
+    causal: leave out the maximum over all keys, which would let a query feel later keys through eps.
+    """
+    draw = bind(orthogonal_gaussian, features=features, orthogonal=orthogonal, seed=seed, regularised=regularised)
+    common: dict[str, Any] = {"eps": eps, "hyperbolic": hyperbolic}
+    return FeatureMap(
+        bind(positive_random_query, stabilize=stabilize, **common),
+        bind(positive_random, stabilize=stabilize and not causal, **common),
+        inputs=(Input("projection", "fd", default=draw, layer=Learned(draw, trainable=False)),),
+        pre=-0.25,
+    )
+
+
+def generalized(x: Tensor, projection: Tensor, function: Function, eps: float) -> Tensor:
+    return function(x @ projection.to(x.dtype).transpose(-1, -2)) + eps
+
+
+def eye_per_head(sizes: Sizes) -> Tensor:
+    return torch.eye(sizes.head_dim).repeat(sizes.heads, 1, 1)
+
+
+def softmax_pair(x: Tensor, weight: Tensor, shift: Tensor, clamp: float) -> Tensor:
+    """Hedgehog's [softmax_d(Wx + b), softmax_d(-Wx - b)], clamped from below."""
+    y = torch.einsum("...hld,hfd->...hlf", x, weight.to(x.dtype)) + shift.to(x.dtype)[:, None, None]
+    return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).clamp_min(clamp)
+
+
+def exp_pair(x: Tensor, weight: Tensor, shift: Tensor, clamp: float) -> Tensor:
+    """[exp(Wx + b), exp(-Wx - b)], the unnormalised form."""
+    y = torch.einsum("...hld,hfd->...hlf", x, weight.to(x.dtype)) + shift.to(x.dtype)[:, None, None]
+    return torch.cat((y, -y), -1).exp().clamp_min(clamp)
+
+
+def on_query(x: Tensor, query_map: Tensor, query_shift: Tensor, form: Function, clamp: float) -> Tensor:
+    return form(x, query_map, query_shift, clamp)
+
+
+def on_key(x: Tensor, key_map: Tensor, key_shift: Tensor, form: Function, clamp: float) -> Tensor:
+    return form(x, key_map, key_shift, clamp)
+
+
+def hedgehog(form: str = "softmax", clamp: float = 1e-12) -> FeatureMap:
+    """Learned maps, one D x D matrix a head for queries and one for keys, from the identity; inputs `query_map`, `key_map`
+    (H, F, D) and scalar shifts `query_shift`, `key_shift` (H,)."""
+    function = softmax_pair if form == "softmax" else exp_pair
+    maps = [Input(f"{side}_map", "hfd", default=eye_per_head, layer=Learned(eye_per_head)) for side in ("query", "key")]
+    shifts = [Input(f"{side}_shift", "h", default=0.0, layer=Learned(0.0, trainable=False)) for side in ("query", "key")]
+    return FeatureMap(
+        bind(on_query, form=function, clamp=clamp), bind(on_key, form=function, clamp=clamp), inputs=(*maps, *shifts)
+    )
+
+
+def cosine_reweighted(x: Tensor, position: Tensor, horizon: float, base: Function) -> Tensor:
+    """cosFormer: [phi(x) cos a, phi(x) sin a] with a = pi/2 * (position + 1) / horizon."""
+    angle = (math.pi / 2) * (position.to(torch.float64) + 1) / horizon
+    feature = base(x)
+    wide = feature.dtype
+    return torch.cat((feature * angle.cos().to(wide)[:, None], feature * angle.sin().to(wide)[:, None]), -1)

@@ -1,0 +1,373 @@
+"""Masks: predicates over (batch, head, query, key) that combine with `&`, `|`, `~` and know their blocks.
+
+i and j are absolute positions: j in [0, Lk), and i in [Lk - Lq, Lk), queries being aligned to the end of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RegardError
+from .part import Function, Input, Part, call, described
+
+Bounds = tuple[Tensor, Tensor]
+
+
+@described
+class Mask(Part):
+    """Which keys a query may see. `bounds` must never call a block empty that holds a visible pair, nor full one that hides one."""
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        """Broadcasting integer indices -> bool."""
+        raise NotImplementedError
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
+        """(some pair visible, every pair visible) for blocks i0..i1, j0..j1, both ends included; None: look at the pairs."""
+        return None
+
+    @property
+    def depends(self) -> str:
+        """Which of "b", "h" the mask looks at."""
+        return ""
+
+    @property
+    def relative(self) -> bool:
+        """Whether only i - j decides, so that equal offsets share one answer."""
+        return False
+
+    def __and__(self, other: Mask) -> Mask:
+        return self if isinstance(other, Full) else other if isinstance(self, Full) else Both(self, as_mask(other))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Either(self, as_mask(other))
+
+    def __invert__(self) -> Mask:
+        return Without(self)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the predicate is known never to show a later key."""
+        return False
+
+
+def as_mask(mask: Mask | Function | None) -> Mask:
+    """None is Full; a plain function of (b, h, i, j) becomes a mask."""
+    if mask is None:
+        return Full()
+    if isinstance(mask, Mask):
+        return mask
+    if callable(mask):
+        return Where(mask)
+    raise RegardError(f"mask is {type(mask).__name__}; expected a regard mask, a function of (b, h, i, j), a bool tensor or None")
+
+
+@described
+class Both(Mask):
+    left: Mask
+    right: Mask
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return self.left.visible(b, h, i, j, env) & self.right.visible(b, h, i, j, env)
+
+    @property
+    def depends(self) -> str:
+        return "".join(sorted(set(self.left.depends + self.right.depends)))
+
+    @property
+    def causal(self) -> bool:
+        return self.left.causal or self.right.causal
+
+    @property
+    def relative(self) -> bool:
+        return self.left.relative and self.right.relative
+
+
+@described
+class Either(Mask):
+    left: Mask
+    right: Mask
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return self.left.visible(b, h, i, j, env) | self.right.visible(b, h, i, j, env)
+
+    @property
+    def depends(self) -> str:
+        return "".join(sorted(set(self.left.depends + self.right.depends)))
+
+    @property
+    def causal(self) -> bool:
+        return self.left.causal and self.right.causal
+
+    @property
+    def relative(self) -> bool:
+        return self.left.relative and self.right.relative
+
+
+@described
+class Without(Mask):
+    mask: Mask
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return ~self.mask.visible(b, h, i, j, env)
+
+    @property
+    def depends(self) -> str:
+        return self.mask.depends
+
+
+@described
+class Full(Mask):
+    """Every key."""
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return (i == i) & (j == j)
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        every = (i0 == i0) & (j0 == j0)
+        return every, every
+
+    def __and__(self, other: Mask) -> Mask:
+        return as_mask(other)
+
+
+@described
+class Causal(Mask):
+    """j <= i."""
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return j <= i
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        return j0 <= i1, j1 <= i0
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+    @property
+    def relative(self) -> bool:
+        return True
+
+
+@described
+class Window(Mask):
+    """|i - j| < size; with Causal() the last `size` keys, the query's own included."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        positive(self, "size")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return (i - j).abs() < self.size
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        near = (i0 - j1 < self.size) & (j0 - i1 < self.size)
+        return near, (i1 - j0 < self.size) & (j1 - i0 < self.size)
+
+    @property
+    def relative(self) -> bool:
+        return True
+
+
+@described
+class Dilated(Mask):
+    """Every `dilation`-th key within `size` steps of that length: |i - j| < size * dilation and dilation | (i - j)."""
+
+    size: int
+    dilation: int
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "dilation")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return ((i - j).abs() < self.size * self.dilation) & ((i - j) % self.dilation == 0)
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        some, every = Window(self.size * self.dilation).bounds(i0, i1, j0, j1)
+        return some & multiple_between(i0 - j1, i1 - j0, self.dilation), every & (self.dilation == 1)
+
+    @property
+    def relative(self) -> bool:
+        return True
+
+
+@described
+class Strided(Mask):
+    """(i - j) mod stride == 0."""
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        positive(self, "stride")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return (i - j) % self.stride == 0
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        single = (i0 == i1) & (j0 == j1)
+        hit = (i0 - j0) % self.stride == 0
+        return multiple_between(i0 - j1, i1 - j0, self.stride), (single & hit) | ((i0 <= i1) & (self.stride == 1))
+
+    @property
+    def relative(self) -> bool:
+        return True
+
+
+@described
+class FixedBlock(Mask):
+    """i and j lie in the same block of `size` positions."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        positive(self, "size")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return i // self.size == j // self.size
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        a0, a1, c0, c1 = (x // self.size for x in (i0, i1, j0, j1))
+        return (a0 <= c1) & (c0 <= a1), (a0 == a1) & (c0 == c1) & (a0 == c0)
+
+
+@described
+class Columns(Mask):
+    """Summary columns of each block: j mod size in [start, start + count)."""
+
+    size: int
+    count: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "count")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        place = j % self.size
+        return (place >= self.start) & (place < self.start + self.count) & (i == i)
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        first = (j0 - self.start) % self.size
+        inside = (first < self.count) & (i0 <= i1)
+        return inside | (first + (j1 - j0) >= self.size), inside & (first + (j1 - j0) < self.count)
+
+
+@described
+class Sinks(Mask):
+    """The first `count` keys."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        positive(self, "count")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return (j < self.count) & (i == i)
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
+        return (j0 < self.count) & (i0 <= i1), (j1 < self.count) & (i0 <= i1)
+
+
+@described
+class Prefix(Sinks):
+    """Everyone sees the first `count` keys; `Causal() | Prefix(n)` is the prefix language model's mask."""
+
+
+@described
+class Segments(Mask):
+    """Packed documents: i and j carry the same id. Input `segments` (B, Lk), integers; pads may have an id of their own."""
+
+    inputs: tuple[Input, ...] = (Input("segments", "bk", dtype="int"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        ids = env["segments"].flatten(0, -2) if env["segments"].dim() > 2 else env["segments"]
+        b = b if ids.shape[0] > 1 else torch.zeros_like(b)
+        return ids[b, i] == ids[b, j]
+
+    @property
+    def depends(self) -> str:
+        return "b"
+
+
+@described
+class Padding(Mask):
+    """Keys marked True in the input `keep` (B, Lk), a bool tensor."""
+
+    inputs: tuple[Input, ...] = (Input("keep", "bk", dtype="bool"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        keep = env["keep"].flatten(0, -2) if env["keep"].dim() > 2 else env["keep"]
+        return keep[b if keep.shape[0] > 1 else torch.zeros_like(b), j] & (i == i)
+
+    @property
+    def depends(self) -> str:
+        return "b"
+
+
+@described
+class Explicit(Mask):
+    """A bool tensor broadcastable to (B, H, Lq, Lk): True is visible. `attend(mask=tensor)` makes one; input `visible`."""
+
+    inputs: tuple[Input, ...] = (Input("visible", "bhqk", dtype="bool"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        table = env["visible"]
+        at = [index if size > 1 else torch.zeros_like(index) for index, size in zip((b, h, i - env["offset"], j), table.shape, strict=True)]
+        return table[tuple(at)]
+
+    @property
+    def depends(self) -> str:
+        return "bh"
+
+
+@described
+class PerHead(Mask):
+    """Head h sees masks[h mod len(masks)]."""
+
+    masks: tuple[Mask, ...]
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        seen = self.masks[0].visible(b, h, i, j, env) & (h == h)
+        for number, mask in enumerate(self.masks[1:], 1):
+            seen = torch.where(h % len(self.masks) == number, mask.visible(b, h, i, j, env), seen)
+        return seen
+
+    @property
+    def depends(self) -> str:
+        return "".join(sorted({"h", *"".join(mask.depends for mask in self.masks)}))
+
+    @property
+    def causal(self) -> bool:
+        return all(mask.causal for mask in self.masks)
+
+
+@described
+class Where(Mask):
+    """A user's predicate: `function(b, h, i, j, **declared inputs) -> bool tensor`; indices broadcast."""
+
+    function: Function
+    inputs: tuple[Input, ...] = ()
+    depends_on: str = ""
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return call(self.function, b, h, i, j, env=env)
+
+    @property
+    def depends(self) -> str:
+        return self.depends_on
+
+
+def multiple_between(low: Tensor, high: Tensor, step: int) -> Tensor:
+    """Whether [low, high] holds a multiple of `step`."""
+    return torch.div(high, step, rounding_mode="floor") * step >= low
+
+
+def positive(part: Part, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RegardError(f"{type(part).__name__}({name}={value!r}): expected a positive integer")

@@ -1,0 +1,235 @@
+"""The shapes an attention can have: weighted, recurrent, reduced, clustered, hybrid. Descriptions only: no tensors, no device."""
+
+from __future__ import annotations
+
+from dataclasses import field, replace
+
+from ..errors import RegardError
+from .feature_map import FeatureMap, identity
+from .mask import Full, Mask, as_mask
+from .neighborhood import Neighborhood
+from .normalizer import SOFTMAX, Normalizer, RowLocal
+from .part import Function, Input, Part, described
+from .position import Modified, Position, Rope
+from .score import Dot, Pairwise, Score
+from .select import Selector
+
+
+@described
+class Recipe(Part):
+    """How the paper's layer dresses the mechanism: what `regard.nn.Attention` does around it.
+
+    short_conv: width of a causal depthwise convolution on q, k, v (0: none). activation: on q and k (and v after a convolution):
+    "", "silu", "relu", "elu+1". qk_norm: "", "l2", "rms" or "layer", over head_dim. out_norm: "", "rms" or "layer", a head.
+    out_gate: "" or "silu": output times silu(x W). rope: rotate q and k when the model asks for rotary positions.
+    key_dim: head_dim of q and k: a number of channels, a share of the layer's own head_dim (a float), or None for the same.
+    kv_heads: key and value heads when the layer is not told (None: as many as query heads).
+    """
+
+    short_conv: int = 0
+    activation: str = ""
+    qk_norm: str = ""
+    out_norm: str = ""
+    out_gate: str = ""
+    rope: bool = True
+    key_dim: int | float | None = None
+    kv_heads: int | None = None
+
+
+@described
+class Mechanism(Part):
+    """Base of the shapes."""
+
+    @property
+    def declared(self) -> tuple[Input, ...]:
+        """Every input the parts declare, each name once."""
+        found: dict[str, Input] = {}
+        for part in self.parts():
+            for item in getattr(part, "inputs", ()):
+                if found.setdefault(item.name, item) != item:
+                    raise RegardError(f"two parts declare the input {item.name!r} differently")
+        return tuple(found.values())
+
+    @property
+    def causal_only(self) -> bool:
+        """Whether the mechanism is causal by itself, so that no mask need be given."""
+        return False
+
+    @property
+    def can_be_causal(self) -> bool:
+        return True
+
+    @property
+    def recipe_of(self) -> Recipe:
+        return getattr(self, "recipe", Recipe())
+
+
+@described
+class Weighted(Mechanism):
+    """s_ij = score(q_i, k_j) + position(i, j); p_i = normalizer(s_i | mask, selection); o_i = sum_j p_ij v_j.
+
+    score may be a plain function (q, k) -> (..., Lq, Lk); position a plain function of s and, by name, of b, h, i, j, n or
+    declared inputs; mask a plain function of (b, h, i, j). `inputs` declares tensors that plain functions ask for.
+    """
+
+    score: Score | Function = field(default_factory=Dot)
+    position: Position | Function | None = None
+    normalizer: Normalizer = SOFTMAX
+    mask: Mask | Function = field(default_factory=Full)
+    select: Selector | None = None
+    inputs: tuple[Input, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.score, Score):
+            object.__setattr__(self, "score", Pairwise(self.score))
+        if self.position is not None and not isinstance(self.position, Position):
+            object.__setattr__(self, "position", Modified(self.position))
+        object.__setattr__(self, "mask", as_mask(self.mask))
+        if callable(self.normalizer) and not isinstance(self.normalizer, Normalizer):
+            object.__setattr__(self, "normalizer", RowLocal(self.normalizer))
+
+    @property
+    def can_be_causal(self) -> bool:
+        # A neighbourhood's windows shift inwards at the end of the grid, so they depend on tokens to come.
+        grids = [part for part in self.parts() if isinstance(part, Neighborhood)]
+        return self.normalizer.row_local and all(grid.causal for grid in grids)
+
+    @property
+    def causal_only(self) -> bool:
+        return isinstance(self.mask, Mask) and self.mask.causal
+
+
+DECAYS = ("none", "head", "token", "channel")
+
+
+@described
+class Recurrent(Mechanism):
+    """S_t = decay_t o S_{t-1} + write(k_t, v_t), o_t = phi_q(q_t) S_t / z_t.
+
+    decay: "none"; "head" (input log_decay (H,)), "token" (B, H, L) or "channel" (B, H, L, F), always logs, <= 0.
+    write: "add": phi(k) v^T, or "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L).
+    readout: "none", or "sum": divide by phi_q(q_t).sum phi_k(k), at least eps.
+    scaled: multiply q by `scale` (D^-1/2 unless given). Without decay and delta it also runs over all keys (bidirectional).
+    """
+
+    feature: FeatureMap = field(default_factory=lambda: FeatureMap(identity))
+    decay: str = "none"
+    write: str = "add"
+    readout: str = "none"
+    eps: float = 1e-6
+    scaled: bool = True
+    inputs: tuple[Input, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, known in (("decay", self.decay, DECAYS), ("write", self.write, ("add", "delta")),
+                                   ("readout", self.readout, ("none", "sum"))):
+            if value not in known:
+                raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
+
+    @property
+    def causal_only(self) -> bool:
+        return self.decay != "none" or self.write == "delta"
+
+
+@described
+class Relayed(Mechanism):
+    """Attention through few tokens: o = spread(q, agents, gather(agents, k, v)), two weighted calls.
+
+    agents: the input `agents` (B, H, m, D), or, when absent, q pooled over its length to `count` tokens. Not causal.
+    """
+
+    gather: Weighted = field(default_factory=Weighted)
+    spread: Weighted = field(default_factory=Weighted)
+    count: int = 49
+    inputs: tuple[Input, ...] = (Input("agents", "bhfd", default="pool"),)  # type: ignore[arg-type]
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def can_be_causal(self) -> bool:
+        return False
+
+    @property
+    def declared(self) -> tuple[Input, ...]:
+        """Inputs of the two calls carry the prefixes `gather_` and `spread_`."""
+        named = [replace(item, name=f"{side}_{item.name}") for side, inner in (("gather", self.gather), ("spread", self.spread))
+                 for item in inner.declared]
+        return (*self.inputs, *named)
+
+
+@described
+class Nystrom(Mechanism):
+    """o = P A^+ (P'^T v) with P = kernel(q, landmarks), A = kernel(landmarks, landmarks), P' = kernel(k, landmarks).
+
+    The kernel is Gaussian, exp(-|x - y|^2 / 2), on q and k times D^(-1/4). A^+ by `iterations` Newton-Raphson steps on
+    A + ridge I, whose backward is -Y^T G Y^T. symmetric: D^-1/2 A^+ D^-1/2 with D = diag(A 1). Not causal.
+    landmarks: the input `landmarks` (B, H, m, D), or, when absent, q pooled over its length to `count` tokens.
+    """
+
+    count: int = 49
+    iterations: int = 20
+    ridge: float = 0.0
+    symmetric: bool = False
+    inputs: tuple[Input, ...] = (Input("landmarks", "bhfd", default="pool"),)  # type: ignore[arg-type]
+    recipe: Recipe = field(default_factory=lambda: Recipe(rope=False))
+
+    @property
+    def can_be_causal(self) -> bool:
+        return False
+
+
+@described
+class Clustered(Mechanism):
+    """Tokens meet only inside clusters: cluster c takes its `members` best queries and keys, attends, and outputs are averaged.
+
+    Input `centroids` (H, c, D). members None: ceil(Lk / c). normalise: LayerNorm without affine, then unit length, on q and k.
+    Membership looks along the whole sequence, so under a causal mask values never leak but the choice of members does.
+    """
+
+    inner: Weighted = field(default_factory=Weighted)
+    clusters: int = 8
+    members: int | None = None
+    shared: bool = False
+    unit: bool = True
+    scaled: bool = True
+    inputs: tuple[Input, ...] = (Input("centroids", "hfd"),)
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def can_be_causal(self) -> bool:
+        return False  # the choice of members reads the whole sequence
+
+
+@described
+class Hybrid(Mechanism):
+    """Several mechanisms on the same q, k, v. how: "sum", "head" (heads split in `shares`), or "gate": sum_m gate_m o_m with
+    input `gate` (B, H, Lq, M)."""
+
+    members: tuple[Mechanism, ...] = ()
+    how: str = "sum"
+    shares: tuple[int, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.how not in ("sum", "head", "gate"):
+            raise RegardError(f"Hybrid(how={self.how!r}): expected sum, head or gate")
+        if self.how == "gate" and not self.inputs:
+            object.__setattr__(self, "inputs", (Input("gate", "bhqf"),))
+        if self.how == "head" and len(self.shares) != len(self.members):
+            raise RegardError(f"Hybrid(shares={self.shares}): expected one number of heads for each of {len(self.members)} members")
+
+    @property
+    def causal_only(self) -> bool:
+        return all(member.causal_only for member in self.members)
+
+    @property
+    def can_be_causal(self) -> bool:
+        return all(member.can_be_causal for member in self.members)
+
+
+__all__ = ["Clustered", "Hybrid", "Mechanism", "Nystrom", "Recipe", "Recurrent", "Relayed", "Rope", "Weighted"]

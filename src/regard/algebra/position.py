@@ -1,0 +1,117 @@
+"""Positions: what a pair's place adds to its score, by turning q and k (rotary) or by changing the score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .part import Function, Input, Learned, Part, Sizes, bind, call, described
+
+
+@described
+class Position(Part):
+    """`rotate` acts on q or k at absolute positions; `modify`, a plain function of s and of any of (b, h, i, j, n, inputs),
+    acts on scores. Queries are aligned to the end of the keys."""
+
+    @property
+    def modify(self) -> Function | None:
+        return None
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+
+@described
+class Modified(Position):
+    """A user's own: `function(s, ...)` with any of b, h, i, j, n and the declared inputs by name."""
+
+    function: Function
+    inputs: tuple[Input, ...] = ()
+
+    @property
+    def modify(self) -> Function:
+        return self.function
+
+
+@described
+class Rope(Position):
+    """Rotary embedding: channel pairs turned by position * base^(-2c/dims); `interleaved` pairs (0,1),(2,3).. instead of halves.
+
+    dims: how many leading channels turn (None: all). RoFormer (Su et al., 2021).
+    """
+
+    base: float = 10000.0
+    dims: int | None = None
+    interleaved: bool = False
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        dims = x.shape[-1] if self.dims is None else self.dims
+        rates = self.base ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
+        angle = positions.to(torch.float64)[:, None] * rates
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        turned, rest = x[..., :dims].to(wide), x[..., dims:]
+        if self.interleaved:
+            a, c = turned[..., 0::2], turned[..., 1::2]
+            out = torch.stack((a * cos - c * sin, a * sin + c * cos), -1).flatten(-2)
+        else:
+            a, c = turned.chunk(2, -1)
+            out = torch.cat((a * cos - c * sin, a * sin + c * cos), -1)
+        return torch.cat((out.to(x.dtype), rest), -1)
+
+
+def alibi_slopes(sizes: Sizes) -> Tensor:
+    """ALiBi's geometric slopes 2^(-8h/H), with the paper's interpolation when H is not a power of two."""
+
+    def powers(count: int) -> list[float]:
+        return [2 ** (-8 * (head + 1) / count) for head in range(count)]
+
+    below = 2 ** math.floor(math.log2(sizes.heads))
+    return torch.tensor(powers(below) + powers(2 * below)[0::2][: sizes.heads - below])
+
+
+def alibi(s: Tensor, i: Tensor, j: Tensor, slopes: Tensor) -> Tensor:
+    return s - slopes * (i - j).abs()
+
+
+@described
+class Alibi(Position):
+    """s_ij - slope_h * |i - j|; input `slopes` (H,), by default the paper's geometric ones (Press et al., 2021)."""
+
+    inputs: tuple[Input, ...] = (Input("slopes", "h", default=alibi_slopes, layer=Learned(alibi_slopes, trainable=False)),)
+
+    @property
+    def modify(self) -> Function:
+        return alibi
+
+
+def relative(s: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor, reach: int) -> Tensor:
+    return s + table[h, (i - j).clamp(-reach, reach) + reach]
+
+
+@described
+class RelativeBias(Position):
+    """s_ij + table[h, clip(i - j, -reach, reach) + reach]; input `table` (H, 2 reach + 1)."""
+
+    reach: int = 128
+
+    @property
+    def modify(self) -> Function:
+        return bind(relative, reach=self.reach)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return (Input("table", "hf", layer=Learned(bind(relative_init, reach=self.reach))),)
+
+
+def relative_init(sizes: Sizes, reach: int) -> Tensor:
+    return torch.zeros(sizes.heads, 2 * reach + 1)
+
+
+def modify(position: Position | None, s: Tensor, env: Mapping[str, Any]) -> Tensor:
+    """Scores after position."""
+    return s if position is None or position.modify is None else call(position.modify, s, env=env)

@@ -1,0 +1,75 @@
+"""Selectors: look at q and k, say which key blocks each query (or block of queries) may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .mask import positive
+from .part import Function, Part, described
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """keep (B, H, ceil(Lq / block_q), ceil(Lk / block_k)), bool: which key blocks a block of queries reads.
+
+    Blocks of queries are counted in absolute positions from the first query; the mask still applies inside what is kept.
+    """
+
+    keep: Tensor
+    block_q: int
+    block_k: int
+
+    @property
+    def density(self) -> float:
+        """Share of blocks kept."""
+        return float(self.keep.float().mean())
+
+
+@described
+class Selector(Part):
+    """`select(q, k, first)` -> Selection; `first` is the absolute position of the first query. No gradient passes through."""
+
+    def select(self, q: Tensor, k: Tensor, first: int) -> Selection:
+        raise NotImplementedError
+
+
+@described
+class TopBlocks(Selector):
+    """Each query reads the `top_k` key blocks of best q.mean(k), its own block always among them, past complete blocks only (MoBA)."""
+
+    block_size: int = 512
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        positive(self, "block_size", "top_k")
+
+    def select(self, q: Tensor, k: Tensor, first: int) -> Selection:
+        size, heads = self.block_size, q.shape[1]
+        k_len = k.shape[-2]
+        complete = k_len // size
+        count = -(-k_len // size)
+        # Only complete blocks have a mean: an incomplete one can only be the query's own, which is kept anyway.
+        means = k[..., : complete * size, :].unflatten(-2, (complete, size)).mean(-2, dtype=torch.promote_types(k.dtype, torch.float32))
+        means = means.repeat_interleave(heads // k.shape[1], 1)
+        gate = torch.full((*q.shape[:-1], count), float("-inf"), dtype=means.dtype, device=q.device)
+        gate[..., :complete] = q.to(means.dtype) @ means.transpose(-1, -2)
+        own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // size
+        block = torch.arange(count, device=q.device)
+        gate = gate.masked_fill(block > own, float("-inf")).masked_fill(block == own, float("inf"))
+        best = gate.topk(min(self.top_k, count), -1)
+        keep = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
+        return Selection(keep, 1, size)
+
+
+@described
+class Chosen(Selector):
+    """A user's selector: `function(q, k, first) -> Selection`."""
+
+    function: Function = lambda q, k, first: None  # replaced by the user's
+
+    def select(self, q: Tensor, k: Tensor, first: int) -> Any:
+        return self.function(q, k, first)

@@ -1,0 +1,177 @@
+"""Mechanisms made of other mechanisms: relayed, Nystrom, clustered, hybrid. Each runs as a few calls of the shapes inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..algebra.mask import Causal, Explicit, Full, Mask
+from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Relayed
+from ..algebra.score import SquaredDistance
+from ..errors import RegardError
+from .problem import check_names, fill_inputs, sizes_of
+from .reference import repeat_heads
+
+Attend = Callable[..., Tensor]
+
+
+def pooled(x: Tensor, count: int) -> Tensor:
+    """Mean-pool the length of (B, H, L, D) to at most `count` tokens."""
+    count = min(count, x.shape[-2])
+    return F.adaptive_avg_pool1d(x.flatten(0, 1).transpose(1, 2), count).transpose(1, 2).unflatten(0, x.shape[:2])
+
+
+def whole(mask: Mask, mechanism: Mechanism) -> None:
+    if not isinstance(mask, Full):
+        raise RegardError(f"mask={mask!r}: {type(mechanism).__name__} mixes all keys before any query reads them; expected no mask")
+
+
+def relayed(mechanism: Relayed, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+    whole(mask, mechanism)
+    sizes_of(q, k, v)
+    declared = {item.name: item for item in mechanism.declared}
+    check_names(given, declared, mechanism)
+    agents = given.get("agents")
+    agents = pooled(q, mechanism.count) if agents is None else agents
+    inner = {side: {name.removeprefix(side): x for name, x in given.items() if name.startswith(side)} for side in ("gather_", "spread_")}
+    relay = attend(agents, k, v, mechanism.gather, scale=scale, **inner["gather_"])
+    return attend(q, agents, relay, mechanism.spread, scale=scale, **inner["spread_"])
+
+
+class NewtonInverse(torch.autograd.Function):
+    """(A + ridge I)^-1 by Newton-Raphson; backward is -Y^T G Y^T, without walking back through the iterations."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, ridge: float, start: float, iterations: int) -> Tensor:
+        system = a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        largest = a.abs().sum(-1).amax(-1)[..., None, None]
+        y = start / largest.square() * system
+        for _ in range(iterations):
+            y = 2 * y - y @ system @ y
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (y,) = ctx.saved_tensors
+        turned = y.transpose(-1, -2)
+        return -turned @ grads[0] @ turned, None, None, None
+
+
+def gaussian(x: Tensor, y: Tensor) -> Tensor:
+    return torch.exp(-SquaredDistance.apply(x, y) / 2)
+
+
+def nystrom(mechanism: Nystrom, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+    whole(mask, mechanism)
+    sizes = sizes_of(q, k, v)
+    declared = {item.name: item for item in mechanism.declared}
+    check_names(given, declared, mechanism)
+    dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
+    temperature = (sizes.head_dim**-0.5 if scale is None else scale) ** 0.5
+    q, k = (x.to(wide) * temperature for x in (q, repeat_heads(k, sizes.heads)))
+    v = repeat_heads(v, sizes.heads).to(wide)
+    marks = given.get("landmarks")
+    marks = pooled(q, mechanism.count) if marks is None else marks.to(wide) * temperature
+    middle = gaussian(marks, marks)
+    start = 2.0 if mechanism.symmetric else 1.8
+    inverse = NewtonInverse.apply(middle, mechanism.ridge, start, mechanism.iterations)
+    if mechanism.symmetric:
+        side = middle.sum(-1).rsqrt()
+        inverse = side[..., :, None] * inverse * side[..., None, :]
+    return (gaussian(q, marks) @ (inverse @ (gaussian(marks, k) @ v))).to(dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """LayerNorm without affine, then length one."""
+    return F.normalize(F.layer_norm(x, x.shape[-1:]), dim=-1)
+
+
+def members(x: Tensor, centroids: Tensor, count: int) -> Tensor:
+    """The `count` tokens nearest to each centroid, in order of position: (B, H, c, count)."""
+    nearness = x @ centroids.transpose(-1, -2)
+    return nearness.transpose(-1, -2).topk(min(count, x.shape[-2]), -1).indices.sort(-1).values
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, L, D) at index (B, H, c, w) -> (B, H * c, w, D)."""
+    flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, flat).unflatten(2, index.shape[2:]).flatten(1, 2)
+
+
+def clustered(mechanism: Clustered, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+    if not isinstance(mask, (Full, Causal)):
+        raise RegardError(f"mask={mask!r}: clustered attention runs under Causal() or no mask")
+    sizes = sizes_of(q, k, v)
+    declared = {item.name: item for item in mechanism.declared}
+    check_names(given, declared, mechanism)
+    centroids = fill_inputs(declared, given, sizes, q)["centroids"].to(q.dtype)
+    k, v = repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)
+    k = q if mechanism.shared else k
+    if mechanism.unit:
+        q, k, centroids = unit(q), unit(k), F.normalize(centroids, dim=-1)
+    count = mechanism.members or -(-sizes.k_len // mechanism.clusters)
+    q_at = members(q.detach(), centroids, count)
+    k_at = q_at if mechanism.shared else members(k.detach(), centroids, count)
+    q_place, k_place = q_at + sizes.k_len - sizes.q_len, k_at
+    seen = torch.ones(*q_at.shape, k_at.shape[-1], dtype=torch.bool, device=q.device)
+    if isinstance(mask, Causal):
+        seen = q_place[..., :, None] >= k_place[..., None, :]
+    if mechanism.shared:  # a token sees itself only where it would see nothing else
+        own = q_place[..., :, None] == k_place[..., None, :]
+        others = seen & ~own
+        seen = others | (own & ~others.any(-1, keepdim=True))
+    scale = (sizes.head_dim**-0.5 if mechanism.scaled else 1.0) if scale is None else scale
+    out = attend(take(q, q_at), take(k, k_at), take(v, k_at), mechanism.inner, mask=Explicit(), scale=scale, visible=seen.flatten(1, 2))
+    out = out.unflatten(1, (sizes.heads, -1)).flatten(2, 3)
+    place = q_at.flatten(2)[..., None]
+    total = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=out.dtype, device=q.device).scatter_add(2, place.expand_as(out), out)
+    times = torch.zeros(*q.shape[:-1], 1, dtype=out.dtype, device=q.device).scatter_add(2, place, torch.ones_like(out[..., :1]))
+    return total / times.clamp_min(1)
+
+
+def hybrid(mechanism: Hybrid, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+    declared = {item.name: item for item in mechanism.declared}
+    check_names({name: x for name, x in given.items()}, {**declared, **{i.name: i for m in mechanism.members for i in inputs_of(m)}}, mechanism)
+
+    def part(member: Mechanism, q: Tensor, k: Tensor, v: Tensor, heads: slice | None = None) -> Tensor:
+        mine: dict[str, Any] = {}
+        for item in inputs_of(member):
+            if item.name in given:
+                x = given[item.name]
+                at = item.shape.find("h")
+                mine[item.name] = x.narrow(at, heads.start, heads.stop - heads.start) if heads and at >= 0 and x.shape[at] == q_heads else x
+        return attend(q, k, v, member, mask=mask, scale=scale, **mine)
+
+    q_heads = q.shape[1]
+    if mechanism.how == "head":
+        if sum(mechanism.shares) != q_heads:
+            raise RegardError(f"shares {mechanism.shares} of heads sum to {sum(mechanism.shares)}; q has {q_heads} heads")
+        k, v = repeat_heads(k, q_heads), repeat_heads(v, q_heads)
+        outs, start = [], 0
+        for member, share in zip(mechanism.members, mechanism.shares, strict=True):
+            at = slice(start, start + share)
+            outs.append(part(member, q[:, at], k[:, at], v[:, at], at))
+            start += share
+        return torch.cat(outs, 1)
+    outs = [part(member, q, k, v) for member in mechanism.members]
+    if mechanism.how == "sum":
+        return torch.stack(outs).sum(0)
+    gate = given.get("gate")
+    if gate is None or gate.shape[-1] != len(outs):
+        raise RegardError(f"input 'gate': expected (B, H, Lq, {len(outs)}), got {None if gate is None else tuple(gate.shape)}")
+    return (torch.stack(outs, -1) * gate[..., None, :].to(outs[0].dtype)).sum(-1)
+
+
+def inputs_of(mechanism: Mechanism) -> Any:
+    from ..algebra.mechanism import Recurrent
+    from .recurrent.pose import declared_of
+
+    return declared_of(mechanism).values() if isinstance(mechanism, Recurrent) else mechanism.declared
+
+
+RUN: dict[type[Mechanism], Callable[..., Tensor]] = {Relayed: relayed, Nystrom: nystrom, Clustered: clustered, Hybrid: hybrid}

@@ -1,0 +1,184 @@
+"""The door: `attend`, `plan`, `step`. One corridor: name -> description -> plan -> executor -> output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.mask import Causal, Explicit, Mask, as_mask
+from ..algebra.mechanism import Mechanism, Recurrent, Weighted
+from ..algebra.part import Function
+from ..errors import RegardError
+from . import composed, reference, sdpa, tiled
+from . import plan as planner
+from . import recurrent as scans
+from .plan import Plan
+from .problem import pose, sizes_of
+from .reference import Stats
+
+_plans: dict[Any, Plan] = {}
+_resolve: list[Callable[[str], Mechanism]] = []
+MAX_PLANS = 4096
+
+
+def names_resolver(resolve: Callable[[str], Mechanism]) -> None:
+    """The catalogue tells the engine how a name becomes a description; the engine never imports the catalogue."""
+    _resolve[:] = [resolve]
+
+
+def resolved(mechanism: str | Mechanism) -> Mechanism:
+    if isinstance(mechanism, str):
+        return _resolve[0](mechanism)
+    if not isinstance(mechanism, Mechanism):
+        raise RegardError(f"mechanism is {type(mechanism).__name__}; expected a name (see regard.names()) or a description")
+    return mechanism
+
+
+def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
+    """The plan of a call, remembered by everything it depends on."""
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    input_grad = bool(inputs) and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
+    try:
+        key = (mechanism, mask, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, grad, input_grad, executor,
+               tuple(inputs))
+        found = _plans.get(key)
+    except AttributeError:
+        sizes_of(q, k, v)  # says which of them is no tensor
+        raise
+    if found is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        description = resolved(mechanism)
+        if isinstance(description, Recurrent) and mask is None and description.causal_only:
+            mask = Causal()
+        found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor, input_grad)
+        _plans[key] = found
+    return found
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None, executor: str | None = None, **inputs: Any,
+) -> Tensor:
+    """Attention of any registered or described mechanism.
+
+    q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv). Hq must be a multiple of Hkv (grouped heads); queries
+    stand at the end of the keys. mask: a regard mask, a function of (b, h, i, j), a bool tensor broadcastable to (B, Hq, Lq, Lk)
+    (True: visible), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
+    tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
+    Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
+    """
+    if isinstance(mask, Tensor):
+        mask, inputs = explicit(mask, inputs, q)
+    chosen = planned(q, k, v, mechanism, mask, inputs, executor)
+    if chosen.form is not None and plain_dot(chosen.mechanism):
+        if inputs:
+            unknown(chosen.mechanism, inputs)
+        return sdpa.call(q, k, v, chosen.form, scale)
+    return execute(chosen, q, k, v, scale, inputs)[0]
+
+
+def attend_with_stats(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None, executor: str | None = None, **inputs: Any,
+) -> tuple[Tensor, Stats]:
+    """`attend` of a weighted mechanism, with each row's (shift, total, count), which `merge` joins over split keys."""
+    if isinstance(mask, Tensor):
+        mask, inputs = explicit(mask, inputs, q)
+    chosen = planned(q, k, v, mechanism, mask, inputs, "tiled" if executor is None else executor)
+    out, stats = execute(chosen, q, k, v, scale, inputs, True)
+    if stats is None:
+        raise RegardError(f"executor {chosen.executor!r} of {type(chosen.mechanism).__name__} has no row statistics; use executor='tiled'")
+    return out, stats
+
+
+def explicit(mask: Tensor, inputs: dict[str, Any], q: Tensor) -> tuple[Mask, dict[str, Any]]:
+    if mask.dtype != torch.bool:
+        raise RegardError(f"mask is a {mask.dtype} tensor; expected bool (True: visible). Add biases as a position instead")
+    if mask.dim() > 4:
+        raise RegardError(f"mask has shape {tuple(mask.shape)}; expected at most 4 dimensions, broadcastable to (B, H, Lq, Lk)")
+    return Explicit(), {**inputs, "visible": mask[(None,) * (4 - mask.dim())]}
+
+
+def plain_dot(mechanism: Mechanism) -> bool:
+    return isinstance(mechanism, Weighted) and mechanism.position is None and not mechanism.score.parts_beyond_dot  # type: ignore[union-attr]
+
+
+def unknown(mechanism: Mechanism, inputs: dict[str, Any]) -> None:
+    from .problem import check_names
+
+    check_names(inputs, {item.name: item for item in mechanism.declared}, mechanism)
+
+
+def execute(chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False) -> tuple[Tensor, Stats | None]:
+    mechanism, name = chosen.mechanism, chosen.executor
+    if isinstance(mechanism, Recurrent):
+        exact = torch.float64 if name == "reference" else None
+        scan = scans.pose(mechanism, chosen.mask, q, k, v, scale, inputs, exact)
+        out, _ = scans.run(scan, "parallel" if name == "reference" else name)
+        return out[..., -q.shape[-2] :, :].to(v.dtype), None
+    if isinstance(mechanism, Weighted):
+        return weighted(chosen, mechanism, q, k, v, scale, inputs, stats)
+    given = v.dtype
+    inner: Any = attend
+    if name == "reference":
+        q, k, v = q.double(), k.double(), v.double()
+        inputs = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
+
+        def inner(q: Tensor, k: Tensor, v: Tensor, m: Mechanism, **rest: Any) -> Tensor:
+            return attend(q, k, v, m, executor="reference", **rest)
+
+    return composed.RUN[type(mechanism)](mechanism, q, k, v, chosen.mask, scale, inputs, inner).to(given), None
+
+
+def weighted(
+    chosen: Plan, mechanism: Weighted, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
+) -> tuple[Tensor, Stats | None]:
+    if scale is not None and not mechanism.score.scaled:  # type: ignore[union-attr]
+        raise RegardError(f"scale={scale}: {type(mechanism.score).__name__} scores have no scale; expected None")
+    if chosen.executor == "reference":
+        exact = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
+        out, row_stats = reference.run(pose(mechanism, chosen.mask, q.double(), k.double(), v.double(), scale, exact))
+        return out.to(v.dtype), row_stats
+    problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
+    if chosen.executor == "tiled":
+        problem.want_count = stats
+        return tiled.run(problem)
+    if chosen.executor == "sdpa":
+        return sdpa.run(problem), None
+    if chosen.executor == "dense":
+        return reference.run(problem, torch.promote_types(q.dtype, torch.float32))
+    if chosen.executor == "flex":
+        from . import flex
+
+        return flex.run(problem), None
+    from .triton import run
+
+    return run(problem)
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None, executor: str | None = None, source: bool = False, **inputs: Any,
+) -> Plan:
+    """What `attend` with these arguments would run, why, and what it costs: EXPLAIN for attention. Nothing is computed.
+
+    source: also write out the Triton kernel generated for a weighted mechanism (`print(plan(..., source=True))`).
+    """
+    if isinstance(mask, Tensor):
+        mask, inputs = explicit(mask, inputs, q)
+    found = planned(q, k, v, mechanism, mask, inputs, executor)
+    if not source:
+        return found
+    if not isinstance(found.mechanism, Weighted):
+        raise RegardError("source=True: only weighted mechanisms have a generated kernel")
+    from dataclasses import replace
+
+    from .triton import source_of
+
+    return replace(found, source=source_of(found.mechanism, found.mask))
+
+

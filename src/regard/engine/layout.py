@@ -1,0 +1,163 @@
+"""Which blocks of the Lq x Lk plane are empty, partial or full, found without building the plane."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..algebra.mask import Both, Either, Mask, PerHead, Without
+from ..algebra.part import Sizes
+from ..algebra.select import Selection
+from .problem import indices, visible
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """kind (B or 1, H or 1, query blocks, key blocks): EMPTY, PARTIAL or FULL. Blocks count from the first query and key."""
+
+    kind: Tensor
+    block_q: int
+    block_k: int
+
+    @property
+    def density(self) -> float:
+        """Share of blocks that hold a visible pair."""
+        return float((self.kind > 0).float().mean())
+
+    @functools.cached_property
+    def shared(self) -> bool:
+        """Whether all batches and heads have the same blocks."""
+        return self.kind.shape[0] == 1 and self.kind.shape[1] == 1
+
+    @functools.cached_property
+    def rows(self) -> list[list[list[list[int]]]]:
+        return self.kind.tolist()
+
+
+def block_bounds(length: int, block: int, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    start = torch.arange(0, length, block, device=device)
+    return start + first, (start + block).clamp(max=length) - 1 + first
+
+
+def some_and_every(
+    mask: Mask, sizes: Sizes, block_q: int, block_k: int, inputs: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(any pair visible, all pairs visible) of each block; masks without closed bounds are looked at a row of blocks at a time."""
+    if isinstance(mask, (Both, Either)):
+        some_a, every_a = some_and_every(mask.left, sizes, block_q, block_k, inputs, device)
+        some_b, every_b = some_and_every(mask.right, sizes, block_q, block_k, inputs, device)
+        return (some_a & some_b, every_a & every_b) if isinstance(mask, Both) else (some_a | some_b, every_a | every_b)
+    if isinstance(mask, Without):
+        some, every = some_and_every(mask.mask, sizes, block_q, block_k, inputs, device)
+        return ~every, ~some
+    if isinstance(mask, PerHead):
+        each = [some_and_every(inner, sizes, block_q, block_k, inputs, device) for inner in mask.masks]
+        turns = [each[head % len(each)] for head in range(sizes.heads)]
+        return torch.cat([some for some, _ in turns], 1), torch.cat([every for _, every in turns], 1)
+    i0, i1 = block_bounds(sizes.q_len, block_q, sizes.k_len - sizes.q_len, device)
+    j0, j1 = block_bounds(sizes.k_len, block_k, 0, device)
+    bounds = mask.bounds(i0[:, None], i1[:, None], j0, j1)
+    if bounds is not None:
+        shape = (1, 1, i0.numel(), j0.numel())
+        return bounds[0].expand(shape[2:]).reshape(shape), bounds[1].expand(shape[2:]).reshape(shape)
+    at = indices(sizes, device)
+    b = at["b"] if "b" in mask.depends else at["b"][:1]
+    h = at["h"] if "h" in mask.depends else at["h"][:1]
+    env = {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
+    pad = -sizes.k_len % block_k
+    some_rows, every_rows = [], []
+    for rows in at["i"].split(block_q):
+        seen = visible(mask, b, h, rows, at["j"], env).expand(b.numel(), h.numel(), rows.shape[0], sizes.k_len)
+        for into, fill, reduce in ((some_rows, False, torch.Tensor.any), (every_rows, True, torch.Tensor.all)):
+            padded = torch.nn.functional.pad(seen, (0, pad), value=fill).unflatten(-1, (-1, block_k))
+            into.append(reduce(reduce(padded, -1), -2))
+    return torch.stack(some_rows, -2), torch.stack(every_rows, -2)
+
+
+def layout(
+    mask: Mask, sizes: Sizes, block_q: int, block_k: int, inputs: Mapping[str, Tensor], device: torch.device,
+    selection: Selection | None = None,
+) -> Layout:
+    """The blocks of a mask, and of a selection within it (whose block sizes must divide or equal the given ones)."""
+    some, every = some_and_every(mask, sizes, block_q, block_k, inputs, device)
+    kind = some.to(torch.uint8) + (some & every).to(torch.uint8)
+    if selection is not None:
+        kept, whole = reblock(selection, sizes, block_q, block_k)
+        kind = torch.where(kept, torch.where(whole, kind, kind.clamp(max=PARTIAL)), EMPTY)
+    return Layout(kind, block_q, block_k)
+
+
+@functools.lru_cache(maxsize=128)
+def static_layout(mask: Mask, sizes: Sizes, block_q: int, block_k: int, device: torch.device) -> Layout:
+    """`layout` of a mask that reads no tensor, remembered."""
+    return layout(mask, sizes, block_q, block_k, {}, device)
+
+
+def reblock(selection: Selection, sizes: Sizes, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """A selection's blocks in other block sizes: (some of it kept, all of it kept)."""
+    some = every = selection.keep
+    for dim, length, have, want in ((-2, sizes.q_len, selection.block_q, block_q), (-1, sizes.k_len, selection.block_k, block_k)):
+        if have == want:
+            continue
+        block = torch.arange(0, length, want, device=some.device)
+        first, last = block // have, ((block + want).clamp(max=length) - 1) // have
+        if int((last - first).max()) == 0:
+            some, every = some.index_select(dim, first), every.index_select(dim, first)
+        else:
+            running = torch.nn.functional.pad(some.movedim(dim, -1).long().cumsum(-1), (1, 0))
+            count = running[..., last + 1] - running[..., first]
+            running_every = torch.nn.functional.pad(every.movedim(dim, -1).long().cumsum(-1), (1, 0))
+            whole = running_every[..., last + 1] - running_every[..., first] == last - first + 1
+            some, every = (count > 0).movedim(-1, dim), whole.movedim(-1, dim)
+    return some, every
+
+
+Index = slice | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Some keys of a tile: a slice or an index tensor. The first `full` are visible to every query; the rest must be looked at."""
+
+    index: Index
+    count: int
+    full: int
+
+
+def columns_of(row: list[int], block_k: int, k_len: int, limit: int, device: torch.device, whole: bool = False) -> Iterator[Columns]:
+    """The keys a row of blocks reads, in pieces of at most `limit`; `whole`: one piece, however long.
+
+    In each piece fully visible keys come first, so that predicates are evaluated only where they decide something.
+    """
+    runs: list[list[int]] = []  # start, end of full part, stop
+    for block, kind in enumerate(row):
+        if not kind:
+            continue
+        start, stop = block * block_k, min((block + 1) * block_k, k_len)
+        joins = bool(runs) and runs[-1][2] == start
+        if joins and (kind == PARTIAL or runs[-1][1] == start or whole):
+            runs[-1][1] = stop if kind == FULL and runs[-1][1] == start else runs[-1][1]
+            runs[-1][2] = stop
+        else:
+            runs.append([start, stop if kind == FULL else start, stop])
+    total = sum(stop - start for start, _, stop in runs)
+    if len(runs) > 1 and (whole or total < 512 * len(runs)):
+        full = [torch.arange(start, end, device=device) for start, end, _ in runs if end > start]
+        rest = [torch.arange(end, stop, device=device) for _, end, stop in runs if stop > end]
+        index, known = torch.cat(full + rest), sum(x.numel() for x in full)
+        step = total if whole else limit
+        for at in range(0, total, step):
+            piece = index[at : at + step]
+            yield Columns(piece, piece.numel(), min(max(known - at, 0), piece.numel()))
+        return
+    for start, end, stop in runs:
+        step = stop - start if whole else limit
+        for at in range(start, stop, step):
+            to = min(at + step, stop)
+            yield Columns(slice(at, to), to - at, min(max(end - at, 0), to - at))

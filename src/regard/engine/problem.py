@@ -1,0 +1,238 @@
+"""One attention call made canonical: inputs checked and filled in, q and k prepared, indices and visible counts at hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.mask import Causal, Full, Mask, Window
+from ..algebra.mechanism import Mechanism, Weighted
+from ..algebra.part import Input, Sizes, asks, call
+from ..algebra.select import Selection
+from ..errors import RegardError, nearest
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    """The sizes of a call; raises RegardError when q, k and v do not fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            came = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise RegardError(f"{name} is {came}; expected a tensor (batch, heads, length, channels)")
+        if not x.is_floating_point():
+            raise RegardError(f"{name} has dtype {x.dtype}; expected a floating dtype")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise RegardError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; expected one dtype and device")
+    if not (q.shape[0] == k.shape[0] == v.shape[0]):
+        raise RegardError(f"batch sizes differ: q {q.shape[0]}, k {k.shape[0]}, v {v.shape[0]}")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise RegardError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; expected the same heads and length")
+    if q.shape[3] != k.shape[3]:
+        raise RegardError(f"q has head_dim {q.shape[3]} but k has {k.shape[3]}; expected the same")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise RegardError(f"q has {q.shape[1]} heads and k {k.shape[1]}; expected the first to be a multiple of the second")
+    if 0 in (k.shape[2], q.shape[3], v.shape[3]):
+        raise RegardError(f"empty k or v: k {tuple(k.shape)}, v {tuple(v.shape)}; expected at least one key and one channel")
+    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+
+def check_names(given: Mapping[str, Any], declared: Mapping[str, Input], mechanism: Mechanism) -> None:
+    for name, value in given.items():
+        if name not in declared:
+            known = ", ".join(sorted(declared)) or "none"
+            raise RegardError(f"unknown input {name!r}; this mechanism declares: {known}.{nearest(name, declared)}")
+        if not isinstance(value, (Tensor, int, float)):
+            raise RegardError(f"input {name!r} is {type(value).__name__}; expected a tensor or a number")
+
+
+def fill_inputs(
+    declared: Mapping[str, Input], given: Mapping[str, Any], sizes: Sizes, like: Tensor, counts: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Every declared input as a checked tensor, elementwise ones in canonical form; `pool` defaults are left out."""
+    out: dict[str, Tensor] = {}
+    for name, spec in declared.items():
+        value = given.get(name)
+        if value is None:
+            if spec.default is None:
+                raise RegardError(f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})")
+            if spec.default == "pool":
+                continue
+            value = spec.default
+            if callable(value):
+                wanted = asks(value, 0)
+                if "n" in wanted and counts is None:
+                    raise RegardError(f"the default of input {name!r} needs visible counts, which this call has not")
+                value = value(**{key: {"sizes": sizes, "n": counts}[key] for key in wanted})
+                if isinstance(value, Tensor) and value.dim() == 4 and len(spec.shape) != 4:
+                    out[name] = value.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+                    continue
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(float(value) if spec.dtype == "float" else value, device=like.device)
+            if spec.dtype == "float":
+                value = value.to(torch.promote_types(like.dtype, torch.float32))
+        if value.dim() == 0 and spec.shape:
+            value = value.reshape([1] * len(spec.shape)) if spec.elementwise else value
+        value = value.to(like.device)
+        spec.check(value, sizes)
+        if value.is_floating_point() and value.dtype != torch.float64:
+            value = value.to(torch.promote_types(like.dtype, torch.float32))
+        out[name] = spec.canonical(value) if spec.elementwise else value
+    return out
+
+
+def indices(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """b, h, i, j broadcasting to (B, H, Lq, Lk)."""
+    return {
+        "b": torch.arange(sizes.batch, device=device)[:, None, None, None],
+        "h": torch.arange(sizes.heads, device=device)[:, None, None],
+        "i": torch.arange(sizes.k_len - sizes.q_len, sizes.k_len, device=device)[:, None],
+        "j": torch.arange(sizes.k_len, device=device),
+    }
+
+
+def visible_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """How many keys each query sees: (B or 1, H or 1, Lq, 1), float32; closed form where there is one, else a row block at a time."""
+    i = torch.arange(sizes.k_len - sizes.q_len, sizes.k_len, device=device, dtype=torch.float32)
+    parts = {type(part) for part in mask.parts()}
+    if isinstance(mask, Full):
+        return torch.full((1, 1, sizes.q_len, 1), float(sizes.k_len), device=device)
+    if isinstance(mask, Causal):
+        return (i + 1).clamp(min=0)[:, None][None, None]
+    if parts == {Causal, Window, type(mask)} and type(mask).__name__ == "Both":
+        size = min(part.size for part in mask.parts() if isinstance(part, Window))
+        return (i + 1).clamp(min=0, max=size)[:, None][None, None]
+    if not inputs and device.type == "cpu":
+        return streamed_counts_cached(mask, sizes)
+    return streamed_counts(mask, sizes, inputs, device)
+
+
+@functools.lru_cache(maxsize=64)
+def streamed_counts_cached(mask: Mask, sizes: Sizes) -> Tensor:
+    return streamed_counts(mask, sizes, {}, torch.device("cpu"))
+
+
+def streamed_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    at = indices(sizes, device)
+    env = {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
+    b = at["b"] if "b" in mask.depends else at["b"][:1]
+    h = at["h"] if "h" in mask.depends else at["h"][:1]
+    rows = max(1, 2**20 // max(1, sizes.k_len * b.numel() * h.numel()))
+    counts = [visible(mask, b, h, part, at["j"], env).expand(b.numel(), h.numel(), part.numel(), sizes.k_len).sum(-1, keepdim=True)
+              for part in at["i"].split(rows)]
+    return torch.cat(counts, -2).float() if counts else torch.zeros(b.numel(), h.numel(), 0, 1, device=device)
+
+
+def visible(mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+    """The mask's predicate, checked to be boolean."""
+    seen = mask.visible(b, h, i, j, env)
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        raise RegardError(f"mask {mask!r} returned {getattr(seen, 'dtype', type(seen).__name__)}; expected a bool tensor")
+    return seen
+
+
+@dataclass
+class Problem:
+    """A weighted call ready to run: prepared q and k, v, and everything elementwise."""
+
+    mechanism: Weighted
+    mask: Mask
+    sizes: Sizes
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    inputs: dict[str, Tensor]
+    counts: Tensor | None
+    selection: Selection | None = None
+    tiling: Any = None  # sizes of tiles, where the caller has a say
+    want_count: bool = False  # whether the visible count of each row must be returned
+
+    @property
+    def offset(self) -> int:
+        return self.sizes.k_len - self.sizes.q_len
+
+    def env(self) -> dict[str, Any]:
+        """Names that whole-tensor functions may ask for."""
+        return {**indices(self.sizes, self.q.device), **self.inputs, "n": self.counts, "offset": self.offset, "k_len": self.sizes.k_len}
+
+    def with_(self, **changes: Any) -> Problem:
+        return replace(self, **changes)
+
+
+def functions_of(mechanism: Weighted) -> list[tuple[Any, int]]:
+    """Every plain function a weighted mechanism calls, with its number of leading arguments."""
+    normalizer, score = mechanism.normalizer, mechanism.score
+    found = [(getattr(mechanism.position, "modify", None), 1), (getattr(score, "row_scale", None), 1)]
+    found += [(getattr(normalizer, name, None), 1) for name in ("weight", "mass", "divide")]
+    found += [(normalizer.floor, 0)] if callable(getattr(normalizer, "floor", None)) else []  # type: ignore[attr-defined]
+    return [(function, lead) for function, lead in found if function is not None]
+
+
+@functools.lru_cache(maxsize=1024)
+def wants_counts(mechanism: Weighted) -> bool:
+    """Whether anything asks for the visible count n."""
+    row_scale = getattr(mechanism.score, "row_scale", None)
+    defaults = [item.default for item in mechanism.declared if callable(item.default)]
+    return row_scale is not None or any("n" in asks(f, lead) for f, lead in functions_of(mechanism)) or any(
+        "n" in asks(default, 0) for default in defaults
+    )
+
+
+def combine_masks(mechanism: Weighted, mask: Mask) -> Mask:
+    own = mechanism.mask
+    assert isinstance(own, Mask)
+    return mask if own == mask else own & mask
+
+
+def pose(
+    mechanism: Weighted, mask: Mask, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any],
+    need_counts: bool = False,
+) -> Problem:
+    """Check a weighted call and prepare it: inputs, visible counts, rotary positions, score preparation, selection."""
+    sizes = sizes_of(q, k, v)
+    mask = combine_masks(mechanism, mask)
+    declared = {item.name: item for item in mechanism.declared}
+    declared.update({item.name: item for part in mask.parts() for item in getattr(part, "inputs", ())})
+    check_names(given, declared, mechanism)
+    mask_names = {item.name for part in mask.parts() for item in getattr(part, "inputs", ())}
+    masks = fill_inputs({name: declared[name] for name in mask_names}, given, sizes, q)
+    counts = visible_counts(mask, sizes, masks, q.device) if need_counts or wants_counts(mechanism) else None
+    counts = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+    rest = {name: spec for name, spec in declared.items() if name not in mask_names}
+    inputs = {**masks, **fill_inputs(rest, given, sizes, q, counts)}
+    if mechanism.position is not None:
+        q = mechanism.position.rotate(q, torch.arange(sizes.k_len - sizes.q_len, sizes.k_len, device=q.device))  # type: ignore[union-attr]
+        k = mechanism.position.rotate(k, torch.arange(sizes.k_len, device=k.device))  # type: ignore[union-attr]
+    env: dict[str, Any] = {**inputs, "n": counts}
+    scale = sizes.head_dim**-0.5 if scale is None else scale
+    q, k = mechanism.score.prepare(q, k, scale, env)  # type: ignore[union-attr]
+    selection = None
+    if mechanism.select is not None:
+        with torch.no_grad():
+            selection = mechanism.select.select(q, k, sizes.k_len - sizes.q_len)
+    return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
+
+
+def row_env(problem: Problem, **more: Any) -> dict[str, Any]:
+    """Names for functions of whole rows (divide): inputs, n, c, as (B, H, Lq, 1)."""
+    return {**problem.inputs, "n": problem.counts, **more}
+
+
+def divisor(problem: Problem, total: Tensor | None, c: Tensor, counts: Tensor | None = None) -> Tensor | None:
+    """Z of each row, or None when nothing is divided by."""
+    normalizer: Any = problem.mechanism.normalizer
+    if not normalizer.normalised:
+        return None
+    base = total if total is not None else torch.ones_like(c)
+    if normalizer.divide is None:
+        return base
+    return call(normalizer.divide, base, env=row_env(problem, c=c, n=problem.counts if counts is None else counts))
+
+
+def reciprocal(z: Tensor) -> Tensor:
+    """1 / z, and 0 where z is 0: a row without mass has no weights."""
+    empty = z == 0
+    return torch.where(empty, torch.zeros_like(z), 1 / torch.where(empty, torch.ones_like(z), z))

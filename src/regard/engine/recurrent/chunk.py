@@ -1,0 +1,162 @@
+"""Chunks: matrix products inside a chunk, the recurrence between chunks. Linear in length, no exponent above zero is formed.
+
+Within a chunk let G_i be the inclusive sum of log decays. With state S at its start,
+
+    o_i = (q_i e^{G_i}) S + sum_{j<=i} (q_i . k_j e^{G_i - G_j}) u_j,      S' = e^{G_C} S + sum_j (k_j e^{G_C - G_j}) u_j^T,
+
+where u = v for additive writes, and (I + tril(beta K K^T o e^{G_i - G_j}, -1)) u = beta (v - (K e^{G_i}) S) for the delta rule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .parallel import decay_matrix
+from .pose import Scan
+
+SEGMENT = 1024  # tokens worked on at once: bounds memory, and keeps a segment near the caches
+SUB = 16  # sub-chunks of per-channel decay
+SAFE = 40.0  # largest decay of a chunk for which e^{+-SAFE/2} factors are exact in float32
+
+
+def chunk_length(scan: Scan) -> int:
+    """Tokens a chunk: longer for scalar decay, where a chunk's inside is one matrix product."""
+    if scan.beta is not None or (scan.decay is not None and scan.decay.shape[-1] > 1):
+        return 64
+    return 128
+
+
+def chunked(scan: Scan, state: Tensor | None, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """(o, state after the last token), o before the readout."""
+    size = min(size or chunk_length(scan), max(1, scan.length))
+    b, h, length, f = scan.k.shape
+    state = scan.v.new_zeros(b, h, f, scan.v.shape[-1]) if state is None else state
+    outputs = []
+    step = max(size, SEGMENT // size * size)
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        out, state = segment(cut(scan, start, stop), state, size)
+        outputs.append(out)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def cut(scan: Scan, start: int, stop: int) -> Scan:
+    def part(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[-2] == 1 else x[..., start:stop, :]
+
+    return Scan(scan.q[..., start:stop, :], scan.k[..., start:stop, :], scan.v[..., start:stop, :], part(scan.decay) if scan.length > 1 else scan.decay,
+                part(scan.beta) if scan.length > 1 else scan.beta, True, scan.summed, scan.eps)
+
+
+def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    length = scan.length
+    fill = -length % size
+
+    def chunks(x: Tensor) -> Tensor:
+        return (pad(x, (0, 0, 0, fill)) if fill else x).unflatten(-2, (-1, size))
+
+    q, k, v = chunks(scan.q), chunks(scan.k), chunks(scan.v)
+    beta = None if scan.beta is None else chunks(scan.beta)
+    if scan.decay is None:
+        total = None
+    elif scan.decay.shape[-2] == 1 and length > 1:  # one decay a head: the same in every chunk
+        total = (scan.decay * torch.arange(1, size + 1, device=q.device, dtype=q.dtype)[:, None]).unsqueeze(-3)
+        if fill:
+            last = torch.full((q.shape[-3],), size, device=q.device)
+            last[-1] = size - fill
+            steps = torch.minimum(torch.arange(1, size + 1, device=q.device), last[:, None])
+            total = scan.decay.unsqueeze(-3) * steps[..., None].to(q.dtype)
+    else:
+        total = chunks(scan.decay.expand(*scan.decay.shape[:-2], length, scan.decay.shape[-1])).cumsum(-2)
+    inside, into, out_of, fade = within(q, k, total)
+    if beta is None:
+        writes = out_of.transpose(-1, -2) @ v
+        states, state = carry(writes, fade, state)
+        out = inside @ v + into @ states
+    else:
+        out, state = delta(inside, into, out_of, fade, k, v, beta, total, state)
+    return out.flatten(-3, -2)[..., :length, :], state
+
+
+def within(q: Tensor, k: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(weights inside each chunk, queries that read the incoming state, keys that write the outgoing one, the state's decay)."""
+    if total is None:
+        return (q @ k.transpose(-1, -2)).tril(), q, k, None
+    end = total[..., -1:, :]
+    fade = torch.exp(end).transpose(-1, -2)
+    into, out_of = q * torch.exp(total), k * torch.exp(end - total)
+    if total.shape[-1] == 1:
+        return (q @ k.transpose(-1, -2)) * decay_matrix(total), into, out_of, fade
+    if bool((end > -SAFE).all()):
+        middle = total - end / 2
+        return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril(), into, out_of, fade
+    return strong_decay(q, k, total), into, out_of, fade
+
+
+def strong_decay(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """Weights inside chunks when decay is too strong to be split into two factors: sub-chunks of SUB tokens.
+
+    Between sub-chunks both factors refer to the start of the later one, so no exponent is positive; inside one, the sum over
+    channels is formed pair by pair.
+    """
+    size = q.shape[-2]
+    total = total.double()  # differences of long sums: float32 would lose the small ones
+    rows = []
+    for start in range(0, size, SUB):
+        stop = min(start + SUB, size)
+        mine, before = total[..., start:stop, :], total[..., :start, :]
+        reference = total[..., start - 1 : start, :] if start else torch.zeros_like(mine[..., :1, :])
+        parts = [near_weights(q[..., start:stop, :], k[..., start:stop, :], mine - reference)]
+        if start:
+            left = q[..., start:stop, :] * torch.exp(mine - reference).to(q.dtype)
+            right = k[..., :start, :] * torch.exp(reference - before).to(q.dtype)
+            parts.insert(0, left @ right.transpose(-1, -2))
+        rows.append(pad(torch.cat(parts, -1), (0, size - stop)))
+    return torch.cat(rows, -2)
+
+
+def near_weights(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """Weights inside sub-chunks from sums of log decays since each one's start: split in two factors where that is safe."""
+    end = total[..., -1:, :]
+    if bool((end > -SAFE).all()):
+        middle = (total - end / 2).to(q.dtype)
+        return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril()
+    past = torch.ones(total.shape[-2], total.shape[-2], dtype=torch.bool, device=q.device).tril()[..., None]
+    gap = (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(~past, float("-inf"))
+    return torch.einsum("...ic,...jc,...ijc->...ij", q, k, torch.exp(gap).to(q.dtype))
+
+
+def carry(writes: Tensor, fade: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States at the start of each chunk (B, H, N, F, E), and after the last."""
+    states = []
+    for n in range(writes.shape[-3]):
+        states.append(state)
+        if fade is not None:
+            state = state * (fade[..., 0, :, :] if fade.shape[-3] == 1 else fade[..., n, :, :])
+        state = state + writes[..., n, :, :]
+    return torch.stack(states, -3), state
+
+
+def delta(
+    inside: Tensor, into: Tensor, out_of: Tensor, fade: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, total: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The WY form: u = U - W S with both solved for all chunks at once."""
+    overlap = k @ k.transpose(-1, -2)
+    reads = k
+    if total is not None:
+        overlap, reads = overlap * decay_matrix(total), k * torch.exp(total)
+    size = k.shape[-2]
+    system = (beta * overlap).tril(-1) + torch.eye(size, dtype=k.dtype, device=k.device)
+    solved = torch.linalg.solve_triangular(system, torch.cat((beta * reads, beta * v), -1), upper=False, unitriangular=True)
+    w, u = solved.split((k.shape[-1], v.shape[-1]), -1)
+    written, states = [], []
+    for n in range(k.shape[-3]):
+        states.append(state)
+        new = u[..., n, :, :] - w[..., n, :, :] @ state
+        if fade is not None:
+            state = state * (fade[..., 0, :, :] if fade.shape[-3] == 1 else fade[..., n, :, :])
+        state = state + out_of[..., n, :, :].transpose(-1, -2) @ new
+        written.append(new)
+    return inside @ torch.stack(written, -3) + into @ torch.stack(states, -3), state

@@ -1,0 +1,54 @@
+"""The quadratic form: the recurrence as a matrix of weights. Simple enough to be checked by eye, in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pose import Scan
+
+
+def decay_matrix(total: Tensor) -> Tensor:
+    """exp(G_i - G_j) for j <= i, else 0, from running sums G (..., L, 1); exponents are never positive."""
+    gap = total - total.transpose(-1, -2)
+    past = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).tril()
+    return torch.exp(gap.masked_fill(~past, float("-inf")))
+
+
+def running(decay: Tensor, length: int) -> Tensor:
+    """Inclusive sums of log decays along the sequence."""
+    return decay.expand(*decay.shape[:-2], length, decay.shape[-1]).cumsum(-2)
+
+
+def pair_weights(scan: Scan) -> Tensor:
+    """W with o = W v for additive writes: W_ij = sum_c q_ic k_jc exp(G_ic - G_jc)."""
+    if scan.decay is None:
+        return (scan.q @ scan.k.transpose(-1, -2)).tril() if scan.causal else scan.q @ scan.k.transpose(-1, -2)
+    total = running(scan.decay, scan.length)
+    if total.shape[-1] == 1:
+        return (scan.q @ scan.k.transpose(-1, -2)) * decay_matrix(total)
+    rows = []
+    for i in range(scan.length):  # one row at a time: (j, c) is the largest thing in memory
+        fade = torch.exp(total[..., i : i + 1, :] - total[..., : i + 1, :])
+        row = (scan.q[..., i : i + 1, :] * fade * scan.k[..., : i + 1, :]).sum(-1)
+        rows.append(torch.nn.functional.pad(row, (0, scan.length - i - 1)))
+    return torch.stack(rows, -2)
+
+
+def delta_weights(scan: Scan) -> Tensor:
+    """W with o = W v for delta writes: tril(Q K^T o D) (I + tril(beta K K^T o D, -1))^-1 diag(beta)."""
+    assert scan.beta is not None
+    past = (scan.q @ scan.k.transpose(-1, -2)).tril()
+    overlap = scan.k @ scan.k.transpose(-1, -2)
+    if scan.decay is not None:
+        fade = decay_matrix(running(scan.decay, scan.length))
+        past, overlap = past * fade, overlap * fade
+    erase = (scan.beta * overlap).tril(-1)
+    eye = torch.eye(scan.length, dtype=erase.dtype, device=erase.device)
+    strength = torch.diag_embed(scan.beta.squeeze(-1))
+    return past @ torch.linalg.solve_triangular(eye + erase, strength, upper=False, unitriangular=True)
+
+
+def parallel(scan: Scan) -> Tensor:
+    """o (B, H, L, E), before the readout."""
+    return (pair_weights(scan) if scan.beta is None else delta_weights(scan)) @ scan.v

@@ -1,0 +1,25 @@
+"""One token at a time: the recurrence as written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pose import Scan
+
+
+def step(scan: Scan, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(o, state) token by token; state (B, H, F, E)."""
+    b, h, length, f = scan.k.shape
+    state = scan.v.new_zeros(b, h, f, scan.v.shape[-1]) if state is None else state
+    outputs = []
+    for t in range(length):
+        k, v, q = scan.k[..., t, :], scan.v[..., t, :], scan.q[..., t, :]
+        if scan.decay is not None:
+            at = 0 if scan.decay.shape[-2] == 1 else t
+            state = state * torch.exp(scan.decay[..., at, :]).unsqueeze(-1)
+        if scan.beta is not None:
+            v = scan.beta[..., t, :] * (v - (k.unsqueeze(-2) @ state).squeeze(-2))
+        state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
+        outputs.append((q.unsqueeze(-2) @ state).squeeze(-2))
+    return torch.stack(outputs, -2), state

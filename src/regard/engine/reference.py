@@ -1,0 +1,131 @@
+"""The truth: float64, the whole matrix, simple enough to be checked by eye."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..algebra.normalizer import RowLocal
+from ..algebra.part import call
+from ..algebra.position import modify
+from ..algebra.select import Selection
+from .problem import Problem, divisor, indices, reciprocal, visible
+
+
+class Stats(NamedTuple):
+    """What `merge` needs of a partial result: the shift, the sum of masses and the visible count of each row, (B, H, Lq, 1)."""
+
+    shift: Tensor
+    total: Tensor
+    count: Tensor
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def expand_selection(selection: Selection, q_len: int, k_len: int) -> Tensor:
+    """Which pairs a selection keeps, (B, H, Lq, Lk)."""
+    keep = selection.keep.repeat_interleave(selection.block_q, -2)[..., :q_len, :]
+    return keep.repeat_interleave(selection.block_k, -1)[..., :k_len]
+
+
+def seen_pairs(problem: Problem) -> Tensor:
+    """(B, H, Lq, Lk) bool: mask and selection."""
+    at = indices(problem.sizes, problem.q.device)
+    env = {**problem.inputs, "offset": problem.offset, "k_len": problem.sizes.k_len}
+    sizes = problem.sizes
+    seen = visible(problem.mask, at["b"], at["h"], at["i"], at["j"], env)
+    seen = seen.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
+    if problem.selection is not None:
+        seen = seen & expand_selection(problem.selection, sizes.q_len, sizes.k_len)
+    return seen
+
+
+def scores(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
+    env = problem.env()
+    return modify(problem.mechanism.position, problem.mechanism.score.pair(q, k, env), env)  # type: ignore[union-attr, arg-type]
+
+
+def shift_of(normalizer: RowLocal, s: Tensor, seen: Tensor) -> Tensor:
+    """The stabilising shift c of each row; it changes no weight, so no gradient passes."""
+    if normalizer.shift == "none":
+        return torch.zeros_like(s[..., :1])
+    size = s.detach().abs() if normalizer.shift == "maxabs" else s.detach()
+    top = size.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
+    top = top.clamp_min(0) if normalizer.shift == "max0" else top
+    return torch.where(top.isfinite(), top, torch.zeros_like(top))
+
+
+def root_of(normalizer: RowLocal, s: Tensor, seen: Tensor, env: Mapping[str, Any]) -> Tensor:
+    """The c for which the weights sum to 1, by bisection; one Newton step with gradient carries the implicit derivative."""
+    floor = call(normalizer.floor, env=env) if callable(normalizer.floor) else normalizer.floor
+    live = seen.any(-1, keepdim=True)
+
+    def total(c: Tensor) -> Tensor:
+        return torch.where(seen, call(normalizer.weight, torch.where(seen, s, c), env={**env, "c": c}), 0.0).sum(-1, keepdim=True)
+
+    with torch.no_grad():
+        high = torch.where(live, s.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True), 0.0)
+        low = high - floor
+        for _ in range(200 if s.dtype == torch.float64 else 80):
+            middle = (low + high) / 2
+            above = total(middle) >= 1
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        c = low
+    with torch.enable_grad():
+        leaf = c.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(total(leaf).sum(), leaf)
+    slope = torch.where(slope == 0, -torch.ones_like(slope), slope.detach())
+    return c - torch.where(live, (total(c) - 1) / slope, 0.0)
+
+
+def row_weights(problem: Problem, s: Tensor, seen: Tensor) -> tuple[Tensor, Stats]:
+    """Weights of a row-local normalizer over whole rows, and the rows' stats."""
+    normalizer = problem.mechanism.normalizer
+    assert isinstance(normalizer, RowLocal)
+    env = problem.env()
+    root = normalizer.shift == "root"
+    c = root_of(normalizer, s, seen, env) if root else shift_of(normalizer, s, seen)
+    inside = torch.where(seen, s, c)  # a masked score stands at c, where every function is finite
+    weights = torch.where(seen, call(normalizer.weight, inside, env={**env, "c": c}), 0.0)
+    count = seen.sum(-1, keepdim=True).to(s.dtype)
+    total = torch.ones_like(c)
+    if not root and normalizer.mass is not None:
+        total = torch.where(seen, call(normalizer.mass, inside, env={**env, "c": c}), 0.0).sum(-1, keepdim=True)
+    z = None if root else divisor(problem, total if normalizer.mass is not None else None, c)
+    return (weights if z is None else weights * reciprocal(z)), Stats(c, total, count)
+
+
+def weights(problem: Problem) -> Tensor:
+    """The weights themselves, (B, H, Lq, Lk), in the dtype of the problem."""
+    k = repeat_heads(problem.k, problem.sizes.heads)
+    s, seen = scores(problem, problem.q, k), seen_pairs(problem)
+    if isinstance(problem.mechanism.normalizer, RowLocal):
+        return row_weights(problem, s, seen)[0]
+    return problem.mechanism.normalizer.weights(s, seen, problem.env())
+
+
+def in_precision(problem: Problem, dtype: torch.dtype) -> Problem:
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in problem.inputs.items()}
+    counts = None if problem.counts is None else problem.counts.to(dtype)
+    return problem.with_(q=problem.q.to(dtype), k=problem.k.to(dtype), v=problem.v.to(dtype), inputs=inputs, counts=counts)
+
+
+def run(problem: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Stats]:
+    """(out, stats) with everything computed in `dtype` and the matrix of weights in memory."""
+    given = problem.v.dtype
+    problem = in_precision(problem, dtype)
+    k, v = (repeat_heads(x, problem.sizes.heads) for x in (problem.k, problem.v))
+    s, seen = scores(problem, problem.q, k), seen_pairs(problem)
+    normalizer = problem.mechanism.normalizer
+    if isinstance(normalizer, RowLocal):
+        p, stats = row_weights(problem, s, seen)
+    else:
+        p = normalizer.weights(s, seen, problem.env())
+        zero = torch.zeros_like(p[..., :1])
+        stats = Stats(zero, zero + 1, seen.sum(-1, keepdim=True).to(dtype))
+    return (p @ v).to(given), stats

@@ -1,0 +1,130 @@
+"""Decoding: `step` takes new tokens and a state, and gives what the full pass would have given for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.mask import Causal, Mask
+from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
+from ..errors import RegardError
+from . import recurrent as scans
+from .door import attend, resolved
+
+
+@dataclass
+class KeyValueState:
+    """All keys and values so far, in buffers that double when full; k (B, Hkv, length, D), v (B, Hkv, length, Dv)."""
+
+    buffer_k: Tensor
+    buffer_v: Tensor
+    length: int
+
+    @property
+    def k(self) -> Tensor:
+        return self.buffer_k[..., : self.length, :]
+
+    @property
+    def v(self) -> Tensor:
+        return self.buffer_v[..., : self.length, :]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values held (not of the spare room)."""
+        return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+
+    def append(self, k: Tensor, v: Tensor) -> KeyValueState:
+        length = self.length + k.shape[-2]
+        buffers = [grow(buffer, x, self.length, length) for buffer, x in ((self.buffer_k, k), (self.buffer_v, v))]
+        return KeyValueState(buffers[0], buffers[1], length)
+
+
+def grow(buffer: Tensor, x: Tensor, have: int, need: int) -> Tensor:
+    """`buffer` with x written at [have, need), in a buffer twice as long when there is no room."""
+    if torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad):
+        return torch.cat((buffer[..., :have, :], x), -2)
+    if buffer.shape[-2] < need:
+        wider = buffer.new_empty(*buffer.shape[:-2], max(need, 2 * have), buffer.shape[-1])
+        wider[..., :have, :] = buffer[..., :have, :]
+        buffer = wider
+    buffer[..., have:need, :] = x
+    return buffer
+
+
+@dataclass
+class ScanState:
+    """A recurrence's running state S (B, H, F, E) and how many tokens it has read."""
+
+    s: Tensor
+    length: int
+
+    @property
+    def bytes(self) -> int:
+        return self.s.numel() * self.s.element_size()
+
+
+@dataclass
+class ManyStates:
+    """One state a member of a hybrid."""
+
+    states: tuple[Any, ...]
+
+    @property
+    def length(self) -> int:
+        return int(self.states[0].length)
+
+    @property
+    def bytes(self) -> int:
+        return sum(state.bytes for state in self.states)
+
+
+State = KeyValueState | ScanState | ManyStates
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", state: State | None = None, *, mask: Mask | None = None,
+    scale: float | None = None, **inputs: Any,
+) -> tuple[Tensor, State]:
+    """Causal attention of new tokens after those in `state`; returns (out, new state).
+
+    q (B, Hq, n, D), k (B, Hkv, n, D), v (B, Hkv, n, Dv) with n >= 1 new tokens (a prompt, or one token); state None starts a
+    stream. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`). A stream owns its state: older
+    states share its buffers. Inputs whose default depends on the length must be passed.
+    """
+    description = resolved(mechanism)
+    for item in description.declared:
+        if item.shape == "" and callable(item.default) and inputs.get(item.name) is None:
+            raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
+    if isinstance(description, Recurrent):
+        return step_scan(description, q, k, v, state, scale, inputs)
+    if isinstance(description, Hybrid) and description.how in ("sum", "gate"):
+        states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)
+        stepped = [step(q, k, v, member, old, mask=mask, scale=scale, **{i.name: inputs[i.name] for i in member.declared if i.name in inputs})
+                   for member, old in zip(description.members, states, strict=True)]
+        outs = torch.stack([out for out, _ in stepped], -1)
+        out = outs.sum(-1) if description.how == "sum" else (outs * inputs["gate"][..., None, :]).sum(-1)
+        return out, ManyStates(tuple(new for _, new in stepped))
+    if not isinstance(description, Weighted) or not description.can_be_causal:
+        raise RegardError(f"{mechanism if isinstance(mechanism, str) else type(description).__name__} cannot decode: it reads the whole sequence at once")
+    if state is None:
+        state = KeyValueState(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
+    if not isinstance(state, KeyValueState):
+        raise RegardError(f"state is {type(state).__name__}; expected a KeyValueState from an earlier step of this mechanism")
+    new = state.append(k, v)
+    full = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
+    return attend(q, new.k, new.v, description, mask=full, scale=scale, **inputs), new
+
+
+def step_scan(
+    description: Recurrent, q: Tensor, k: Tensor, v: Tensor, state: State | None, scale: float | None, inputs: dict[str, Any]
+) -> tuple[Tensor, ScanState]:
+    if state is not None and not isinstance(state, ScanState):
+        raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism")
+    first = 0 if state is None else state.length
+    scan = scans.pose(description, Causal(), q, k, v, scale, inputs, first=first)
+    out, s = scans.run(scan, "step" if q.shape[-2] == 1 else "chunk", None if state is None else state.s)
+    assert s is not None
+    return out.to(v.dtype), ScanState(s, first + k.shape[-2])

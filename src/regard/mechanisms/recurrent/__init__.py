@@ -1,0 +1,1 @@
+"""Named recurrent systems, a file each."""

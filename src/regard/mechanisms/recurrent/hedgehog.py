@@ -1,0 +1,31 @@
+"""Hedgehog: learned feature maps that mimic softmax's spiky, monotone weights (id 38; Zhang et al., 2024).
+
+    phi(x) = [softmax_d(W x + b), softmax_d(-W x - b)],   W per head, from the identity; a_ij = phi_q(q_i).phi_k(k_j) / sum_j
+"""
+
+import torch
+from torch import Tensor
+
+from ...algebra import Recurrent
+from ...algebra import hedgehog as hedgehog_map
+from ...catalog.registry import register
+from ...errors import RegardError
+
+
+@register("hedgehog")
+def hedgehog(form: str = "softmax", clamp: float = 1e-12, eps: float = 1e-6) -> Recurrent:
+    """form: "softmax" (the stable practical map) or "exp", [exp(Wx + b), exp(-Wx - b)]. clamp: smallest feature value."""
+    if form not in ("softmax", "exp"):
+        raise RegardError(f"form={form!r}; expected softmax or exp")
+    return Recurrent(hedgehog_map(form, clamp), readout="sum", eps=eps, scaled=False)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Soft cross-entropy - sum_ij P_ij log a_ij, mean over batch, heads and queries, of weights (B, H, Lq, Lk).
+
+    teacher: softmax weights P of the frozen model; student: the linear weights a. Masked pairs are zero in both.
+    """
+    if student.shape != teacher.shape:
+        raise RegardError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same shape")
+    tiny = torch.finfo(student.dtype).tiny
+    return -(teacher * student.clamp_min(tiny).log()).sum(-1).mean()

@@ -1,0 +1,1 @@
+"""Named reduced systems, a file each."""

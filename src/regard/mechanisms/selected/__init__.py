@@ -1,0 +1,1 @@
+"""Named selected systems, a file each."""

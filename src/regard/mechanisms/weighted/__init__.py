@@ -1,0 +1,1 @@
+"""Named weighted systems, a file each."""

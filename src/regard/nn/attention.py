@@ -1,0 +1,153 @@
+"""One layer for every mechanism: projections, the mechanism's own parameters, a full pass and a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..algebra import Causal, Input, Learned, Mask, Mechanism, Projected, Rope, Sizes
+from ..catalog import get
+from ..engine import State, attend, step
+from ..engine.composed import inputs_of
+from ..errors import RegardError
+from .parts import Projection, ShortConv, head_norm
+
+ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "elu+1": lambda x: F.elu(x) + 1}
+
+
+@dataclass
+class LayerState:
+    """What a layer remembers between steps: the mechanism's state and the last inputs of its convolutions."""
+
+    inner: State | None
+    conv: tuple[Tensor, ...]
+    position: int
+
+    @property
+    def bytes(self) -> int:
+        return (self.inner.bytes if self.inner is not None else 0) + sum(x.numel() * x.element_size() for x in self.conv)
+
+
+class Attention(nn.Module):
+    """Multi-head attention by any mechanism: x (B, L, dim) -> (B, L, dim).
+
+    mechanism: a name or a description. kv_heads: key and value heads (None: the mechanism's, else heads). head_dim: channels a head
+    (None: dim / heads). causal: run under Causal(). rope: rotary positions, where the mechanism has none of its own. context_len: the
+    length that length-dependent initial values assume. The mechanism's recipe decides convolutions, activations, norms and gates.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, mechanism: str | Mechanism = "softmax", *, kv_heads: int | None = None, head_dim: int | None = None,
+        causal: bool = True, rope: bool = False, bias: bool = False, context_len: int = 1024,
+    ):
+        super().__init__()
+        self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
+        if head_dim is None and dim % heads:
+            raise RegardError(f"dim={dim} is not a multiple of heads={heads}; pass head_dim=... to choose it")
+        recipe = self.mechanism.recipe_of
+        kv_heads = kv_heads or recipe.kv_heads or heads
+        if heads % kv_heads:
+            raise RegardError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+        if causal and not (self.mechanism.can_be_causal or self.mechanism.causal_only):
+            raise RegardError(f"{name_of(mechanism)} reads the whole sequence at once; pass causal=False")
+        self.dim, self.heads, self.kv_heads, self.causal, self.recipe = dim, heads, kv_heads, causal, recipe
+        self.value_dim = head_dim or dim // heads
+        key = recipe.key_dim
+        self.key_dim = self.value_dim if key is None else key if isinstance(key, int) else max(1, int(self.value_dim * key))
+        own_position = getattr(self.mechanism, "position", None) is not None
+        self.rope = Rope() if rope and recipe.rope and not own_position and self.key_dim % 2 == 0 else None
+        widths = (heads * self.key_dim, kv_heads * self.key_dim, kv_heads * self.value_dim)
+        self.q, self.k, self.v = (nn.Linear(dim, width, bias) for width in widths)
+        self.out = nn.Linear(heads * self.value_dim, dim, bias)
+        self.convs = nn.ModuleList([ShortConv(width, recipe.short_conv) for width in widths] if recipe.short_conv else [])
+        self.q_norm, self.k_norm = head_norm(recipe.qk_norm, self.key_dim), head_norm(recipe.qk_norm, self.key_dim)
+        self.out_norm = head_norm(recipe.out_norm, self.value_dim)
+        self.gate = nn.Linear(dim, heads * self.value_dim, bias) if recipe.out_gate else None
+        sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
+        self.inputs = tuple(item for item in inputs_of(self.mechanism) if item.layer is not None)
+        self.learned, self.projected = nn.ParameterDict(), nn.ModuleDict()
+        for item in self.inputs:
+            self.add(item, sizes)
+
+    def add(self, item: Input, sizes: Sizes) -> None:
+        """Give the layer what an input needs: a parameter, a fixed tensor or a projection."""
+        if isinstance(item.layer, Learned):
+            value = item.layer.init(sizes) if callable(item.layer.init) else torch.full([sizes.letter(c) or 1 for c in item.shape], float(item.layer.init))
+            if item.shape == "h" and value.dim() == 0:
+                value = value.repeat(sizes.heads)
+            if item.layer.trainable:
+                self.learned[item.name] = nn.Parameter(value.float())
+            else:
+                self.register_buffer(f"fixed_{item.name}", value.float())
+        elif isinstance(item.layer, Projected):
+            channels = self.key_dim if item.shape.endswith("d") else 1
+            self.projected[item.name] = Projection(self.dim, self.heads, channels, item.layer.rank, item.layer.bias)
+
+    def mechanism_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """The tensors the mechanism declares, from parameters and from x (B, L, dim)."""
+        made: dict[str, Tensor] = {}
+        for item in self.inputs:
+            if item.name in self.projected:
+                value = self.projected[item.name](x)
+                value = value.squeeze(-1) if item.shape[-1] != "d" else value
+            else:
+                value = self.learned[item.name] if item.name in self.learned else getattr(self, f"fixed_{item.name}")
+            assert item.layer is not None
+            made[item.name] = item.layer.transform(value) if item.layer.transform is not None else value
+        return made
+
+    def heads_of(self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """q, k, v as (B, heads, L, channels), and the convolutions' new state."""
+        flat, tails = [self.q(x), self.k(source), self.v(source)], []
+        for at, layer in enumerate(self.convs):
+            flat[at], tail = layer(flat[at], conv[at] if conv else None)
+            tails.append(tail)
+        act = ACTIVATION[self.recipe.activation]
+        q, k, v = (y.unflatten(-1, (-1, width)).transpose(1, 2) for y, width in zip(flat, (self.key_dim, self.key_dim, self.value_dim), strict=True))
+        q, k = self.q_norm(act(q)), self.k_norm(act(k))
+        v = act(v) if self.convs else v
+        if self.rope is not None:
+            q = self.rope.rotate(q, torch.arange(position, position + q.shape[-2], device=q.device))
+            k = self.rope.rotate(k, torch.arange(position, position + k.shape[-2], device=k.device))
+        return q, k, v, tuple(tails)
+
+    def close(self, o: Tensor, x: Tensor) -> Tensor:
+        o = self.out_norm(o).transpose(1, 2).flatten(-2)
+        return self.out(o if self.gate is None else o * F.silu(self.gate(x)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
+        """x (B, L, dim), context (B, Lk, dim) for cross-attention -> (B, L, dim). mask is added to the causal one; `inputs`: tensors the
+        mechanism declares and the layer does not make (segments, a mask's ids)."""
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
+        q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
+        made = {**self.mechanism_inputs(x if context is None else context), **inputs}
+        return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
+
+    def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
+        if isinstance(mask, Tensor):
+            from ..engine.door import explicit
+
+            mask, extra = explicit(mask, {}, mask)
+            made.update(extra)
+        return mask if not self.causal else Causal() if mask is None else Causal() & mask
+
+    def step(self, x: Tensor, state: LayerState | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
+        """New tokens x (B, n, dim) after those in `state` -> (y (B, n, dim), new state); equal to `forward` over all of them."""
+        if not self.causal:
+            raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
+        state = state or LayerState(None, (), 0)
+        q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
+        o, inner = step(q, k, v, self.mechanism, state.inner, **self.mechanism_inputs(x), **inputs)
+        return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}"
+
+
+def name_of(mechanism: str | Mechanism) -> str:
+    return mechanism if isinstance(mechanism, str) else type(mechanism).__name__

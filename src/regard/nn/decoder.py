@@ -1,0 +1,96 @@
+"""A small decoder language model around any mechanism: pre-norm, SwiGLU, optional rotary positions, byte-level by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra import Mechanism
+from ..errors import RegardError
+from .attention import Attention, LayerState
+from .parts import LayerScale, SwiGLU
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). `mixer` may be any module with forward(x) and step(x, state)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, hidden: int, layer_scale: float | None = None):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.mixer, self.mlp = mixer, SwiGLU(dim, hidden)
+        scales = [nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)]
+        self.scale1, self.scale2 = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale1(self.mixer(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.mixer.step(self.norm1(x), state)  # type: ignore[operator]
+        x = x + self.scale1(y)
+        return x + self.scale2(self.mlp(self.norm2(x))), state
+
+
+class Decoder(nn.Module):
+    """tokens (B, L) -> logits (B, L, vocab).
+
+    mechanism: one for all layers, or a sequence with one a layer (names, descriptions, or ready modules). rope: rotary positions where
+    the mechanism has none. hidden: width of the MLP (None: 8/3 dim, rounded to 16). Embedding and output share weights.
+    """
+
+    def __init__(
+        self, mechanism: str | Mechanism | Sequence[str | Mechanism | nn.Module] = "softmax", *, vocab: int = 256, dim: int = 128, layers: int = 2,
+        heads: int = 4, kv_heads: int | None = None, hidden: int | None = None, rope: bool = True, context_len: int = 1024,
+        layer_scale: float | None = None,
+    ):
+        super().__init__()
+        chosen = list(mechanism) if isinstance(mechanism, (list, tuple)) else [mechanism] * layers
+        if len(chosen) != layers:
+            raise RegardError(f"mechanism names {len(chosen)} layers; expected layers={layers}")
+        hidden = hidden or -(-dim * 8 // 3 // 16) * 16
+        self.embed = nn.Embedding(vocab, dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.blocks = nn.ModuleList()
+        for one in chosen:
+            mixer = one if isinstance(one, nn.Module) else Attention(dim, heads, one, kv_heads=kv_heads, rope=rope, context_len=context_len)  # type: ignore[arg-type]
+            self.blocks.append(Block(dim, mixer, hidden, layer_scale))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        for block in self.blocks:  # residual branches start small, so that depth does not change the scale of the stream
+            block.mlp.down.weight.data.div_((2 * layers) ** 0.5)  # type: ignore[union-attr, operator]
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.norm(x) @ self.embed.weight.T  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(x)
+
+    def step(self, tokens: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """New tokens (B, n) after those in `states` -> (logits (B, n, vocab), new states)."""
+        x, new = self.embed(tokens), []
+        for at, block in enumerate(self.blocks):
+            x, state = block.step(x, states[at] if states else None)  # type: ignore[operator]
+            new.append(state)
+        return self.logits(x), new
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, count: int, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """prompt (B, n) -> (B, n + count): the prompt once, then one token at a time from the states. temperature 0 is greedy."""
+        if prompt.shape[1] < 1:
+            raise RegardError("prompt is empty; expected at least one token")
+        tokens = [prompt]
+        logits, states = self.step(prompt)
+        for _ in range(count):
+            last = logits[:, -1]
+            if temperature == 0:
+                new = last.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            tokens.append(new)
+            logits, states = self.step(new, states)
+        return torch.cat(tokens, 1)

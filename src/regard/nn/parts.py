@@ -1,0 +1,76 @@
+"""Small layers that several models share: norms, short convolutions, projections, SwiGLU, layer scale."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RegardError
+
+
+class UnitNorm(nn.Module):
+    """x / |x| over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+def head_norm(kind: str, width: int) -> nn.Module:
+    """A norm over a head's channels: "" none, "l2", "rms" or "layer"."""
+    known = {"": nn.Identity, "l2": UnitNorm, "rms": lambda: nn.RMSNorm(width, eps=1e-6), "layer": lambda: nn.LayerNorm(width)}
+    if kind not in known:
+        raise RegardError(f"norm {kind!r}; expected one of {', '.join(map(repr, known))}")
+    return known[kind]()
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over the length of x (B, L, channels); the state is the last width - 1 inputs."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / width**0.5)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state
+        x = torch.cat((past, x), 1)
+        out = F.conv1d(x.transpose(1, 2), self.weight, groups=x.shape[2]).transpose(1, 2)
+        return out, x[:, x.shape[1] - self.width + 1 :]
+
+
+class Projection(nn.Module):
+    """x (B, L, dim) -> (B, heads, L, channels), through `rank` channels if given; `bias` None: no bias, else its start."""
+
+    def __init__(self, dim: int, heads: int, channels: int, rank: int | None, bias: float | None):
+        super().__init__()
+        self.channels = channels
+        self.down = nn.Linear(dim, rank, False) if rank else nn.Identity()
+        self.up = nn.Linear(rank or dim, heads * channels, bias is not None)
+        if bias is not None:
+            nn.init.constant_(self.up.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)).unflatten(-1, (-1, self.channels)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """W3(silu(W1 x) * W2 x)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(dim, hidden, False), nn.Linear(dim, hidden, False), nn.Linear(hidden, dim, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on a residual branch, starting small (1e-4 in the sigmoid-attention recipe)."""
+
+    def __init__(self, dim: int, init: float = 1e-4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
