@@ -50,7 +50,7 @@ def taylor_packed(x: Tensor) -> Tensor:
     """`taylor` with only the upper triangle of x x^T, off-diagonal entries times sqrt(2): the same products, (D+1)(D+2)/2 wide."""
     d = x.shape[-1]
     rows, cols = torch.triu_indices(d, d, device=x.device)
-    factor = torch.where(rows == cols, 1.0, math.sqrt(2.0)).to(x.dtype) / math.sqrt(2 * d)
+    factor = (1 + (rows != cols).to(x.dtype)).sqrt() / math.sqrt(2 * d)
     return torch.cat((torch.ones_like(x[..., :1]), x / d**0.25, x[..., rows] * x[..., cols] * factor), -1)
 
 

@@ -98,7 +98,7 @@ class Bound:
         return f"regard.algebra.Bound({show(self.function)}, {show(self.constants)})"
 
 
-def bind(function: Function, **constants: Any) -> Bound:
+def bind(function: Function, /, **constants: Any) -> Bound:
     """`function` with keyword `constants` fixed, comparable and hashable."""
     return Bound(function, tuple(sorted(constants.items())))
 

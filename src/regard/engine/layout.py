@@ -35,6 +35,16 @@ class Layout:
         """Whether all batches and heads have the same blocks."""
         return self.kind.shape[0] == 1 and self.kind.shape[1] == 1
 
+    def joined(self) -> Layout:
+        """One layout for all batches and heads where theirs differ little: looking at a few empty blocks costs less than going
+        through heads one by one."""
+        some, full = (self.kind > 0).flatten(0, 1), (self.kind == FULL).flatten(0, 1)
+        union = some.any(0)
+        if self.shared or float(union.float().mean()) > 1.5 * self.density:
+            return self
+        kind = union.to(torch.uint8) + (union & full.all(0)).to(torch.uint8)
+        return Layout(kind[None, None], self.block_q, self.block_k)
+
     @functools.cached_property
     def rows(self) -> list[list[list[list[int]]]]:
         return self.kind.tolist()

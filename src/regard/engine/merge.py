@@ -36,7 +36,7 @@ def merge(mechanism: Weighted, parts: Sequence[tuple[Tensor, Stats]], **inputs: 
         canonical = {name: x.reshape(1, -1, 1, 1) if x.dim() == 1 else x for name, x in inputs.items()}
         return call(normalizer.divide, total, env={**canonical, "c": shift, "n": count})
 
-    empty = [stats.count == 0 for _, stats in parts]
+    empty = [stats.visible == 0 for _, stats in parts]
     shifts = [torch.where(none, float("-inf"), stats.shift) for none, (_, stats) in zip(empty, parts, strict=True)]
     shift = torch.stack(shifts).amax(0)
     shift = torch.where(shift.isfinite(), shift, 0.0)
@@ -44,12 +44,12 @@ def merge(mechanism: Weighted, parts: Sequence[tuple[Tensor, Stats]], **inputs: 
     count: Tensor = torch.zeros_like(shift)
     numerator: Tensor | None = None
     for out, stats in parts:
-        fade = torch.where(stats.count == 0, 0.0, torch.exp(torch.where(stats.count == 0, 0.0, stats.shift - shift)))
-        z = divide(stats.total, stats.shift, stats.count)
+        fade = torch.where(stats.visible == 0, 0.0, torch.exp(torch.where(stats.visible == 0, 0.0, stats.shift - shift)))
+        z = divide(stats.total, stats.shift, stats.visible)
         piece = out.to(fade.dtype) * (fade if z is None else fade * z)
         numerator = piece if numerator is None else numerator + piece
         total = total + stats.total * fade
-        count = count + stats.count
+        count = count + stats.visible
     assert numerator is not None
     z = divide(total, shift, count)
     out = numerator if z is None else numerator * reciprocal(z)

@@ -71,9 +71,8 @@ def fill_inputs(
                     out[name] = value.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
                     continue
         if not isinstance(value, Tensor):
-            value = torch.as_tensor(float(value) if spec.dtype == "float" else value, device=like.device)
-            if spec.dtype == "float":
-                value = value.to(torch.promote_types(like.dtype, torch.float32))
+            kind = torch.promote_types(like.dtype, torch.float32) if spec.dtype == "float" else None
+            value = torch.tensor(value, dtype=kind, device=like.device)
         if value.dim() == 0 and spec.shape:
             value = value.reshape([1] * len(spec.shape)) if spec.elementwise else value
         value = value.to(like.device)

@@ -20,7 +20,7 @@ class Stats(NamedTuple):
 
     shift: Tensor
     total: Tensor
-    count: Tensor
+    visible: Tensor
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -76,6 +76,8 @@ class Schedule:
             self.layout = static_layout(problem.mask, sizes, block_q, block_k, self.device)
         else:
             self.layout = layout(problem.mask, sizes, block_q, block_k, problem.inputs, self.device, selection)
+            if selection is None:
+                self.layout = self.layout.joined()
         self.block_q = block_q
         self.shared = self.layout.shared and not self.by_columns
         self.group = sizes.heads // sizes.kv_heads if self.shared else 1

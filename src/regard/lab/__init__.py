@@ -1,0 +1,5 @@
+"""Comparing, checking and reporting."""
+
+from .verification import Check, Result, checks_of, verify
+
+__all__ = ["Check", "Result", "checks_of", "verify"]

@@ -1,0 +1,513 @@
+"""Checks of the selected rows and of the rows about memory and heads: Sparse Transformer, MoBA, neighbourhoods, routing, memory, MQA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...algebra import Causal, Mask, Neighborhood, Weighted
+from ...algebra.part import Sizes
+from ...catalog import get
+from ...engine import attend, attend_with_stats, merge, step
+from ...engine.composed import unit
+from ...engine.problem import indices
+from ...mechanisms.selected.neighborhood import permute_tiles, simulate, tile_order, unpermute_tiles
+from ...mechanisms.selected.routing import update_centroids
+from ...mechanisms.selected.sparse_transformer import patterns
+from ...mechanisms.weighted.memory_efficient import LazySoftmax, memory_efficient_attention
+from ...mechanisms.weighted.mqa import pool_heads
+from ...nn import Attention, RoutingAttention, SparseBlock
+from .. import naive
+from ..memory import largest_tensor
+from ..verification import check
+
+F64 = torch.float64
+
+
+def qkv(n: int, d: int = 8, heads: int = 2, kv: int | None = None, m: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    kv = kv or heads
+    return torch.randn(1, heads, n, d, dtype=F64), torch.randn(1, kv, m or n, d, dtype=F64), torch.randn(1, kv, m or n, d, dtype=F64)
+
+
+def spelled(mask: Mask, n: int, heads: int = 1) -> Tensor:
+    """A mask as an (n, n) matrix (of head 0)."""
+    at = indices(Sizes(1, heads, heads, n, n, 1, 1), torch.device("cpu"))
+    seen = mask.visible(at["b"], at["h"], at["i"], at["j"], {"k_len": n, "offset": 0})
+    return seen.expand(1, heads, n, n)[0, 0]
+
+
+@check("sparse-transformer", "masks equal the set definitions, n = 144, l = 12 (strided) and c = 3 (fixed): differing pairs", below=0, control="window of l keys")
+def _() -> tuple[float, float]:
+    n, l, c = 144, 12, 3
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    sets = {"strided": ((j <= i) & (j >= i - l), (j <= i) & ((i - j) % l == 0)), "fixed": ((j <= i) & (j // l == i // l), (j <= i) & (j % l >= l - c))}
+    wrong = sum(int((spelled(mask, n) != truth).sum()) for name, pair in sets.items() for mask, truth in zip(patterns(name, l, c), pair, strict=True))
+    return float(wrong), float(((j <= i) & (j > i - l) != sets["strided"][0]).sum())
+
+
+@check("sparse-transformer", "two hops over A1 | A2 reach every earlier key: share of the causal triangle", above=1.0, control="A1 alone")
+def _() -> tuple[float, float]:
+    n, l = 144, 12
+    triangle = torch.ones(n, n, dtype=F64).tril() > 0
+
+    def reach(mask: Tensor) -> float:
+        a = mask.to(F64)
+        return float((((a @ a) > 0) & triangle).sum() / triangle.sum())
+
+    unions = [patterns(name, l, 3) for name in ("strided", "fixed")]
+    degree = max(float((spelled(a | c, n)).sum(-1).max()) for a, c in unions[:1])
+    own = min(reach(spelled(a | c, n)) for a, c in unions)
+    return own if degree <= 2 * l + n / l else 0.0, max(reach(spelled(a, n)) for a, _ in unions)
+
+
+@check("sparse-transformer", "block-sparse runs equal dense attention under the token mask, outputs and gradients, merged, heads, interleaved", below=1e-10,
+       control="dense causal attention")
+def _() -> tuple[float, float]:
+    q, k, v = (x.requires_grad_() for x in qkv(144))
+    first, second = (spelled(mask, 144) for mask in patterns("fixed", 12, 3))
+    masks = {"merged": (first | second).expand(2, -1, -1), "heads": torch.stack((first, second)), "interleaved": second.expand(2, -1, -1)}
+    own, other = 0.0, math.inf
+    for mode, mask in masks.items():
+        out = attend(q, k, v, get("sparse-transformer", stride=12, count=3, integration=mode, layer=1))
+        s = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(~mask, -math.inf)
+        truth = torch.where(mask.any(-1, keepdim=True), s.softmax(-1).nan_to_num(0.0), 0.0) @ v
+        live = mask.any(-1)[None, ..., None].to(F64)
+        grads = [torch.autograd.grad((o * live).square().sum(), (q, k, v), retain_graph=True) for o in (out, s_attend(q, k, v, mask))]
+        own = max(own, naive.gap(out, truth), *[naive.gap(a, c) for a, c in zip(*grads, strict=True)])
+        other = min(other, naive.gap(out, attend(q, k, v, "softmax", mask=Causal())))
+    return own, other
+
+
+def s_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Dense softmax under an explicit mask, a loop over rows (empty rows are zero)."""
+    rows = []
+    for i in range(q.shape[2]):
+        heads = []
+        for h in range(q.shape[1]):
+            at = mask[h, i].nonzero().squeeze(1)
+            p = (k[0, h, at] @ q[0, h, i] / math.sqrt(q.shape[-1])).softmax(0) if at.numel() else None
+            heads.append(v.new_zeros(v.shape[-1]) if p is None else p @ v[0, h, at])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows, 1)[None]
+
+
+@check("sparse-transformer", "recomputation: saved bytes over those of the stored path, gradients identical", below=1 / 3, control="the stored path")
+def _() -> tuple[float, float]:
+    x = torch.randn(1, 96, 32, dtype=F64)
+    saved: dict[bool, int] = {}
+    grads = {}
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        block = SparseBlock(32, 2, get("sparse-transformer", stride=12, count=3), recompute=recompute).double()
+        total = [0]
+
+        def pack(t: Tensor, total: list[int] = total) -> Tensor:
+            total[0] += t.numel() * t.element_size()
+            return t
+
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = block(leaf)
+        saved[recompute] = total[0]
+        grads[recompute] = torch.autograd.grad(out.square().sum(), leaf)[0]
+    same = naive.gap(grads[True], grads[False])
+    return saved[True] / saved[False] if same < 1e-12 else math.inf, 1.0
+
+
+@check("sparse-transformer", "64 layers at the paper's initialisation: stream's std over the input's", below=1.5, control="without 1/sqrt(2N)")
+def _() -> tuple[float, float]:
+    def growth(layers: int) -> float:
+        torch.manual_seed(0)
+        x = y = torch.randn(1, 48, 32)
+        with torch.no_grad():
+            for _ in range(64):
+                y = SparseBlock(32, 2, get("sparse-transformer", stride=8, count=2), layers=layers)(y)
+        return float(y.std() / x.std())
+
+    own = growth(64)
+    return own if own >= 0.5 else math.inf, growth(1)
+
+
+def moba_mask(q: Tensor, k: Tensor, size: int, top: int) -> Tensor:
+    """Which pairs MoBA keeps, written as loops over heads and queries."""
+    _, heads, n, _ = q.shape
+    group = heads // k.shape[1]
+    mask = torch.zeros(heads, n, n, dtype=torch.bool)
+    for h in range(heads):
+        for t in range(n):
+            own = t // size
+            gates = [(float(q[0, h, t] @ k[0, h // group, b * size : (b + 1) * size].mean(0)), b) for b in range(own)]
+            chosen = [b for _, b in sorted(gates, reverse=True)[: top - 1]] + [own]
+            for b in chosen:
+                mask[h, t, b * size : (b + 1) * size] = True
+            mask[h, t, t + 1 :] = False
+    return mask
+
+
+@check("moba", "equals attention under the mask of a loop, L = 203 (ragged), c = 16, k = 3, grouped heads, with dq, dk, dv", below=1e-9,
+       control="dense causal attention")
+def _() -> tuple[float, float]:
+    q, k, v = (x.requires_grad_() for x in qkv(203, heads=4, kv=2))
+    out = attend(q, k, v, get("moba", block_size=16, top_k=3))
+    mask = moba_mask(q.detach(), k.detach(), 16, 3)
+    s = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / math.sqrt(8)).masked_fill(~mask, -math.inf)
+    truth = s.softmax(-1) @ v.repeat_interleave(2, 1)
+    seed = torch.randn_like(truth)
+    pairs = zip((out, *torch.autograd.grad((out * seed).sum(), (q, k, v))), (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))), strict=True)
+    return max(naive.gap(a, b) for a, b in pairs), naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth)
+
+
+@check("moba", "k >= number of blocks is dense causal attention", below=1e-10, control="k = 2")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(203)
+    truth = attend(q, k, v, "softmax", mask=Causal())
+    return naive.gap(attend(q, k, v, get("moba", block_size=16, top_k=13)), truth), naive.gap(attend(q, k, v, get("moba", block_size=16, top_k=2)), truth)
+
+
+@check("moba", "changing tokens after t leaves outputs up to t as they were, t inside a block", below=1e-12, control="a gate that averages the whole block")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(203)
+    later = [x.clone() for x in (q, k, v)]
+    for x in later:
+        x[:, :, 101:] = torch.randn_like(x[:, :, 101:])
+    mechanism = get("moba", block_size=16, top_k=3)
+    own = naive.gap(attend(*later, mechanism)[:, :, :101], attend(q, k, v, mechanism)[:, :, :101])
+
+    def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        means = torch.nn.functional.pad(k, (0, 0, 0, 5)).unflatten(2, (13, 16)).mean(3)
+        gate = (q @ means.transpose(-1, -2)).masked_fill(torch.arange(13) > torch.arange(203)[:, None] // 16, -math.inf)
+        keep = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, gate.topk(3, -1).indices, True).repeat_interleave(16, -1)[..., :203]
+        return attend(q, k, v, "softmax", mask=keep & torch.ones(203, 203, dtype=torch.bool).tril())
+
+    return own, naive.gap(leaky(*later)[:, :, :101], leaky(q, k, v)[:, :, :101])
+
+
+@check("moba", "decoding token by token equals the parallel rows", below=1e-10, control="the last block always complete")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(67)
+    mechanism = get("moba", block_size=8, top_k=3)
+    whole, state, outs = attend(q, k, v, mechanism), None, []
+    for t in range(67):
+        out, state = step(*[x[:, :, t : t + 1] for x in (q, k, v)], mechanism, state)
+        outs.append(out)
+    last = attend(q[:, :, -1:], k[:, :, :64], v[:, :, :64], mechanism)
+    return naive.gap(torch.cat(outs, 2), whole), naive.gap(last, whole[:, :, -1:])
+
+
+@check("moba", "every query keeps exactly min(k, available) blocks, its own among them: queries that do not", below=0, control="k - 1 blocks")
+def _() -> tuple[float, float]:
+    q, k, _ = qkv(203)
+
+    def off(top: int) -> float:
+        selector = get("moba", block_size=16, top_k=top).select  # type: ignore[attr-defined]
+        keep = selector.select(q, k, 0).keep
+        own = torch.arange(203) // 16
+        count = keep.sum(-1)
+        return float((count != (own + 1).clamp(max=3)).sum() + (~keep.gather(-1, own.expand(1, 2, -1)[..., None])).sum())
+
+    return off(3), off(2)
+
+
+def brute(n: int, kernel: int, stride: int, dilation: int, causal: bool) -> Tensor:
+    """One axis of generalized neighbourhood attention, a loop over queries as the rule is written."""
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for x in range(n):
+        group, members = x % dilation, len(range(x % dilation, n, dilation))
+        at = x // dilation
+        if causal:
+            leader = min((at // stride) * stride + stride - 1, members - 1)
+            window = range(max(0, leader - kernel + 1), at + 1)
+        else:
+            leader = min((at // stride) * stride + stride // 2, members - 1)
+            right = kernel // 2 + kernel % 2 - 1
+            start = max(leader - kernel // 2, 0) + (members - right - leader - 1 if leader + right >= members else 0)
+            window = range(start, start + kernel)
+        for y in window:
+            seen[x, group + y * dilation] = True
+    return seen
+
+
+def sampled_settings(count: int = 300) -> list[tuple[int, int, int, int, bool]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    found = []
+    while len(found) < count:
+        n, dilation = pick(5, 40), pick(1, 3)
+        kernel = pick(2, max(2, n // dilation))
+        if kernel * dilation <= n:
+            found.append((n, kernel, pick(1, kernel), dilation, bool(pick(0, 1))))
+    return found
+
+
+@check("neighborhood", "masks equal a brute-force loop in 300 settings (n, kernel, stride, dilation, causal): settings that differ", below=0,
+       control="stride ignored")
+def _() -> tuple[float, float]:
+    own = other = 0
+    for n, kernel, stride, dilation, causal in sampled_settings():
+        truth = brute(n, kernel, stride, dilation, causal)
+        own += int(not torch.equal(spelled(Neighborhood((n,), kernel, stride, dilation, causal), n), truth))
+        other += int(not torch.equal(spelled(Neighborhood((n,), kernel, 1, dilation, causal), n), truth))
+    return float(own), float(other)
+
+
+@check("neighborhood", "stride = kernel dividing the grid is blocked attention", below=1e-12, control="stride 1")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(64)
+    blocks = [attend(q[:, :, a : a + 8], k[:, :, a : a + 8], v[:, :, a : a + 8]) for a in range(0, 64, 8)]
+    truth = torch.cat(blocks, 2)
+    outs = [attend(q, k, v, get("neighborhood", shape=(64,), kernel=8, stride=stride)) for stride in (8, 1)]
+    return naive.gap(outs[0], truth), naive.gap(outs[1], truth)
+
+
+@check("neighborhood", "2-D: equals dense attention under the product of two brute-force axes, kernel (5, 7), stride (2, 3)", below=1e-12,
+       control="one window of 35 tokens in a line")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(12 * 15)
+    rows, columns = brute(12, 5, 2, 1, False), brute(15, 7, 3, 1, False)
+    mask = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(180, 180)
+    truth = s_attend(q, k, v, mask.expand(2, -1, -1))
+    line = attend(q, k, v, get("neighborhood", shape=(180,), kernel=35))
+    return naive.gap(attend(q, k, v, get("neighborhood", shape=(12, 15), kernel=(5, 7), stride=(2, 3))), truth), naive.gap(line, truth)
+
+
+def tile_pairs(stride: tuple[int, int]) -> int:
+    """(query tile, key tile) pairs of 4 x 8 tiles that hold a visible pair, 24 x 32 grid, kernel (8, 16), by brute force."""
+    rows, columns = brute(24, 8, stride[0], 1, False), brute(32, 16, stride[1], 1, False)
+    tiles = (rows.reshape(6, 4, 6, 4).any(3).any(1), columns.reshape(4, 8, 4, 8).any(3).any(1))
+    return int(tiles[0].sum()) * int(tiles[1].sum())
+
+
+@check("neighborhood", "the simulator counts visited tiles as brute force does, strides (1,1), (4,8), (8,16): difference", below=0, control="stride (1,1) for all")
+def _() -> tuple[float, float]:
+    strides = ((1, 1), (4, 8), (8, 16))
+    counts = [simulate((24, 32), (8, 16), stride, (4, 8), (4, 8)).visited for stride in strides]
+    truth = [tile_pairs(stride) for stride in strides]
+    return float(sum(abs(a - b) for a, b in zip(counts, truth, strict=True))), float(sum(abs(counts[0] - b) for b in truth))
+
+
+@check("neighborhood", "an aligned setting reaches its FLOP-wise speed-up: tile-wise over FLOP-wise", above=1.0, control="stride 1")
+def _() -> tuple[float, float]:
+    aligned, plain = (simulate((24, 32), (8, 16), stride, (4, 8), (4, 8)) for stride in ((8, 16), (1, 1)))
+    return (aligned.tile_speedup / aligned.flop_speedup if aligned.perfect else 0.0), plain.tile_speedup / plain.flop_speedup
+
+
+@check("neighborhood", "tiles laid out contiguously, run and put back equal the direct run", below=1e-12, control="not put back")
+def _() -> tuple[float, float]:
+    shape, tile = (8, 12), (4, 4)
+    q, k, v = qkv(96)
+    mechanism = get("neighborhood", shape=shape, kernel=(5, 5))
+    order = tile_order(shape, tile)
+    mask = spelled(mechanism.mask, 96)[order][:, order]  # type: ignore[attr-defined]
+    permuted = attend(*[permute_tiles(x, shape, tile) for x in (q, k, v)], "softmax", mask=mask)
+    truth = attend(q, k, v, mechanism)
+    identity = naive.gap(unpermute_tiles(permute_tiles(q, shape, tile), shape, tile), q)
+    return max(identity, naive.gap(unpermute_tiles(permuted, shape, tile), truth)), naive.gap(permuted, truth)
+
+
+@check("neighborhood", "extra keys at the end are visible to every query, and merge from a part of their own", below=1e-12, control="without the extra keys")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(36, m=41)
+    whole = attend(q, k, v, get("neighborhood", shape=(6, 6), kernel=3, extra=5))
+    grid = get("neighborhood", shape=(6, 6), kernel=3)
+    softmax = Weighted()
+    near = attend_with_stats(q, k[:, :, :36], v[:, :, :36], grid)
+    far = attend_with_stats(q, k[:, :, 36:], v[:, :, 36:], softmax)
+    return naive.gap(merge(softmax, [near, far])[0], whole), naive.gap(near[0], whole)
+
+
+def routed_loop(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, count: int, causal: bool, shared: bool) -> Tensor:
+    """Routing attention as loops over heads and clusters."""
+    q, k = unit(q), unit(q if shared else k)
+    mu = torch.nn.functional.normalize(centroids, dim=-1)
+    n, scale = q.shape[2], q.shape[3] ** -0.5
+    out, times = torch.zeros_like(v), torch.zeros(*v.shape[:3], 1, dtype=v.dtype)
+    for h in range(q.shape[1]):
+        for c in range(mu.shape[1]):
+            near_q = sorted((q[0, h] @ mu[h, c]).topk(min(count, n)).indices.tolist())
+            near_k = near_q if shared else sorted((k[0, h] @ mu[h, c]).topk(min(count, n)).indices.tolist())
+            for i in near_q:
+                seen = [j for j in near_k if not causal or j <= i]
+                others = [j for j in seen if j != i]
+                seen = others if shared and others else seen
+                if seen:
+                    p = naive.softmax(scale * (k[0, h, seen] @ q[0, h, i]))
+                    out[0, h, i] += p @ v[0, h, seen]
+                times[0, h, i] += 1
+    return out / times.clamp_min(1)
+
+
+@check("routing-transformer", "one cluster of all tokens is dense attention on unit-length q and k", below=1e-10, control="four clusters")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(40)
+    mu = torch.randn(2, 4, 8, dtype=F64)
+    truth = attend(unit(q), unit(k), v, "softmax")
+    one = attend(q, k, v, get("routing-transformer", clusters=1), centroids=mu[:, :1])
+    return naive.gap(one, truth), naive.gap(attend(q, k, v, get("routing-transformer", clusters=4), centroids=mu), truth)
+
+
+@check("routing-transformer", "gather and scatter equal a loop over clusters: duplicates averaged, uncovered tokens zero, causal and shared too", below=1e-10,
+       control="outputs summed, not averaged")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(40)
+    mu = torch.randn(2, 5, 8, dtype=F64)
+    own = 0.0
+    for causal, shared in ((False, False), (True, False), (True, True)):
+        mechanism = get("routing-transformer", clusters=5, members=11, shared=shared)
+        out = attend(q, k, v, mechanism, mask=Causal() if causal else None, centroids=mu)
+        own = max(own, naive.gap(out, routed_loop(q, k, v, mu, 11, causal, shared)))
+    nearness = unit(q) @ torch.nn.functional.normalize(mu, dim=-1).transpose(-1, -2)
+    times = torch.zeros(1, 2, 40, 1, dtype=F64).scatter_add(2, nearness.transpose(-1, -2).topk(11, -1).indices.flatten(2)[..., None], torch.ones(1, 2, 55, 1, dtype=F64))
+    plain = attend(q, k, v, get("routing-transformer", clusters=5, members=11), centroids=mu)
+    return own, naive.gap(plain * times.clamp_min(1), routed_loop(q, k, v, mu, 11, False, False))
+
+
+@check("routing-transformer", "one training step moves centroids by the averaging rule; none by gradient", below=1e-12, control="queries alone")
+def _() -> tuple[float, float]:
+    layer = RoutingAttention(16, 2, 3, routed=2, causal=False, decay=0.9).double()
+    x = torch.randn(1, 20, 16, dtype=F64)
+    before = layer.centroids.clone()
+    q, k, _ = layer.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    layer(x)[0].sum().backward()
+
+    def by_hand(pools: tuple[Tensor, ...]) -> Tensor:
+        new = before.clone()
+        for h in range(2):
+            for c in range(3):
+                total = torch.zeros(8, dtype=F64)
+                count = 0
+                for pool in pools:
+                    for t in unit(pool.detach())[0, h]:
+                        if int((before[h] @ t).argmax()) == c:
+                            total, count = total + t, count + 1
+                if count:
+                    moved = 0.9 * before[h, c] + 0.05 * total
+                    new[h, c] = moved / moved.norm()
+        return new
+
+    free = float(layer.centroids.requires_grad)
+    return naive.gap(layer.centroids, by_hand((q, k))) + free, naive.gap(layer.centroids, by_hand((q,)))
+
+
+@check("routing-transformer", "an empty cluster keeps its centroid", below=0.0, control="a cluster with tokens")
+def _() -> tuple[float, float]:
+    q, k, _ = qkv(30)
+    mu = torch.nn.functional.normalize(torch.randn(2, 3, 8, dtype=F64), dim=-1)
+    base = unit(q).mean((0, 2))
+    mu[:, 2] = -torch.nn.functional.normalize(base, dim=-1)
+    tight = torch.nn.functional.normalize(base, dim=-1)[None, :, None].expand(1, 2, 30, 8) * 5 + 0.01 * torch.randn(1, 2, 30, 8, dtype=F64)
+    mu[:, 0] = unit(tight)[0, :, 0]
+    new = update_centroids(mu, tight, tight, 0.9)
+    return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0]) or math.inf
+
+
+@check("memory-efficient-attention", "equals softmax attention with bias, causal, n = 203, m = 187, chunks 64/50, logits of +-1e4, a masked row; with gradients",
+       below=1e-10, control="bias left out")
+def _() -> tuple[float, float]:
+    own = other = 0.0
+    for size in (1.0, 1e4):
+        q, k, v = (x.requires_grad_() for x in qkv(203, m=187))
+        bias = (size * torch.randn(1, 2, 203, 187, dtype=F64)).requires_grad_()
+        i, j = torch.arange(203)[:, None] - 16, torch.arange(187)
+        seen = (j <= i) & (i != 90)
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (i != 90)
+
+        out = memory_efficient_attention(q, k, v, mask, bias, q_chunk=64, k_chunk=50)
+        s = (q @ k.transpose(-1, -2) / math.sqrt(8) + bias).masked_fill(~seen, -1e30)
+        truth = torch.where(seen.any(-1, keepdim=True), s.softmax(-1) * seen, 0.0) @ v
+        leaves = (q, k, v, bias)
+        seed = torch.randn_like(truth)
+        grads = [torch.autograd.grad((o * seed).sum(), leaves) for o in (out, truth)]
+        scale = max(1.0, *[float(g.abs().max()) for g in grads[1]])
+        own = max(own, naive.gap(out, truth), *[naive.gap(a, c) / scale for a, c in zip(*grads, strict=True)])
+        other = max(other, naive.gap(memory_efficient_attention(q, k, v, mask, q_chunk=64, k_chunk=50), truth))
+    return own, other
+
+
+@check("memory-efficient-attention", "largest tensor at n = 8192, forward and backward, over 2 q_chunk k_chunk (naive: n^2)", below=1.0, control="naive attention")
+def _() -> tuple[float, float]:
+    q, k, v = (torch.randn(1, 1, 8192, 16, requires_grad=True) for _ in range(3))
+    room = 2 * 512 * 1024
+
+    def own() -> None:
+        memory_efficient_attention(q, k, v, q_chunk=512, k_chunk=1024).sum().backward()
+
+    return largest_tensor(own) / room, 8192**2 / room
+
+
+@check("memory-efficient-attention", "one query over streamed keys equals the softmax, at logits of +-1e3", below=1e-12, control="without the running maximum")
+def _() -> tuple[float, float]:
+    q, k, v = torch.randn(8, dtype=F64) * 300, torch.randn(50, 8, dtype=F64), torch.randn(50, 3, dtype=F64)
+    lazy = LazySoftmax(q)
+    for key, value in zip(k, v, strict=True):
+        lazy.update(key, value)
+    truth = naive.softmax(k @ q / math.sqrt(8)) @ v
+    e = torch.exp((k @ q / math.sqrt(8)).float())
+    return naive.gap(lazy.value(), truth), naive.gap(((e @ v.float()) / e.sum()).double(), truth)
+
+
+def tied() -> tuple[Attention, Attention, Tensor]:
+    """A multi-query layer, and a multi-head one whose heads' K and V are copies of its."""
+    shared, full = Attention(16, 4, "mqa").double(), Attention(16, 4, "softmax").double()
+    with torch.no_grad():
+        full.q.weight.copy_(shared.q.weight)
+        full.out.weight.copy_(shared.out.weight)
+        full.k.weight.copy_(shared.k.weight.repeat(4, 1))
+        full.v.weight.copy_(shared.v.weight.repeat(4, 1))
+    return shared, full, torch.randn(2, 21, 16, dtype=F64)
+
+
+@check("mqa", "equals multi-head attention with tied K and V; the shared gradient is the sum of the tied ones", below=1e-12, control="the mean of the tied ones")
+def _() -> tuple[float, float]:
+    shared, full, x = tied()
+    a, c = shared(x), full(x)
+    a.square().sum().backward()
+    c.square().sum().backward()
+    assert shared.k.weight.grad is not None and full.k.weight.grad is not None
+    parts = full.k.weight.grad.unflatten(0, (4, -1))
+    return max(naive.gap(a, c), naive.gap(shared.k.weight.grad, parts.sum(0))), naive.gap(shared.k.weight.grad, parts.mean(0))
+
+
+@check("mqa", "incremental decoding equals the batched form", below=1e-10, control="positions forgotten: each token alone")
+def _() -> tuple[float, float]:
+    shared, _, x = tied()
+    whole, state, outs, alone = shared(x), None, [], []
+    for t in range(21):
+        y, state = shared.step(x[:, t : t + 1], state)
+        outs.append(y)
+        alone.append(shared.step(x[:, t : t + 1], None)[0])
+    return naive.gap(torch.cat(outs, 1), whole), naive.gap(torch.cat(alone, 1), whole)
+
+
+@check("mqa", "cache elements a sequence are L (k + v), whatever the number of heads: excess", below=0.0, control="the multi-head cache")
+def _() -> tuple[float, float]:
+    shared, full, x = tied()
+
+    def excess(layer: Attention) -> float:
+        _, state = layer.step(x)
+        return state.bytes / 8 / 2 - 21 * (4 + 4)
+
+    return excess(shared), excess(full)
+
+
+@check("mqa", "kv_heads = 2 of 4 equals explicitly repeated heads", below=1e-12, control="heads repeated in the other order")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(21, heads=4, kv=2)
+    out = attend(q, k, v, "softmax", mask=Causal())
+    rows = [attend(q, x.repeat_interleave(2, 1), y.repeat_interleave(2, 1), "softmax", mask=Causal()) for x, y in ((k, v),)]
+    return naive.gap(out, rows[0]), naive.gap(out, attend(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), "softmax", mask=Causal()))
+
+
+@check("mqa", "mean-pooling tied heads gives the shared projection back", below=1e-15, control="the first head of untied ones")
+def _() -> tuple[float, float]:
+    shared, full, _ = tied()
+    untied = Attention(16, 4, "softmax").double().k.weight
+    return naive.gap(pool_heads(full.k.weight, 4, 1), shared.k.weight), naive.gap(pool_heads(untied, 4, 1), untied[:4])
+
+
