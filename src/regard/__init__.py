@@ -28,7 +28,7 @@ from .algebra import (
 )
 from .catalog import Record, get, names, records, register
 from .catalog.registry import describe as _describe
-from .engine import Plan, Stats, attend, attend_with_stats, merge, names_resolver, plan, step
+from .engine import Plan, Stats, attend, attend_with_stats, merge, names_resolver, plan, step, weights
 from .errors import MissingDependency, RegardError
 
 names_resolver(_describe)
@@ -41,7 +41,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = [
     "Additive", "Alibi", "Causal", "Cosine", "Distance", "Dot", "Full", "Input", "Mask", "MissingDependency", "Neighborhood", "Padding",
     "Plan", "Prefix", "Record", "Recurrent", "RegardError", "RelativeBias", "Rope", "RowLocal", "Segments", "Sinks", "Stats", "Weighted",
-    "Window", "algebra", "attend", "attend_with_stats", "get", "merge", "names", "nn", "plan", "records", "register", "step",
+    "Window", "algebra", "attend", "attend_with_stats", "get", "merge", "names", "nn", "plan", "records", "register", "step", "weights",
 ]
 
 

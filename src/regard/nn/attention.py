@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..algebra import Causal, Input, Learned, Mask, Mechanism, Projected, Rope, Sizes
 from ..catalog import get
-from ..engine import State, attend, step
+from ..engine import State, attend, step, weights
 from ..engine.composed import inputs_of
 from ..errors import RegardError
 from .parts import Projection, ShortConv, head_norm
@@ -127,6 +127,12 @@ class Attention(nn.Module):
         q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
         made = {**self.mechanism_inputs(x if context is None else context), **inputs}
         return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
+
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> Tensor | None:
+        """The layer's weights on x, (B, heads, L, L), or None where the mechanism has no such matrix."""
+        q, k, _, _ = self.heads_of(x, x, 0, None)
+        return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.mechanism_inputs(x))
 
     def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
         if isinstance(mask, Tensor):

@@ -1,0 +1,118 @@
+"""The command line: list, show, verify, plan-free comparisons. Bad input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import RegardError, nearest
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention.")
+out = Console()
+Family = Annotated[str | None, typer.Option(help="softmax, linear, sparse, systems, vision, generative, multimodal or analysis")]
+
+
+@app.command("list")
+def list_rows(
+    family: Family = None, status: Annotated[str | None, typer.Option(help="works or planned")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all fields, as a JSON list")] = False,
+) -> None:
+    """The systems of the catalogue."""
+    from .catalog import records
+
+    found = records(family, status)
+    if as_json:
+        print(json.dumps([record.as_dict() for record in found], ensure_ascii=False))  # noqa: T201
+        return
+    table = Table("id", "name", "family", "year", "status", "what")
+    for record in found:
+        table.add_row(str(record.id), record.slug, record.family, str(record.year), record.status, record.short)
+    out.print(table)
+    works = sum(record.status == "works" for record in found)
+    out.print(f"{len(found)} systems: {works} work, {len(found) - works} planned")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a name from `regard list`")]) -> None:
+    """One system: formula, parts, paper, executors, cost, check."""
+    from .catalog import records
+    from .lab.card import card
+
+    known = {record.slug: record for record in records()}
+    if name != "softmax" and name not in known:
+        raise RegardError(f"{name!r} is not in the catalogue.{nearest(name, known)}")
+    out.print(card(name, known.get(name)), markup=False, highlight=False)
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="rows to verify (default: every working one)")] = None, family: Family = None,
+    file: Annotated[Path | None, typer.Option("--json", help="also write the results here")] = None,
+) -> None:
+    """Run the checks of working rows: claim, measured, threshold, control, verdict."""
+    from .lab.files import write_text
+    from .lab.verification import report, rows, verify as run
+
+    if family is not None:
+        from .catalog import records
+
+        records(family)
+    rows(names or [], family)
+    done: list[Any] = []
+    for record, results in run(names or [], family):
+        done.append((record, results))
+        for result in results:
+            out.print(f"{'ok  ' if result.passed else 'FAIL'} {record.slug}: {result.claim}", markup=False, highlight=False, soft_wrap=True)
+            detail = f"     measured {result.measured:.4g}, expected {result.threshold}; control {result.control}"
+            out.print(detail + ("" if result.passed else f"; {result.verdict}"), markup=False, highlight=False, soft_wrap=True)
+    summary = report(done, family)
+    if file is not None:
+        write_text(file, json.dumps(summary, indent=1))
+    counts = summary["summary"]
+    out.print(f"{counts['works']} work, {counts['planned']} planned, {counts['failed']} failed")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    mechanisms: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: six that span the shapes)")] = None,
+    text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
+    minutes: Annotated[float, typer.Option(help="budget of the whole comparison")] = 4.0,
+    seq_len: Annotated[int, typer.Option(help="training length in bytes")] = 256,
+    directory: Annotated[Path, typer.Option("--out", help="where report.json and report.html go")] = Path("runs/compare"),
+    seed: Annotated[int, typer.Option(help="seed of all models and data")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
+) -> None:
+    """Train the same small model with each mechanism on the same text, measure all of them, and write a report."""
+    from .lab.compare import Config, compare as run, default_mechanisms
+
+    config = Config(tuple(mechanisms or default_mechanisms()), text, minutes, seq_len, directory, seed)
+    report, finished = run(config, resume)
+    out.print(report["verdict"], markup=False, highlight=False)
+    out.print(f"report: {directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    if not finished:
+        raise typer.Exit(130)
+
+
+def main() -> None:
+    """Entry point of `regard`."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except RegardError as why:
+        message = " ".join(str(why).split())
+    except click.ClickException as why:
+        message = why.format_message()
+    except click.exceptions.Abort:
+        sys.exit(130)
+    sys.stderr.write(f"regard: {message}\n")
+    sys.exit(2)

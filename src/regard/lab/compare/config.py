@@ -1,0 +1,88 @@
+"""What a comparison is told, checked before anything is computed or written."""
+
+from __future__ import annotations
+
+import ast
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...algebra import Mechanism
+from ...catalog import get
+from ...errors import RegardError
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+BASELINE = "softmax"
+
+
+def default_mechanisms() -> tuple[str, ...]:
+    """Two weighted, three recurrent and a selected mechanism; MoBA's blocks are cut to the short training length."""
+    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=32,top_k=4", "hedgehog")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A comparison. mechanisms: names, with hyperparameters as "name:key=value,key=value". minutes: the budget of all of it."""
+
+    mechanisms: tuple[str, ...]
+    text: Path | None = None
+    minutes: float = 4.0
+    seq_len: int = 256
+    out: Path = Path("runs/compare")
+    seed: int = 0
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    batch: int = 8
+    lengths: tuple[int, ...] = LENGTHS
+
+    def __post_init__(self) -> None:
+        if not self.mechanisms:
+            raise RegardError("no mechanism given; name at least one (see `regard list --status works`)")
+        if len(set(self.mechanisms)) < len(self.mechanisms):
+            twice = next(name for name in self.mechanisms if self.mechanisms.count(name) > 1)
+            raise RegardError(f"mechanism {twice!r} is given twice; name each once (hyperparameters make names differ: name:key=value)")
+        if not (math.isfinite(self.minutes) and 0 < self.minutes <= 10_000):
+            raise RegardError(f"--minutes {self.minutes:g}: expected a positive number up to 10000")
+        if not 16 <= self.seq_len <= 8192:
+            raise RegardError(f"--seq-len {self.seq_len}: expected between 16 and 8192")
+        for name in self.mechanisms:
+            mechanism = described(name)
+            if not (mechanism.can_be_causal or mechanism.causal_only):
+                raise RegardError(f"mechanism {name!r} reads the whole sequence at once, so it cannot be trained as a language model")
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of text below which held-out windows of 4x the training length do not fit."""
+        return 50 * self.seq_len
+
+    def prepare_out(self) -> None:
+        """Make the output directory; RegardError if nothing can be written there."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out):
+                pass
+        except OSError as why:
+            raise RegardError(f"--out {self.out}: cannot write there ({why.strerror})") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        shown = asdict(self)
+        shown |= {"text": None if self.text is None else str(self.text), "out": str(self.out)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in shown.items()}
+
+
+def described(spec: str) -> Mechanism:
+    """The description of "name" or "name:key=value,..."; values are Python literals or bare words."""
+    name, _, rest = spec.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RegardError(f"mechanism {spec!r}: {item!r} is not key=value")
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return get(name.strip(), **options)

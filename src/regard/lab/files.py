@@ -1,0 +1,19 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import RegardError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside `path`, then rename; RegardError if that is not possible."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as why:
+        part.unlink(missing_ok=True)
+        raise RegardError(f"cannot write {path}: {why.strerror}") from None
