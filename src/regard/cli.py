@@ -103,16 +103,15 @@ def compare(
 
 def main() -> None:
     """Entry point of `regard`."""
-    import click
-
+    usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except RegardError as why:
         message = " ".join(str(why).split())
-    except click.ClickException as why:
-        message = why.format_message()
-    except click.exceptions.Abort:
+    except usage as why:
+        message = why.format_message()  # type: ignore[attr-defined]
+    except typer.Abort:
         sys.exit(130)
     sys.stderr.write(f"regard: {message}\n")
     sys.exit(2)

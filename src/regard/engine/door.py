@@ -39,9 +39,16 @@ def resolved(mechanism: str | Mechanism) -> Mechanism:
 
 def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
     """The plan of a call, remembered by everything it depends on."""
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if torch.compiler.is_compiling():
+        shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        return planned_once(mechanism, mask, shapes, str(q.dtype), str(q.device), q.requires_grad, tuple(inputs), executor)
+    return remembered(q, k, v, mechanism, mask, inputs, executor)
+
+
+def remembered(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
     input_grad = bool(inputs) and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
     try:
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (mechanism, mask, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, grad, input_grad, executor,
                tuple(inputs))
         found = _plans.get(key)
@@ -57,6 +64,16 @@ def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: A
         found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor, input_grad)
         _plans[key] = found
     return found
+
+
+@torch.compiler.assume_constant_result
+def planned_once(
+    mechanism: str | Mechanism, mask: Any, shapes: tuple[tuple[int, ...], ...], dtype: str, device: str, grad: bool,
+    inputs: tuple[str, ...], executor: str | None,
+) -> Plan:
+    """The plan as torch.compile sees it: a constant of the shapes it compiles for."""
+    q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype[6:]), device=device, requires_grad=grad) for shape in shapes)
+    return remembered(q, k, v, mechanism, mask, dict.fromkeys(inputs), executor)
 
 
 def attend(
@@ -143,6 +160,8 @@ def weighted(
         exact = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
         out, row_stats = reference.run(pose(mechanism, chosen.mask, q.double(), k.double(), v.double(), scale, exact))
         return out.to(v.dtype), row_stats
+    if chosen.executor in ("tiled", "dense"):  # halves are widened before anything is computed with them
+        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
     if chosen.executor == "tiled":
         problem.want_count = stats

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..algebra.mask import Mask
+from ..algebra.mask import Full, Mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import Sizes
 from ..errors import MissingDependency, RegardError
 from . import flex, sdpa
 from .layout import static_layout
-from .problem import combine_masks
+from .problem import check_functions, combine_masks
 
 WEIGHTED = ("sdpa", "tiled", "flex", "triton", "dense", "reference")
 RECURRENT = ("chunk", "step", "parallel", "reference")
@@ -72,6 +72,8 @@ def dense_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
 def static_density(mechanism: Weighted, mask: Mask, sizes: Sizes) -> float | None:
     if mechanism.select is not None or any(getattr(part, "inputs", ()) for part in mask.parts()):
         return None
+    if isinstance(mask, Full):
+        return 1.0
     block = 128 if sizes.k_len > 128 else max(16, sizes.k_len)
     return static_layout(mask, sizes, min(block, max(1, sizes.q_len)), block, torch.device("cpu")).density
 
@@ -109,6 +111,7 @@ def weighted(
     mechanism: Weighted, mask: Mask, given_mask: Mask, sizes: Sizes, dtype: torch.dtype, device: torch.device, grad: bool,
     wanted: str | None, input_grad: bool, wide: int,
 ) -> Plan:
+    check_functions(mechanism, mask)
     refused: dict[str, str] = {}
     local = isinstance(mechanism.normalizer, RowLocal)
     root = local and mechanism.normalizer.shift == "root"  # type: ignore[attr-defined]

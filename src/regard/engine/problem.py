@@ -12,20 +12,20 @@ from torch import Tensor
 
 from ..algebra.mask import Causal, Full, Mask, Window
 from ..algebra.mechanism import Mechanism, Weighted
-from ..algebra.part import Input, Sizes, asks, call
+from ..algebra.part import Input, Sizes, asks, call, show
 from ..algebra.select import Selection
 from ..errors import RegardError, nearest
 
 
-def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
-    """The sizes of a call; raises RegardError when q, k and v do not fit together."""
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, widened: bool = False) -> Sizes:
+    """The sizes of a call; raises RegardError when q, k and v do not fit together (`widened`: q and k may be wider than v)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 4:
             came = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise RegardError(f"{name} is {came}; expected a tensor (batch, heads, length, channels)")
         if not x.is_floating_point():
             raise RegardError(f"{name} has dtype {x.dtype}; expected a floating dtype")
-        if x.dtype != q.dtype or x.device != q.device:
+        if x.device != q.device or (x.dtype != q.dtype and not (widened and name == "v")):
             raise RegardError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; expected one dtype and device")
     if not (q.shape[0] == k.shape[0] == v.shape[0]):
         raise RegardError(f"batch sizes differ: q {q.shape[0]}, k {k.shape[0]}, v {v.shape[0]}")
@@ -180,6 +180,18 @@ def wants_counts(mechanism: Weighted) -> bool:
     )
 
 
+def check_functions(mechanism: Weighted, mask: Mask) -> None:
+    """Raise unless every name that a plain function asks for is an index or a declared input."""
+    declared = {item.name for item in mechanism.declared} | {item.name for part in mask.parts() for item in getattr(part, "inputs", ())}
+    for function, lead in functions_of(mechanism):
+        for name in asks(function, lead):
+            if name not in declared | {"b", "h", "i", "j", "n", "c"}:
+                raise RegardError(
+                    f"function {show(function)} asks for {name!r}, which is neither an index nor a declared input; "
+                    f"declare it with inputs=(Input({name!r}, ...),) and pass it to attend"
+                )
+
+
 def combine_masks(mechanism: Weighted, mask: Mask) -> Mask:
     own = mechanism.mask
     assert isinstance(own, Mask)
@@ -191,7 +203,7 @@ def pose(
     need_counts: bool = False,
 ) -> Problem:
     """Check a weighted call and prepare it: inputs, visible counts, rotary positions, score preparation, selection."""
-    sizes = sizes_of(q, k, v)
+    sizes = sizes_of(q, k, v, widened=True)
     mask = combine_masks(mechanism, mask)
     declared = {item.name: item for item in mechanism.declared}
     declared.update({item.name: item for part in mask.parts() for item in getattr(part, "inputs", ())})

@@ -114,7 +114,9 @@ def step(
     if not isinstance(state, KeyValueState):
         raise RegardError(f"state is {type(state).__name__}; expected a KeyValueState from an earlier step of this mechanism")
     new = state.append(k, v)
-    full = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
+    full: Mask | None = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
+    if q.shape[-2] == 1 and isinstance(full, Causal):
+        full = None  # the newest token sees everything: no mask to plan for at every new length
     return attend(q, new.k, new.v, description, mask=full, scale=scale, **inputs), new
 
 

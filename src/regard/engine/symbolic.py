@@ -227,7 +227,7 @@ WORDS: dict[str, Callable[..., Expr]] = {
     "relu": lambda a, inplace=False: node("relu", a), "relu6": lambda a, inplace=False: node("minimum", node("relu", a), const(6.0)),
     "softplus": softplus, "gelu": gelu, "silu": lambda a, inplace=False: mul(a, node("sigmoid", a)), "clamp": clamp, "clip": clamp,
     "clamp_min": lambda a, min: clamp(a, min), "clamp_max": lambda a, max: clamp(a, None, max), "absolute": un("abs"),
-    "logsigmoid": lambda a: neg(softplus(neg(a))), "sgn": un("sign"),
+    "logsigmoid": lambda a: neg(softplus(neg(a))), "log_sigmoid": lambda a: neg(softplus(neg(a))), "sgn": un("sign"),
     "elu": lambda a, alpha=1.0, inplace=False: where(node("gt", a, Z), a, mul(const(alpha), node("expm1", node("minimum", a, Z)))),
     "where": lambda t, a, b: where(t, lift(a), lift(b)), "masked_fill": lambda a, t, v: where(t, lift(v), a),
     "and_": lambda a, b: node("and", a, lift(b)), "or_": lambda a, b: node("or", a, lift(b)), "logical_and": lambda a, b: node("and", a, b),

@@ -65,11 +65,11 @@ class Schedule:
         self.problem, self.row_complete = problem, row_complete
         self.device = problem.q.device
         self.tiling = problem.tiling or Tiling()
-        self.by_columns = selection is not None and selection.block_q < 16 and not row_complete
+        self.by_columns = selection is not None and selection.block_q < 16 and not row_complete and sizes.q_len >= 16
         block_k = selection.block_k if selection is not None else 128 if sizes.k_len > 128 else max(16, sizes.k_len)
         self.rows = self.tile_rows(sizes.heads // sizes.kv_heads)
         # A tile of rows may not straddle a selection's row blocks more than it must.
-        block_q = block_k if self.by_columns else self.rows if selection is None else max(selection.block_q, 16)
+        block_q = block_k if self.by_columns else self.rows if selection is None else max(selection.block_q, min(16, sizes.q_len))
         if self.by_columns:
             self.layout = layout(problem.mask, sizes, block_q, block_k, problem.inputs, self.device)
         elif selection is None and not mask_inputs(problem):

@@ -19,7 +19,7 @@ BASELINE = "softmax"
 
 def default_mechanisms() -> tuple[str, ...]:
     """Two weighted, three recurrent and a selected mechanism; MoBA's blocks are cut to the short training length."""
-    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=32,top_k=4", "hedgehog")
+    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=64,top_k=3", "hedgehog")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of PyTorch is enough for everything here; TORCH= chooses another requirement.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow lint bench docs verify clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[report]"
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,docs]"
+	touch $@
+
+demo: $(VENV)/installed  ## train and compare six mechanisms on the text that ships with Python, in about four minutes
+	$(BIN)/regard compare --minutes 3.6 --out runs/demo
+	@echo "open runs/demo/report.html"
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+verify: $(VENV)/installed-test
+	$(BIN)/regard verify
+
+bench: $(VENV)/installed-test
+	$(BIN)/python benchmarks/cpu.py --out benchmarks/results/cpu.json
+
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/catalogue.py > docs/catalogue.md
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site runs

@@ -1,0 +1,41 @@
+"""The worked example of CONTRIBUTING.md and the README's Python run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import regard
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_the_contributing_example_is_a_whole_mechanism():
+    source = blocks("CONTRIBUTING.md")[0]
+    exec(compile(source, "CONTRIBUTING.md", "exec"), {"__name__": "example"})
+    try:
+        q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+        s = torch.exp(q @ k.transpose(-1, -2) / 8**0.5)
+        truth = (s / (1 + s.sum(-1, keepdim=True))) @ v
+        assert torch.allclose(regard.attend(q, k, v, "my-softmax-plus-one"), truth)
+        assert torch.allclose(regard.attend(q, k, v, "my-softmax-plus-one", executor="reference"), truth)
+        assert regard.nn.Attention(16, 2, "my-softmax-plus-one")(torch.randn(1, 5, 16)).shape == (1, 5, 16)
+    finally:
+        regard.catalog.registry._entries.pop("my-softmax-plus-one")
+
+
+def test_the_readme_runs():
+    for source in blocks("README.md"):
+        exec(compile(source, "README.md", "exec"), {})
+
+
+def test_the_guide_runs():
+    q, k, v = (torch.randn(1, 8, 32, 64) for _ in range(3))
+    for source in blocks("docs/own.md"):
+        exec(compile(source, "own.md", "exec"), {"torch": torch, "regard": regard, "q": q, "k": k, "v": v})
