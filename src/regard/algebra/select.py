@@ -55,11 +55,12 @@ class TopBlocks(Selector):
         # Only complete blocks have a mean: an incomplete one can only be the query's own, which is kept anyway.
         means = k[..., : complete * size, :].unflatten(-2, (complete, size)).mean(-2, dtype=torch.promote_types(k.dtype, torch.float32))
         means = means.repeat_interleave(heads // k.shape[1], 1)
-        gate = torch.full((*q.shape[:-1], count), float("-inf"), dtype=means.dtype, device=q.device)
-        gate[..., :complete] = q.to(means.dtype) @ means.transpose(-1, -2)
+        gate = q.to(means.dtype) @ means.transpose(-1, -2)
+        if complete < count:
+            gate = torch.nn.functional.pad(gate, (0, count - complete), value=float("-inf"))
         own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // size
         block = torch.arange(count, device=q.device)
-        gate = gate.masked_fill(block > own, float("-inf")).masked_fill(block == own, float("inf"))
+        gate.masked_fill_(block > own, float("-inf")).masked_fill_(block == own, float("inf"))
         best = gate.topk(min(self.top_k, count), -1)
         keep = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
         return Selection(keep, 1, size)

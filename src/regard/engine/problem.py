@@ -150,6 +150,13 @@ class Problem:
     want_count: bool = False  # whether the visible count of each row must be returned
 
     @property
+    def position_free(self) -> bool:
+        """Whether weights depend on scores and rows alone, not on which key a score belongs to."""
+        if not ({"j"} & set(asks(self.mechanism.normalizer.weight))):  # type: ignore[attr-defined]
+            return all(x.dim() != 4 or x.shape[3] == 1 for x in self.inputs.values())
+        return False
+
+    @property
     def offset(self) -> int:
         return self.sizes.k_len - self.sizes.q_len
 

@@ -129,6 +129,13 @@ def erf_slope(x: Expr) -> Expr:
     return mul(const(2 / math.sqrt(math.pi)), node("exp", neg(mul(x, x))))
 
 
+def relu_grad(a: Expr, g: Expr, out: Expr) -> Expr:
+    """g where a > 0: as a product, which vectorises, unless g may be infinite where a is not positive."""
+    if any(e.op in ("pow", "div", "log", "sqrt") for e in topological([g])):
+        return where(node("gt", a, Z), g, Z)
+    return mul(g, node("sign", out))
+
+
 def chosen(test: str) -> Callable[..., tuple[Expr, ...]]:
     def grad(a: Expr, b: Expr, g: Expr, out: Expr) -> tuple[Expr, ...]:
         # Ties share the gradient in PyTorch's maximum; here the first operand takes it, a measure-zero choice.
@@ -152,7 +159,7 @@ OPS.update({
     "sqrt": Op(torch.sqrt, "tl.sqrt({0})", lambda a, g, o: (div(g, mul(const(2.0), o)),)),
     "tanh": Op(torch.tanh, "(2.0 * tl.sigmoid(2.0 * ({0})) - 1.0)", lambda a, g, o: (mul(g, sub(ONE, mul(o, o))),)),
     "sigmoid": Op(torch.sigmoid, "tl.sigmoid({0})", lambda a, g, o: (mul(g, mul(o, sub(ONE, o))),)),
-    "relu": Op(functools.partial(torch.clamp_min, min=0), "tl.maximum({0}, 0.0)", lambda a, g, o: (where(node("gt", a, Z), g, Z),)),
+    "relu": Op(functools.partial(torch.clamp_min, min=0), "tl.maximum({0}, 0.0)", lambda a, g, o: (relu_grad(a, g, o),)),
     "abs": Op(torch.abs, "tl.abs({0})", lambda a, g, o: (mul(g, node("sign", a)),)),
     "sign": Op(torch.sign, "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))", lambda a, g, o: (Z,)),
     "erf": Op(torch.erf, "tl.erf({0})", lambda a, g, o: (mul(g, erf_slope(a)),)),

@@ -31,14 +31,17 @@ def solve(work: Work, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> 
     floor = call(floor, env=env) if callable(floor) else floor
     low = high - floor
     c = low
-    for _ in range(STEPS[s.dtype]):
-        w, u = work.stage.weight_and_slope(s, {**env, "c": c})
+    few = s
+    for step in range(STEPS[s.dtype]):
+        if step == 2 and work.problem.position_free:
+            few = packed(s, low)  # two steps have raised the lowest possible threshold above most scores
+        w, u = work.stage.weight_and_slope(few, {**env, "c": c})
         excess = w.sum(-1, keepdim=True) - 1
         slope = u.sum(-1, keepdim=True)
         low, high = torch.where(excess >= 0, c, low), torch.where(excess >= 0, high, c)
-        step = c - excess / torch.where(slope == 0, -1.0, slope)
-        inside = (step >= low) & (step <= high) & step.isfinite()
-        new = torch.where(inside, step, (low + high) / 2)
+        newton = c - excess / torch.where(slope == 0, -1.0, slope)
+        inside = (newton >= low) & (newton <= high) & newton.isfinite()
+        new = torch.where(inside, newton, (low + high) / 2)
         if bool(((new - c).abs() <= TOLERANCE[s.dtype] * (1 + c.abs())).all()):
             c = new
             break
@@ -46,3 +49,23 @@ def solve(work: Work, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> 
     if hidden is not None:  # weights of masked scores are then exactly zero, and finite
         hide(s, hidden, torch.finfo(s.dtype).min / 4)
     return torch.where(live, c, 0.0)
+
+
+def packed(s: Tensor, low: Tensor) -> Tensor:
+    """The scores above `low`, the only ones that can weigh anything, moved to the front of shorter rows; -inf fills them up.
+
+    Given back as they are where rows would hardly get shorter.
+    """
+    columns = s.shape[-1]
+    index = (s > low).flatten().nonzero().squeeze(1)
+    if index.numel() * 4 > s.numel():
+        return s
+    row = index // columns
+    counts = torch.bincount(row, minlength=s.numel() // columns)
+    longest = max(1, int(counts.max()))
+    if longest * 4 > columns:
+        return s
+    place = torch.arange(index.numel(), device=s.device) - (counts.cumsum(0) - counts)[row]
+    out = s.new_full((counts.numel(), longest), float("-inf"))
+    out[row, place] = s.flatten()[index]
+    return out.view(*s.shape[:-1], longest)

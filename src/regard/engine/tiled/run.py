@@ -39,7 +39,8 @@ def finish(problem: Problem, o: Tensor, stats: Stats) -> tuple[Tensor, Stats]:
     normalizer: Any = problem.mechanism.normalizer
     if normalizer.shift != "root":
         z = divisor(problem, stats.total if normalizer.mass is not None else None, stats.shift)
-        o = o if z is None else o * reciprocal(z)
+        if z is not None:
+            o = o * reciprocal(z) if o.requires_grad or z.requires_grad else o.mul_(reciprocal(z))
     return o.to(problem.v.dtype), stats
 
 
@@ -71,9 +72,7 @@ class Work:
         self.unshifted = no_overflow(problem, normalizer)
         self.shifting = normalizer.shift in ("max", "max0", "maxabs") and not self.unshifted
         self.stage = stage_of(problem.mechanism, wrt, not self.shifting and not self.root)
-        self.turned = {}
-        if problem.mechanism.score.dot:  # type: ignore[union-attr]
-            self.turned["k"] = self.k.transpose(1, 2).contiguous()
+        self.turned: dict[str, Tensor] = {}
         self.selects = problem.selection is not None and not self.schedule.by_columns
         self.answers: dict[Any, Tensor] = {}
 
@@ -81,10 +80,10 @@ class Work:
         """(n, rows * G, d) of a folded per-query tensor: a view when the rows are a slice."""
         if isinstance(tile.rows, slice):
             return x[span.queries, tile.rows.start * self.group : tile.rows.stop * self.group]
-        return x[span.queries, tile.rows]
+        return x[span.queries].index_select(1, tile.rows)
 
     def columns(self, x: Tensor, span: Span, index: Index) -> Tensor:
-        return x[span.keys, index]
+        return x[span.keys, index] if isinstance(index, slice) else x[span.keys].index_select(1, index)
 
     def shape(self, span: Span, tile: Tile) -> tuple[int, int, int, int]:
         return (span.queries.stop - span.queries.start, tile.row_count, self.group, tile.columns.count)
@@ -99,6 +98,10 @@ class Work:
 
     def turned_columns(self, name: str, x: Tensor, span: Span, index: Index) -> Tensor:
         """(n, d, columns) of a key tensor turned once a call, which matrix products read fastest."""
+        if not isinstance(index, slice):
+            return x[span.keys].index_select(1, index).transpose(1, 2)  # rows gather fast, columns do not
+        if self.problem.sizes.q_len < 4096:  # turning costs more than it saves
+            return x[span.keys, index].transpose(1, 2)
         if name not in self.turned:
             self.turned[name] = x.transpose(1, 2).contiguous()
         return self.turned[name][span.keys, :, index]
@@ -212,36 +215,46 @@ def forward_tile(work: Work, span: Span, tile: Tile, o: Tensor, total: Tensor, s
     k, v = work.columns(work.k, span, tile.columns.index), work.columns(work.v, span, tile.columns.index)
     s = work.stage.scores(work.pair(work.rows(work.q, span, tile), k, span, tile, env).view(shape), env)
     hidden = work.hidden(span, tile)
-    gathered = not isinstance(tile.rows, slice)
-    o_rows, total_rows, shift_rows = (work.rows(x, span, tile) for x in (o, total, shift))
     if work.root:
         env["c"] = c = solve(work, s, hidden, env)
-        shift_rows.copy_(c.reshape(shift_rows.shape))
+        work.rows(shift, span, tile).copy_(c.reshape(n, rows * group, 1))
     elif work.shifting:
-        old = shift_rows.view(n, rows, group, 1)
-        new = torch.maximum(old, work.shift_of(s, hidden))
-        env["c"] = torch.where(new.isfinite(), new, 0.0)
-        fade = torch.exp(torch.where(old == new, 0.0, old - env["c"])).reshape(shift_rows.shape)
-        o_rows.mul_(fade)
-        total_rows.mul_(fade)
-        shift_rows.copy_(new.reshape(shift_rows.shape))
+        env["c"] = raise_shift(work, span, tile, work.shift_of(s, hidden), o, total, shift)
     w, h = work.stage.weights(s, env)
     if hidden is not None:
         hide(w, hidden)
         if h is not None and h is not w:
             hide(h, hidden)
     if count is not None:
-        seen = columns if hidden is None else tile.columns.full + (~hidden).expand(*shape[:3], hidden.shape[-1]).sum(-1)
-        work.rows(count, span, tile).add_(seen if isinstance(seen, int) else seen.reshape(n, rows * group, 1))
+        seen = s.new_full((n, rows * group, 1), float(columns)) if hidden is None else (
+            tile.columns.full + (~hidden).expand(*shape[:3], hidden.shape[-1]).sum(-1).reshape(n, rows * group, 1).to(s.dtype))
+        add_rows(count, span, tile, work.group, seen)
     if h is not None and not work.root:
-        total_rows += h.sum(-1).view(total_rows.shape)
-    w = w.view(n, rows * group, columns)
-    if not gathered:
-        o_rows += work.product("out", w, v)
-    else:  # gathered rows are written back
-        o[span.queries, tile.rows] = o_rows + torch.bmm(w, v)
-        total[span.queries, tile.rows] = total_rows
-        shift[span.queries, tile.rows] = shift_rows
+        add_rows(total, span, tile, work.group, h.sum(-1).view(n, rows * group, 1))
+    add_rows(o, span, tile, work.group, work.product("out", w.view(n, rows * group, columns), v))
+
+
+def raise_shift(work: Work, span: Span, tile: Tile, top: Tensor, o: Tensor, total: Tensor, shift: Tensor) -> Tensor:
+    """Raise the rows' shift to at least `top` and fade what they have gathered so far; returns the shift, finite."""
+    n, rows, group, _ = work.shape(span, tile)
+    views = [work.rows(x, span, tile) for x in (o, total, shift)]
+    old = views[2].view(n, rows, group, 1)
+    new = torch.maximum(old, top)
+    c = torch.where(new.isfinite(), new, 0.0)
+    fade = torch.exp(torch.where(old == new, 0.0, old - c)).reshape(views[2].shape)
+    faded = (views[0].mul_(fade), views[1].mul_(fade), views[2].copy_(new.reshape(views[2].shape)))
+    if not isinstance(tile.rows, slice):  # gathered rows are copies: write them back
+        for into, value in zip((o, total, shift), faded, strict=True):
+            into[span.queries, tile.rows] = value
+    return c
+
+
+def add_rows(into: Tensor, span: Span, tile: Tile, group: int, value: Tensor) -> None:
+    """Add a tile's rows to a folded per-query tensor."""
+    if isinstance(tile.rows, slice):
+        into[span.queries, tile.rows.start * group : tile.rows.stop * group] += value
+    else:
+        into[span.queries].index_add_(1, tile.rows, value)
 
 
 def backward_tile(
@@ -274,10 +287,7 @@ def backward_tile(
         dq_part, dk_part = work.product("dq", ds, k), work.product("dk", ds.transpose(1, 2), q)
     else:
         dq_part, dk_part = pair_gradients(work, q, k, ds, env, span, tile, d_inputs)
-    if isinstance(tile.rows, slice):
-        work.rows(dq, span, tile).add_(dq_part)
-    else:
-        dq[span.queries, tile.rows] += dq_part
+    add_rows(dq, span, tile, group, dq_part)
     add_columns(dk, span, tile, dk_part)
     add_columns(dv, span, tile, work.product("dv", w.transpose(1, 2), do))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import EMPTY, FULL, Columns, Index, columns_of, layout, static_layout
+from ..layout import FULL, PARTIAL, Columns, Index, columns_of, layout, static_layout
 from ..problem import Problem
 
 
@@ -18,8 +18,8 @@ class Tiling:
     """How big tiles are: queries, keys, and scores held at once over all heads of a tile."""
 
     rows: int = 128
-    columns: int = 2048
-    elements: int = 1 << 19
+    columns: int = 4096
+    elements: int = 1 << 20
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class Span:
     batch: Tensor  # (n,)
     heads: Tensor  # (n, G)
     blocks: tuple[int, int]  # where to look in the layout
+    together: bool = False  # of the column order: the span of all heads
     cache: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -79,6 +80,7 @@ class Schedule:
             if selection is None:
                 self.layout = self.layout.joined()
         self.block_q = block_q
+        self.own = self.own_blocks() if self.by_columns else frozenset()
         self.shared = self.layout.shared and not self.by_columns
         self.group = sizes.heads // sizes.kv_heads if self.shared else 1
 
@@ -92,6 +94,8 @@ class Schedule:
     def spans(self) -> Iterator[Span]:
         sizes = self.problem.sizes
         per_kv = sizes.heads // sizes.kv_heads
+        if self.by_columns and self.own:
+            yield from self.shared_spans(self.block_q, self.block_q, True)
         if not self.shared:
             for b in range(sizes.batch):
                 for h in range(sizes.heads):
@@ -101,15 +105,20 @@ class Schedule:
                     yield Span(slice(at, at + 1), slice(kv, kv + 1), 1, torch.tensor([b], device=self.device),
                                torch.tensor([[h]], device=self.device), where)
             return
-        total = sizes.batch * sizes.kv_heads
         columns = sizes.k_len if self.row_complete else min(self.tiling.columns, sizes.k_len)
-        together = max(1, min(total, self.tiling.elements // max(1, min(self.rows, sizes.q_len) * per_kv * columns)))
+        yield from self.shared_spans(min(self.rows, sizes.q_len), columns, False)
+
+    def shared_spans(self, rows: int, columns: int, together: bool) -> Iterator[Span]:
+        """Spans of as many heads as a tile has room for."""
+        sizes = self.problem.sizes
+        per_kv, total = sizes.heads // sizes.kv_heads, sizes.batch * sizes.kv_heads
+        room = max(1, min(total, self.tiling.elements // max(1, rows * per_kv * columns)))
         every = torch.arange(total, device=self.device)
-        for start in range(0, total, together):
-            part = every[start : start + together]
+        for start in range(0, total, room):
+            part = every[start : start + room]
             heads = (part % sizes.kv_heads)[:, None] * per_kv + torch.arange(per_kv, device=self.device)
-            here = slice(start, min(start + together, total))
-            yield Span(here, here, per_kv, part // sizes.kv_heads, heads, (0, 0))
+            here = slice(start, min(start + room, total))
+            yield Span(here, here, per_kv, part // sizes.kv_heads, heads, (0, 0), together)
 
     def tiles(self, span: Span) -> Iterator[Tile]:
         yield from self.column_order(span) if self.by_columns else self.row_order(span)
@@ -126,18 +135,35 @@ class Schedule:
         """One key block at a time, with the queries that chose it: the cheap order when every query chooses for itself."""
         sizes, selection = self.problem.sizes, self.problem.selection
         assert selection is not None
+        if span.together:
+            for block in self.own:
+                at = slice(block * self.block_q, min((block + 1) * self.block_q, sizes.q_len))
+                keys = slice(block * selection.block_k, min((block + 1) * selection.block_k, sizes.k_len))
+                yield Tile(at, at.stop - at.start, Columns(keys, keys.stop - keys.start, 0))
+            return
         b, h = int(span.batch[0]), int(span.heads[0, 0])
-        kinds = self.layout.kind[span.blocks]  # (q blocks, k blocks)
-        keep = selection.keep[b, h].repeat_interleave(selection.block_q, 0)[: sizes.q_len]
-        row_kind = kinds.repeat_interleave(self.block_q, 0)[: sizes.q_len]
-        for block in range(keep.shape[1]):
-            start, stop = block * selection.block_k, min((block + 1) * selection.block_k, sizes.k_len)
-            chosen = torch.where(keep[:, block], row_kind[:, block], EMPTY)
-            for kind in (FULL, 1):
-                rows = (chosen == kind).nonzero().squeeze(1)
+        keep = selection.keep[b, h].repeat_interleave(selection.block_q, 0)[: sizes.q_len] if selection.block_q > 1 else selection.keep[b, h]
+        chosen = keep.T.nonzero()  # (block, query), in order of block
+        kind = self.layout.kind[span.blocks][chosen[:, 1] // self.block_q, chosen[:, 0]]
+        for wanted in (FULL, PARTIAL):
+            pairs = chosen[kind == wanted]
+            counts = torch.bincount(pairs[:, 0], minlength=keep.shape[1]).tolist()
+            for block, rows in enumerate(pairs[:, 1].split(counts)):
+                if not rows.numel() or (wanted == PARTIAL and block in self.own):
+                    continue
+                start, stop = block * selection.block_k, min((block + 1) * selection.block_k, sizes.k_len)
                 for part in rows.split(self.tiling.columns):
-                    if part.numel():
-                        yield Tile(compact(part), part.numel(), Columns(slice(start, stop), stop - start, stop - start if kind == FULL else 0))
+                    yield Tile(compact(part), part.numel(), Columns(slice(start, stop), stop - start, stop - start if wanted == FULL else 0))
+
+    def own_blocks(self) -> frozenset[int]:
+        """Partial blocks on the diagonal that every query of every head keeps whole: all heads work on them together."""
+        sizes, selection = self.problem.sizes, self.problem.selection
+        assert selection is not None
+        if sizes.heads != sizes.kv_heads or selection.block_q != 1 or sizes.q_len != sizes.k_len or not self.layout.shared:
+            return frozenset()
+        partial = (self.layout.kind[0, 0] == PARTIAL).nonzero().tolist()
+        every = selection.keep.all(0).all(0)  # (query, block)
+        return frozenset(j for i, j in partial if i == j and bool(every[i * self.block_q : (i + 1) * self.block_q, j].all()))
 
 
 def compact(rows: Tensor) -> Index:
