@@ -11,9 +11,17 @@ import regard
 from regard.algebra import Learned, Mechanism, Projected, Recurrent, Sizes
 from regard.engine.composed import inputs_of
 
-SMALL = {"moba": {"block_size": 8, "top_k": 2}, "sparse-transformer": {"stride": 8, "count": 3}, "neighborhood": {"kernel": 5},
-         "performer": {"features": 16}, "cosformer": {"horizon": 64.0}, "agent-attention": {"agents": 5}, "soft": {"landmarks": 6},
-         "routing-transformer": {"clusters": 3}, "qknorm": {"init": 5.0}}
+SMALL = {
+    "moba": {"block_size": 8, "top_k": 2},
+    "sparse-transformer": {"stride": 8, "count": 3},
+    "neighborhood": {"kernel": 5},
+    "performer": {"features": 16},
+    "cosformer": {"horizon": 64.0},
+    "agent-attention": {"agents": 5},
+    "soft": {"landmarks": 6},
+    "routing-transformer": {"clusters": 3},
+    "qknorm": {"init": 5.0},
+}
 
 
 @dataclass
@@ -40,8 +48,18 @@ def described(name: str) -> Mechanism:
     return regard.get(name, **SMALL.get(name, {}))
 
 
-def sample(name: str, q_len: int = 29, k_len: int | None = None, heads: int = 4, kv_heads: int = 4, batch: int = 2, dim: int = 8, value_dim: int = 6,
-           seed: int = 0, dtype: torch.dtype = torch.float64) -> Call:
+def sample(
+    name: str,
+    q_len: int = 29,
+    k_len: int | None = None,
+    heads: int = 4,
+    kv_heads: int = 4,
+    batch: int = 2,
+    dim: int = 8,
+    value_dim: int = 6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Call:
     mechanism = described(name)
     generator = torch.Generator().manual_seed(seed)
     k_len = k_len or q_len

@@ -13,14 +13,17 @@ from rich.table import Table
 
 from .errors import RegardError, nearest
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention."
+)
 out = Console()
 Family = Annotated[str | None, typer.Option(help="softmax, linear, sparse, systems, vision, generative, multimodal or analysis")]
 
 
 @app.command("list")
 def list_rows(
-    family: Family = None, status: Annotated[str | None, typer.Option(help="works or planned")] = None,
+    family: Family = None,
+    status: Annotated[str | None, typer.Option(help="works or planned")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all fields, as a JSON list")] = False,
 ) -> None:
     """The systems of the catalogue."""
@@ -52,12 +55,14 @@ def show(name: Annotated[str, typer.Argument(help="a name from `regard list`")])
 
 @app.command()
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(help="rows to verify (default: every working one)")] = None, family: Family = None,
+    names: Annotated[list[str] | None, typer.Argument(help="rows to verify (default: every working one)")] = None,
+    family: Family = None,
     file: Annotated[Path | None, typer.Option("--json", help="also write the results here")] = None,
 ) -> None:
     """Run the checks of working rows: claim, measured, threshold, control, verdict."""
     from .lab.files import write_text
-    from .lab.verification import report, rows, verify as run
+    from .lab.verification import report, rows
+    from .lab.verification import verify as run
 
     if family is not None:
         from .catalog import records
@@ -91,7 +96,8 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, measure all of them, and write a report."""
-    from .lab.compare import Config, compare as run, default_mechanisms
+    from .lab.compare import Config, default_mechanisms
+    from .lab.compare import compare as run
 
     config = Config(tuple(mechanisms or default_mechanisms()), text, minutes, seq_len, directory, seed)
     report, finished = run(config, resume)
@@ -103,14 +109,14 @@ def compare(
 
 def main() -> None:
     """Entry point of `regard`."""
-    usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer carries its own click
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except RegardError as why:
         message = " ".join(str(why).split())
     except usage as why:
-        message = why.format_message()  # type: ignore[attr-defined]
+        message = why.format_message()
     except typer.Abort:
         sys.exit(130)
     sys.stderr.write(f"regard: {message}\n")

@@ -9,19 +9,44 @@ from hypothesis import strategies as st
 
 from regard import RegardError
 from regard.algebra import (
-    Causal, Columns, Dilated, FixedBlock, Full, Neighborhood, PerHead, Prefix, Segments, Sinks, Sizes, Strided, Where, Window,
+    Causal,
+    Columns,
+    Dilated,
+    FixedBlock,
+    Full,
+    Neighborhood,
+    PerHead,
+    Prefix,
+    Segments,
+    Sinks,
+    Sizes,
+    Strided,
+    Where,
+    Window,
 )
 from regard.engine.layout import FULL, layout
 from regard.engine.problem import indices, visible_counts
 
 small = st.integers(1, 12)
 leaf = st.one_of(
-    st.just(Causal()), st.just(Full()), st.builds(Window, small), st.builds(Dilated, small, st.integers(1, 4)), st.builds(Strided, small),
-    st.builds(FixedBlock, small), st.builds(Sinks, small), st.builds(Prefix, small), st.builds(Columns, st.just(7), st.integers(1, 7), st.integers(0, 3)),
+    st.just(Causal()),
+    st.just(Full()),
+    st.builds(Window, small),
+    st.builds(Dilated, small, st.integers(1, 4)),
+    st.builds(Strided, small),
+    st.builds(FixedBlock, small),
+    st.builds(Sinks, small),
+    st.builds(Prefix, small),
+    st.builds(Columns, st.just(7), st.integers(1, 7), st.integers(0, 3)),
     st.just(Where(lambda b, h, i, j: (i + 2 * j) % 5 != 0)),
 )
-masks = st.recursive(leaf, lambda inner: st.one_of(
-    st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner), st.builds(lambda a: ~a, inner)), max_leaves=4)
+masks = st.recursive(
+    leaf,
+    lambda inner: st.one_of(
+        st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner), st.builds(lambda a: ~a, inner)
+    ),
+    max_leaves=4,
+)
 
 
 def pairs(mask, sizes, **inputs):
@@ -31,7 +56,9 @@ def pairs(mask, sizes, **inputs):
 
 
 @settings(max_examples=120, deadline=None)
-@given(mask=masks, q_len=st.integers(1, 40), k_len=st.integers(1, 40), block_q=st.sampled_from([3, 8, 16]), block_k=st.sampled_from([4, 8, 32]))
+@given(
+    mask=masks, q_len=st.integers(1, 40), k_len=st.integers(1, 40), block_q=st.sampled_from([3, 8, 16]), block_k=st.sampled_from([4, 8, 32])
+)
 def test_blocks_never_lie(mask, q_len, k_len, block_q, block_k):
     sizes = Sizes(1, 1, 1, q_len, k_len, 4, 4)
     truth, found = pairs(mask, sizes)[0, 0], layout(mask, sizes, block_q, block_k, {}, torch.device("cpu")).kind[0, 0]
@@ -68,7 +95,10 @@ def test_segments_and_heads():
     assert split[0, 0, 9, 0] and not split[0, 1, 9, 0] and split[0, 2, 9, 0]
 
 
-@pytest.mark.parametrize("make", [lambda: Window(0), lambda: Sinks(-1), lambda: Strided(2.5), lambda: Neighborhood((4, 4), 5), lambda: Neighborhood((8,), 3, stride=4)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Window(0), lambda: Sinks(-1), lambda: Strided(2.5), lambda: Neighborhood((4, 4), 5), lambda: Neighborhood((8,), 3, stride=4)],
+)
 def test_bad_masks(make):
     with pytest.raises(RegardError, match="expected"):
         make()

@@ -36,8 +36,10 @@ def test_names_are_taken_once():
 
 def test_import_is_light():
     """Nothing optional is imported, and regard adds little to torch's own import."""
-    script = ("import torch, time, sys; a = time.perf_counter(); import regard; b = time.perf_counter(); "
-              "bad = [m for m in ('triton', 'transformers', 'matplotlib', 'typer', 'rich', 'sklearn') if m in sys.modules]; print(b - a, bad)")
+    script = (
+        "import torch, time, sys; a = time.perf_counter(); import regard; b = time.perf_counter(); "
+        "bad = [m for m in ('triton', 'transformers', 'matplotlib', 'typer', 'rich', 'sklearn') if m in sys.modules]; print(b - a, bad)"
+    )
     fastest = 9.0
     for _ in range(3):
         out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -12,7 +12,9 @@ from regard.algebra import Recurrent, Relayed, Weighted
 from regard.algebra.mechanism import Clustered, Nystrom
 
 MASKABLE = [n for n in NAMES if isinstance(described(n), Weighted)]
-CROSS = [n for n in NAMES if not (isinstance(described(n), Recurrent) and described(n).causal_only) and n not in ("moba", "sparse-transformer")]
+CROSS = [
+    n for n in NAMES if not (isinstance(described(n), Recurrent) and described(n).causal_only) and n not in ("moba", "sparse-transformer")
+]
 
 
 def close(a, b, tolerance):
@@ -70,8 +72,7 @@ def test_last_rows_alone_equal_the_full_pass(name):
     call = sample(name)
     whole = call.run(mask=Causal())
     for n in (1, 7):
-        inputs = {key: x for key, x in call.inputs.items()}
-        part = regard.attend(call.q[:, :, -n:], call.k, call.v, call.mechanism, mask=Causal(), **inputs)
+        part = regard.attend(call.q[:, :, -n:], call.k, call.v, call.mechanism, mask=Causal(), **call.inputs)
         close(part, whole[:, :, -n:], 1e-10)
 
 
@@ -173,7 +174,7 @@ def test_layer_trains_and_steps(name):
 
 
 @pytest.mark.parametrize("scale", [1e-4, 100.0])
-@pytest.mark.parametrize("name", [n for n in MASKABLE])
+@pytest.mark.parametrize("name", MASKABLE)
 def test_extreme_scores_stay_finite(name, scale):
     call = sample(name, dtype=torch.float32)
     call.q = call.q * scale

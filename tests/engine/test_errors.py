@@ -69,7 +69,15 @@ def test_message(case):
 
 
 @settings(max_examples=60, deadline=None)
-@given(b=st.integers(1, 2), kv=st.integers(1, 3), group=st.integers(1, 2), q_len=st.integers(1, 20), k_len=st.integers(1, 20), d=st.integers(1, 9), e=st.integers(1, 9))
+@given(
+    b=st.integers(1, 2),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 2),
+    q_len=st.integers(1, 20),
+    k_len=st.integers(1, 20),
+    d=st.integers(1, 9),
+    e=st.integers(1, 9),
+)
 def test_any_fitting_shape_runs(b, kv, group, q_len, k_len, d, e):
     q, k, v = t(b, kv * group, q_len, d), t(b, kv, k_len, d), t(b, kv, k_len, e)
     for name in ("softmax", "softpick", "sparsemax"):

@@ -12,20 +12,42 @@ from regard.algebra import Hybrid, Input, Modified, PerHead, Selection, Sinkhorn
 from regard.algebra.select import Chosen
 
 MECHANISMS = {
-    "softmax": Weighted(), "sink": Weighted(normalizer=softmax_plus()), "softplus": Weighted(normalizer=RowLocal(F.softplus)),
-    "alibi": Weighted(position=Alibi()), "relative": Weighted(position=RelativeBias(reach=5)), "cosine": Weighted(score=Cosine()),
-    "distance": Weighted(score=Distance(link="log")), "l2": Weighted(score=Distance(3.0)), "additive": Weighted(score=Additive()), "rope": Weighted(position=Rope()),
-    "interleaved": Weighted(position=Rope(dims=4, interleaved=True)), "user score": Weighted(score=lambda q, k: (q @ k.transpose(-1, -2)).tanh()),
-    "user position": Weighted(position=lambda s, i, j: s * torch.cos(0.1 * (i - j))), "counted": Weighted(normalizer=RowLocal(lambda s, n: torch.relu(s) / n.sqrt())),
-    "python branch": Weighted(normalizer=RowLocal(lambda s: s.erfc())), "sparsemax": regard.get("sparsemax"), "entmax": regard.get("entmax"),
+    "softmax": Weighted(),
+    "sink": Weighted(normalizer=softmax_plus()),
+    "softplus": Weighted(normalizer=RowLocal(F.softplus)),
+    "alibi": Weighted(position=Alibi()),
+    "relative": Weighted(position=RelativeBias(reach=5)),
+    "cosine": Weighted(score=Cosine()),
+    "distance": Weighted(score=Distance(link="log")),
+    "l2": Weighted(score=Distance(3.0)),
+    "additive": Weighted(score=Additive()),
+    "rope": Weighted(position=Rope()),
+    "interleaved": Weighted(position=Rope(dims=4, interleaved=True)),
+    "user score": Weighted(score=lambda q, k: (q @ k.transpose(-1, -2)).tanh()),
+    "user position": Weighted(position=lambda s, i, j: s * torch.cos(0.1 * (i - j))),
+    "counted": Weighted(normalizer=RowLocal(lambda s, n: torch.relu(s) / n.sqrt())),
+    "python branch": Weighted(normalizer=RowLocal(lambda s: s.erfc())),
+    "sparsemax": regard.get("sparsemax"),
+    "entmax": regard.get("entmax"),
 }
-MASKS = {"full": None, "causal": Causal(), "window": Causal() & (Window(9) | Sinks(2)), "heads": PerHead((Causal(), Window(6))),
-         "user": lambda b, h, i, j: (i + j) % 3 == 0}
+MASKS = {
+    "full": None,
+    "causal": Causal(),
+    "window": Causal() & (Window(9) | Sinks(2)),
+    "heads": PerHead((Causal(), Window(6))),
+    "user": lambda b, h, i, j: (i + j) % 3 == 0,
+}
 
 
 def inputs_of(mechanism, heads=4):
-    made = {"sink": torch.randn(heads), "table": torch.randn(heads, 11), "slopes": torch.rand(heads), "direction": torch.randn(heads, 8),
-            "temperature": 1 + torch.rand(heads), "alpha": 1.3 + torch.rand(heads) / 2}
+    made = {
+        "sink": torch.randn(heads),
+        "table": torch.randn(heads, 11),
+        "slopes": torch.rand(heads),
+        "direction": torch.randn(heads, 8),
+        "temperature": 1 + torch.rand(heads),
+        "alpha": 1.3 + torch.rand(heads) / 2,
+    }
     return {item.name: made[item.name].double().requires_grad_() for item in mechanism.declared if item.name in made}
 
 
@@ -34,7 +56,9 @@ def inputs_of(mechanism, heads=4):
 def test_tiled_equals_reference(name, mask):
     mechanism = MECHANISMS[name]
     for q_len, k_len in ((150, 150), (20, 150)):
-        q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True) for h, n, d in ((4, q_len, 8), (2, k_len, 8), (2, k_len, 6)))
+        q, k, v = (
+            torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True) for h, n, d in ((4, q_len, 8), (2, k_len, 8), (2, k_len, 6))
+        )
         inputs = inputs_of(mechanism)
         leaves = [q, k, v, *inputs.values()]
         seed = torch.randn(2, 4, q_len, 6, dtype=torch.float64)
@@ -59,7 +83,10 @@ def test_user_mechanism_of_two_plain_functions():
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("mechanism", [Weighted(), Weighted(normalizer=softmax_plus(0.5)), regard.get("softpick"), regard.get("cog-attention"), regard.get("relu")])
+@pytest.mark.parametrize(
+    "mechanism",
+    [Weighted(), Weighted(normalizer=softmax_plus(0.5)), regard.get("softpick"), regard.get("cog-attention"), regard.get("relu")],
+)
 def test_merge_over_split_keys(mechanism):
     q, k, v = (torch.randn(2, 4, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     parts = [regard.attend_with_stats(q, k[:, :, a:b], v[:, :, a:b], mechanism) for a, b in ((0, 7), (7, 25), (25, 40))]
@@ -161,7 +188,10 @@ def test_learned_input_of_a_user():
     mechanism = Weighted(position=Modified(lambda s, heat: s * heat, (Input("heat", "hq"),)))
     q, k, v = (torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(3))
     heat = torch.rand(2, 12, dtype=torch.float64, requires_grad=True)
-    grads = [torch.autograd.grad(regard.attend(q, k, v, mechanism, heat=heat, executor=e).square().sum(), heat)[0] for e in ("tiled", "reference")]
+    grads = [
+        torch.autograd.grad(regard.attend(q, k, v, mechanism, heat=heat, executor=e).square().sum(), heat)[0]
+        for e in ("tiled", "reference")
+    ]
     assert torch.allclose(*grads)
 
 

@@ -15,7 +15,9 @@ def qkv(n=64, m=None, heads=4):
 
 
 def test_choices():
-    chosen = {name: regard.plan(*qkv(), name, mask=Causal()).executor for name in ("softmax", "ssmax", "qknorm", "softpick", "sparsemax", "moba")}
+    chosen = {
+        name: regard.plan(*qkv(), name, mask=Causal()).executor for name in ("softmax", "ssmax", "qknorm", "softpick", "sparsemax", "moba")
+    }
     assert chosen == {"softmax": "sdpa", "ssmax": "sdpa", "qknorm": "sdpa", "softpick": "tiled", "sparsemax": "tiled", "moba": "tiled"}
     assert regard.plan(*qkv(), "softmax", mask=Window(9)).executor == "tiled"
     assert regard.plan(*qkv(), "sinkformer").executor == "dense"

@@ -50,7 +50,9 @@ def test_forms_equal_the_loop(decay, write, strength):
         split = length // 3
         if split:
             first, state = scans.run(scans.pose(mechanism, Causal(), *[x[:, :, :split] for x in (q, k, v)], None, part(inputs, 0, split)))
-            rest, state = scans.run(scans.pose(mechanism, Causal(), *[x[:, :, split:] for x in (q, k, v)], None, part(inputs, split, length)), "chunk", state)
+            rest, state = scans.run(
+                scans.pose(mechanism, Causal(), *[x[:, :, split:] for x in (q, k, v)], None, part(inputs, split, length)), "chunk", state
+            )
             assert naive.gap(torch.cat((first, rest), 2), truth) < 1e-10 and naive.gap(state, last) < 1e-10
 
 

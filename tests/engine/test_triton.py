@@ -32,11 +32,11 @@ print("equal", len(CASES))
 """
 
 CASES = {
-    "softplus by a user": '[(Weighted(normalizer=F.softplus, mask=near), None)]',
+    "softplus by a user": "[(Weighted(normalizer=F.softplus, mask=near), None)]",
     "shifts": '[(Weighted(), Causal()), (regard.get("softpick"), Causal()), (regard.get("cog-attention"), None)]',
-    "inputs": '[(Weighted(normalizer=softmax_plus()), Causal()), (Weighted(score=Cosine()), None), (Weighted(position=regard.Alibi()), Causal())]',
+    "inputs": "[(Weighted(normalizer=softmax_plus()), Causal()), (Weighted(score=Cosine()), None), (Weighted(position=regard.Alibi()), Causal())]",
     "unnormalised": '[(regard.get("sigmoid"), Causal()), (regard.get("relu"), Causal() & (Window(9) | Sinks(2)))]',
-    "blocks": '[(Weighted(), Neighborhood((7, 10), (3, 5), (1, 2))), (Weighted(), Causal() & Window(20))]',
+    "blocks": "[(Weighted(), Neighborhood((7, 10), (3, 5), (1, 2))), (Weighted(), Causal() & Window(20))]",
 }
 
 

@@ -26,7 +26,10 @@ def test_end_to_end_and_resume(tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     for plot in ("loss", "extrapolation", "recall", "prefill", "memory", "decode", "state"):
         assert f'<figure id="{plot}"><svg' in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "") and "<script" not in page
+    assert (
+        "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+        and "<script" not in page
+    )
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["verdict"] == verdict(report) and set(saved["mechanisms"]) == {"softmax", "gla"}
     one = saved["mechanisms"]["gla"]
@@ -58,12 +61,21 @@ def bad_inputs(tmp_path):
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "file").write_text("x")
     return [
-        (["sofmax"], "Did you mean softmax"), (["softmax", "softmax"], "given twice"), (["soft"], "cannot be trained"),
-        (["softmax", "--text", str(tmp_path / "none.txt")], "does not exist"), (["softmax", "--text", str(tmp_path / "empty.txt")], "is empty"),
-        (["softmax", "--text", str(tmp_path / "tiny.txt")], "expected at least"), (["softmax", "--text", str(tmp_path / "binary.txt")], "is binary"),
-        (["softmax", "--text", str(tmp_path)], "is not a file"), (["softmax", "--out", str(tmp_path / "file" / "x")], "cannot write"),
-        (["softmax", "--seq-len", "3"], "--seq-len"), (["softmax", "--seq-len", "100000000"], "--seq-len"), (["softmax", "--minutes", "-1"], "--minutes"),
-        (["softmax", "--minutes", "nan"], "--minutes"), (["softmax", "--minutes", "soon"], "minutes"), (["moba:block=3"], "Did you mean block_size"),
+        (["sofmax"], "Did you mean softmax"),
+        (["softmax", "softmax"], "given twice"),
+        (["soft"], "cannot be trained"),
+        (["softmax", "--text", str(tmp_path / "none.txt")], "does not exist"),
+        (["softmax", "--text", str(tmp_path / "empty.txt")], "is empty"),
+        (["softmax", "--text", str(tmp_path / "tiny.txt")], "expected at least"),
+        (["softmax", "--text", str(tmp_path / "binary.txt")], "is binary"),
+        (["softmax", "--text", str(tmp_path)], "is not a file"),
+        (["softmax", "--out", str(tmp_path / "file" / "x")], "cannot write"),
+        (["softmax", "--seq-len", "3"], "--seq-len"),
+        (["softmax", "--seq-len", "100000000"], "--seq-len"),
+        (["softmax", "--minutes", "-1"], "--minutes"),
+        (["softmax", "--minutes", "nan"], "--minutes"),
+        (["softmax", "--minutes", "soon"], "minutes"),
+        (["moba:block=3"], "Did you mean block_size"),
         (["moba:block_size"], "is not key=value"),
     ]
 
@@ -73,7 +85,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
 
     for arguments, words in bad_inputs(tmp_path):
         script = f"import sys; sys.argv = {['regard', 'compare', *arguments]!r}; from regard.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path) if arguments == ["sofmax"] else None
+        done = (
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+            if arguments == ["sofmax"]
+            else None
+        )
         if done is None:  # the rest in this process, which is quicker
             code, text = in_process(cli, arguments, tmp_path)
         else:

@@ -17,10 +17,19 @@ def make(measured, control, threshold=1.0, side="below"):
     return Check("x", "claim", threshold, side, "the baseline", lambda: (measured, control))
 
 
-@pytest.mark.parametrize("measured, control, side, passed", [
-    (0.5, 2.0, "below", True), (0.5, 0.6, "below", False), (2.0, 3.0, "below", False), (2.0, 0.5, "above", True), (2.0, 3.0, "above", False),
-    (math.nan, 2.0, "below", False), (0.5, math.nan, "below", True), (0.5, math.inf, "below", True),
-])
+@pytest.mark.parametrize(
+    "measured, control, side, passed",
+    [
+        (0.5, 2.0, "below", True),
+        (0.5, 0.6, "below", False),
+        (2.0, 3.0, "below", False),
+        (2.0, 0.5, "above", True),
+        (2.0, 3.0, "above", False),
+        (math.nan, 2.0, "below", False),
+        (0.5, math.nan, "below", True),
+        (0.5, math.inf, "below", True),
+    ],
+)
 def test_verdicts(measured, control, side, passed):
     assert (judge(make(measured, control, side=side), measured, control) == "pass") is passed
 

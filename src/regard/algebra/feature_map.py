@@ -88,8 +88,17 @@ def positive_random_query(x: Tensor, projection: Tensor, eps: float, hyperbolic:
     return (torch.exp(power) + eps) / math.sqrt(at.shape[-1])
 
 
-def favor(features: int = 256, *, eps: float = 1e-4, orthogonal: bool = True, hyperbolic: bool = False, stabilize: bool = True,
-          seed: int = 0, causal: bool = True, regularised: bool = False) -> FeatureMap:
+def favor(
+    features: int = 256,
+    *,
+    eps: float = 1e-4,
+    orthogonal: bool = True,
+    hyperbolic: bool = False,
+    stabilize: bool = True,
+    seed: int = 0,
+    causal: bool = True,
+    regularised: bool = False,
+) -> FeatureMap:
     """Performer's positive random features; input `projection` (features, D), drawn from `seed` unless passed.
 
     causal: leave out the maximum over all keys, which would let a query feel later keys through eps.
@@ -138,9 +147,7 @@ def hedgehog(form: str = "softmax", clamp: float = 1e-12) -> FeatureMap:
     function = softmax_pair if form == "softmax" else exp_pair
     maps = [Input(f"{side}_map", "hfd", default=eye_per_head, layer=Learned(eye_per_head)) for side in ("query", "key")]
     shifts = [Input(f"{side}_shift", "h", default=0.0, layer=Learned(0.0, trainable=False)) for side in ("query", "key")]
-    return FeatureMap(
-        bind(on_query, form=function, clamp=clamp), bind(on_key, form=function, clamp=clamp), inputs=(*maps, *shifts)
-    )
+    return FeatureMap(bind(on_query, form=function, clamp=clamp), bind(on_key, form=function, clamp=clamp), inputs=(*maps, *shifts))
 
 
 def cosine_reweighted(x: Tensor, position: Tensor, horizon: float, base: Function) -> Tensor:

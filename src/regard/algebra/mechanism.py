@@ -125,8 +125,11 @@ class Recurrent(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (("decay", self.decay, DECAYS), ("write", self.write, ("add", "delta")),
-                                   ("readout", self.readout, ("none", "sum"))):
+        for name, value, known in (
+            ("decay", self.decay, DECAYS),
+            ("write", self.write, ("add", "delta")),
+            ("readout", self.readout, ("none", "sum")),
+        ):
             if value not in known:
                 raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
 
@@ -145,7 +148,7 @@ class Relayed(Mechanism):
     gather: Weighted = field(default_factory=Weighted)
     spread: Weighted = field(default_factory=Weighted)
     count: int = 49
-    inputs: tuple[Input, ...] = (Input("agents", "bhfd", default="pool"),)  # type: ignore[arg-type]
+    inputs: tuple[Input, ...] = (Input("agents", "bhfd", default="pool"),)
     recipe: Recipe = field(default_factory=Recipe)
 
     @property
@@ -155,8 +158,11 @@ class Relayed(Mechanism):
     @property
     def declared(self) -> tuple[Input, ...]:
         """Inputs of the two calls carry the prefixes `gather_` and `spread_`."""
-        named = [replace(item, name=f"{side}_{item.name}") for side, inner in (("gather", self.gather), ("spread", self.spread))
-                 for item in inner.declared]
+        named = [
+            replace(item, name=f"{side}_{item.name}")
+            for side, inner in (("gather", self.gather), ("spread", self.spread))
+            for item in inner.declared
+        ]
         return (*self.inputs, *named)
 
 
@@ -173,7 +179,7 @@ class Nystrom(Mechanism):
     iterations: int = 20
     ridge: float = 0.0
     symmetric: bool = False
-    inputs: tuple[Input, ...] = (Input("landmarks", "bhfd", default="pool"),)  # type: ignore[arg-type]
+    inputs: tuple[Input, ...] = (Input("landmarks", "bhfd", default="pool"),)
     recipe: Recipe = field(default_factory=lambda: Recipe(rope=False))
 
     @property

@@ -75,11 +75,12 @@ def show(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"float('{value}')"
     if callable(value) and not isinstance(value, (Part, Bound)):
-        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", repr(value))
+        module: str | None = getattr(value, "__module__", None)
+        name: str = getattr(value, "__qualname__", repr(value))
         if module is None or module.startswith("torch"):
             for home in (torch, torch.nn.functional):
                 if getattr(home, getattr(value, "__name__", ""), None) is value:
-                    return f"{home.__name__}.{value.__name__}"
+                    return f"{home.__name__}.{name}"
         return f"{module}.{name}" if "<" not in name else f"<function {name}>"
     return repr(value)
 
@@ -143,8 +144,15 @@ class Sizes:
     value_dim: int
 
     def letter(self, letter: str) -> int | None:
-        table = {"b": self.batch, "h": self.heads, "g": self.kv_heads, "q": self.q_len, "k": self.k_len,
-                 "d": self.head_dim, "e": self.value_dim}
+        table = {
+            "b": self.batch,
+            "h": self.heads,
+            "g": self.kv_heads,
+            "q": self.q_len,
+            "k": self.k_len,
+            "d": self.head_dim,
+            "e": self.value_dim,
+        }
         return table.get(letter)
 
 
@@ -178,7 +186,7 @@ class Input(Part):
 
     name: str
     shape: str = ""
-    default: float | Function | None = None
+    default: float | Function | str | None = None
     layer: Learned | Projected | None = None
     dtype: str = "float"
 

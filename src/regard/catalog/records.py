@@ -57,7 +57,9 @@ def records(family: str | None = None, status: str | None = None) -> list[Record
     out = []
     for row in rows():
         found = entries.get(row["slug"])
-        record = Record(**{**row, "parts": tuple(row["parts"])}, status="works" if found else "planned", entry=found.where if found else None)
+        record = Record(
+            **{**row, "parts": tuple(row["parts"])}, status="works" if found else "planned", entry=found.where if found else None
+        )
         if family in (None, record.family) and status in (None, record.status):
             out.append(record)
     return out

@@ -13,6 +13,8 @@ from ..algebra import Mechanism
 from ..errors import RegardError, nearest
 
 Factory = Callable[..., Mechanism]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered system. kind: "mechanism" (a description for `attend`), or "module" (a layer or function of its own)."""

@@ -30,7 +30,9 @@ def whole(mask: Mask, mechanism: Mechanism) -> None:
         raise RegardError(f"mask={mask!r}: {type(mechanism).__name__} mixes all keys before any query reads them; expected no mask")
 
 
-def relayed(mechanism: Relayed, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+def relayed(
+    mechanism: Relayed, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
+) -> Tensor:
     whole(mask, mechanism)
     sizes_of(q, k, v)
     declared = {item.name: item for item in mechanism.declared}
@@ -66,7 +68,9 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
     return torch.exp(-SquaredDistance.apply(x, y) / 2)
 
 
-def nystrom(mechanism: Nystrom, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+def nystrom(
+    mechanism: Nystrom, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
+) -> Tensor:
     whole(mask, mechanism)
     sizes = sizes_of(q, k, v)
     declared = {item.name: item for item in mechanism.declared}
@@ -103,7 +107,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).unflatten(2, index.shape[2:]).flatten(1, 2)
 
 
-def clustered(mechanism: Clustered, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+def clustered(
+    mechanism: Clustered, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
+) -> Tensor:
     if not isinstance(mask, (Full, Causal)):
         raise RegardError(f"mask={mask!r}: clustered attention runs under Causal() or no mask")
     sizes = sizes_of(q, k, v)
@@ -134,9 +140,11 @@ def clustered(mechanism: Clustered, q: Tensor, k: Tensor, v: Tensor, mask: Mask,
     return total / times.clamp_min(1)
 
 
-def hybrid(mechanism: Hybrid, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend) -> Tensor:
+def hybrid(
+    mechanism: Hybrid, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
+) -> Tensor:
     declared = {item.name: item for item in mechanism.declared}
-    check_names({name: x for name, x in given.items()}, {**declared, **{i.name: i for m in mechanism.members for i in inputs_of(m)}}, mechanism)
+    check_names(given, {**declared, **{i.name: i for m in mechanism.members for i in inputs_of(m)}}, mechanism)
 
     def part(member: Mechanism, q: Tensor, k: Tensor, v: Tensor, heads: slice | None = None) -> Tensor:
         mine: dict[str, Any] = {}

@@ -45,12 +45,29 @@ def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: A
     return remembered(q, k, v, mechanism, mask, inputs, executor)
 
 
-def remembered(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
+def remembered(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None
+) -> Plan:
     input_grad = bool(inputs) and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
     try:
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        key = (mechanism, mask, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, grad, input_grad, executor,
-               tuple(inputs))
+        key = (
+            mechanism,
+            mask,
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            grad,
+            input_grad,
+            executor,
+            tuple(inputs),
+        )
         found = _plans.get(key)
     except AttributeError:
         sizes_of(q, k, v)  # says which of them is no tensor
@@ -61,15 +78,23 @@ def remembered(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask
         description = resolved(mechanism)
         if isinstance(description, Recurrent) and mask is None and description.causal_only:
             mask = Causal()
-        found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor, input_grad)
+        found = planner.make(
+            description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor, input_grad
+        )
         _plans[key] = found
     return found
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def planned_once(
-    mechanism: str | Mechanism, mask: Any, shapes: tuple[tuple[int, ...], ...], dtype: str, device: str, grad: bool,
-    inputs: tuple[str, ...], executor: str | None,
+    mechanism: str | Mechanism,
+    mask: Any,
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: str,
+    device: str,
+    grad: bool,
+    inputs: tuple[str, ...],
+    executor: str | None,
 ) -> Plan:
     """The plan as torch.compile sees it: a constant of the shapes it compiles for."""
     q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype[6:]), device=device, requires_grad=grad) for shape in shapes)
@@ -77,8 +102,15 @@ def planned_once(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
-    scale: float | None = None, executor: str | None = None, **inputs: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "softmax",
+    *,
+    mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None,
+    executor: str | None = None,
+    **inputs: Any,
 ) -> Tensor:
     """Attention of any registered or described mechanism.
 
@@ -91,7 +123,7 @@ def attend(
     if isinstance(mask, Tensor):
         mask, inputs = explicit(mask, inputs, q)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
-    if chosen.form is not None and plain_dot(chosen.mechanism):
+    if chosen.direct and chosen.form is not None:
         if inputs:
             unknown(chosen.mechanism, inputs)
         return sdpa.call(q, k, v, chosen.form, scale)
@@ -99,8 +131,15 @@ def attend(
 
 
 def attend_with_stats(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
-    scale: float | None = None, executor: str | None = None, **inputs: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "softmax",
+    *,
+    mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None,
+    executor: str | None = None,
+    **inputs: Any,
 ) -> tuple[Tensor, Stats]:
     """`attend` of a weighted mechanism, with each row's (shift, total, count), which `merge` joins over split keys."""
     if isinstance(mask, Tensor):
@@ -120,17 +159,15 @@ def explicit(mask: Tensor, inputs: dict[str, Any], q: Tensor) -> tuple[Mask, dic
     return Explicit(), {**inputs, "visible": mask[(None,) * (4 - mask.dim())]}
 
 
-def plain_dot(mechanism: Mechanism) -> bool:
-    return isinstance(mechanism, Weighted) and mechanism.position is None and not mechanism.score.parts_beyond_dot  # type: ignore[union-attr]
-
-
 def unknown(mechanism: Mechanism, inputs: dict[str, Any]) -> None:
     from .problem import check_names
 
     check_names(inputs, {item.name: item for item in mechanism.declared}, mechanism)
 
 
-def execute(chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False) -> tuple[Tensor, Stats | None]:
+def execute(
+    chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False
+) -> tuple[Tensor, Stats | None]:
     mechanism, name = chosen.mechanism, chosen.executor
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
@@ -180,8 +217,16 @@ def weighted(
 
 
 def plan(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", *, mask: Mask | Function | Tensor | None = None,
-    scale: float | None = None, executor: str | None = None, source: bool = False, **inputs: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "softmax",
+    *,
+    mask: Mask | Function | Tensor | None = None,
+    scale: float | None = None,
+    executor: str | None = None,
+    source: bool = False,
+    **inputs: Any,
 ) -> Plan:
     """What `attend` with these arguments would run, why, and what it costs: EXPLAIN for attention. Nothing is computed.
 
@@ -199,5 +244,3 @@ def plan(
     from .triton import source_of
 
     return replace(found, source=source_of(found.mechanism, found.mask))
-
-

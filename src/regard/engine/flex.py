@@ -47,8 +47,14 @@ def block_mask(problem: Problem) -> BlockMask | None:
         return problem.mask.visible(b, h, i + problem.offset, j, env)
 
     depends, sizes = problem.mask.depends, problem.sizes
-    return create_block_mask(keep, sizes.batch if "b" in depends else None, sizes.heads if "h" in depends else None,
-                             sizes.q_len, sizes.k_len, device=str(problem.q.device))
+    return create_block_mask(
+        keep,
+        sizes.batch if "b" in depends else None,
+        sizes.heads if "h" in depends else None,
+        sizes.q_len,
+        sizes.k_len,
+        device=str(problem.q.device),
+    )
 
 
 def refusal(mechanism: Any, device_type: str) -> str:
@@ -67,12 +73,12 @@ def refusal(mechanism: Any, device_type: str) -> str:
 
 def run(problem: Problem) -> Tensor:
     grouped = problem.sizes.heads != problem.sizes.kv_heads
-    attention = torch.compile(flex_attention, dynamic=False) if problem.q.is_cuda else flex_attention
+    attention: Any = torch.compile(flex_attention, dynamic=False) if problem.q.is_cuda else flex_attention
     plain = problem.mechanism.normalizer == SOFTMAX
-    out = attention(problem.q, problem.k, problem.v, score_mod=score_mod(problem), block_mask=block_mask(problem), scale=1.0,
-                    enable_gqa=grouped, return_lse=not plain)
+    options: dict[str, Any] = {"score_mod": score_mod(problem), "block_mask": block_mask(problem), "scale": 1.0, "enable_gqa": grouped}
+    out: Any = attention(problem.q, problem.k, problem.v, return_lse=not plain, **options)
     if plain:
-        return out  # type: ignore[no-any-return]
+        return out
     out, lse = out
     out = out * torch.exp(lse)[..., None].to(out.dtype)
     z = divisor(problem, None, torch.zeros_like(lse)[..., None])

@@ -81,7 +81,8 @@ def some_and_every(
     h = at["h"] if "h" in mask.depends else at["h"][:1]
     env = {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
     pad = -sizes.k_len % block_k
-    some_rows, every_rows = [], []
+    some_rows: list[Tensor] = []
+    every_rows: list[Tensor] = []
     for rows in at["i"].split(block_q):
         seen = visible(mask, b, h, rows, at["j"], env).expand(b.numel(), h.numel(), rows.shape[0], sizes.k_len)
         for into, fill, reduce in ((some_rows, False, torch.Tensor.any), (every_rows, True, torch.Tensor.all)):
@@ -91,7 +92,12 @@ def some_and_every(
 
 
 def layout(
-    mask: Mask, sizes: Sizes, block_q: int, block_k: int, inputs: Mapping[str, Tensor], device: torch.device,
+    mask: Mask,
+    sizes: Sizes,
+    block_q: int,
+    block_k: int,
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
     selection: Selection | None = None,
 ) -> Layout:
     """The blocks of a mask, and of a selection within it (whose block sizes must divide or equal the given ones)."""

@@ -39,6 +39,7 @@ class Plan:
     mechanism: Mechanism = field(repr=False)
     mask: Mask = field(repr=False)
     form: str | None = field(default=None, repr=False)
+    direct: bool = field(default=False, repr=False)  # SDPA takes q, k and v as they come
     source: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -79,8 +80,16 @@ def static_density(mechanism: Weighted, mask: Mask, sizes: Sizes) -> float | Non
 
 
 def make(
-    mechanism: Mechanism, mask: Mask, sizes: Sizes, dtype: torch.dtype, device: torch.device, grad: bool,
-    inputs: frozenset[str], wanted: str | None, input_grad: bool = False, compiling: bool = False,
+    mechanism: Mechanism,
+    mask: Mask,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad: bool,
+    inputs: frozenset[str],
+    wanted: str | None,
+    input_grad: bool = False,
+    compiling: bool = False,
 ) -> Plan:
     """Decide. `wanted` names an executor to use; RegardError if it cannot."""
     wide = ELEMENT.get(torch.promote_types(dtype, torch.float32), 4)
@@ -96,20 +105,49 @@ def make(
         quadratic = name in ("parallel", "reference")
         flops = 2 * tokens * (sizes.k_len if quadratic else 128 + 2 * sizes.head_dim) * (sizes.head_dim + width) // (1 if quadratic else 2)
         memory = tokens * sizes.k_len * wide if quadratic else (min(sizes.k_len, 1024) // 64 + 1) * state * wide
-        why = {"chunk": "a running state: time linear in length", "step": "one token at a time", "parallel": "the quadratic form",
-               "reference": "the quadratic form in float64"}[name]
-        others = () if wanted else (("parallel", "time and memory grow with the square of the length"), ("step", "one token at a time is slower for many tokens"))
+        why = {
+            "chunk": "a running state: time linear in length",
+            "step": "one token at a time",
+            "parallel": "the quadratic form",
+            "reference": "the quadratic form in float64",
+        }[name]
+        others = (
+            ()
+            if wanted
+            else (
+                ("parallel", "time and memory grow with the square of the length"),
+                ("step", "one token at a time is slower for many tokens"),
+            )
+        )
         return Plan(name, why, others, flops, dense_bytes(sizes, dtype), memory, None, sizes, mechanism, mask)
     if wanted not in (None, "composed", "reference", "tiled"):
         raise RegardError(f"executor={wanted!r}; {type(mechanism).__name__} runs composed, or in the reference")
     flops = 4 * sizes.batch * sizes.heads * sizes.q_len * min(sizes.k_len, 64) * (sizes.head_dim + sizes.value_dim)
-    return Plan("reference" if wanted == "reference" else "composed", f"a few calls of the mechanisms inside {type(mechanism).__name__}", (), flops,
-                dense_bytes(sizes, dtype), dense_bytes(sizes, dtype), None, sizes, mechanism, mask)
+    return Plan(
+        "reference" if wanted == "reference" else "composed",
+        f"a few calls of the mechanisms inside {type(mechanism).__name__}",
+        (),
+        flops,
+        dense_bytes(sizes, dtype),
+        dense_bytes(sizes, dtype),
+        None,
+        sizes,
+        mechanism,
+        mask,
+    )
 
 
 def weighted(
-    mechanism: Weighted, mask: Mask, given_mask: Mask, sizes: Sizes, dtype: torch.dtype, device: torch.device, grad: bool,
-    wanted: str | None, input_grad: bool, wide: int,
+    mechanism: Weighted,
+    mask: Mask,
+    given_mask: Mask,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad: bool,
+    wanted: str | None,
+    input_grad: bool,
+    wide: int,
 ) -> Plan:
     check_functions(mechanism, mask)
     refused: dict[str, str] = {}
@@ -119,10 +157,17 @@ def weighted(
         for name in ("sdpa", "flex", "tiled", "triton"):
             refused[name] = f"{type(mechanism.normalizer).__name__} is not row-local: a weight depends on other rows"
     else:
-        refused.update({name: why for name, why in (
-            ("sdpa", sdpa_refusal(mechanism, mask, sizes)), ("flex", flex.refusal(mechanism, device.type)),
-            ("triton", triton_refusal(mechanism, mask, sizes, device, input_grad)),
-        ) if why})
+        refused.update(
+            {
+                name: why
+                for name, why in (
+                    ("sdpa", sdpa_refusal(mechanism, mask, sizes)),
+                    ("flex", flex.refusal(mechanism, device.type)),
+                    ("triton", triton_refusal(mechanism, mask, sizes, device, input_grad)),
+                )
+                if why
+            }
+        )
         refused["dense"] = "it would hold the whole matrix of weights"
     refused["reference"] = "float64 and the whole matrix: for checking"
     if wanted is not None:
@@ -149,8 +194,20 @@ def weighted(
     whole = sizes.batch * sizes.heads * sizes.q_len * sizes.k_len * wide
     rows = sizes.batch * sizes.heads * sizes.q_len * (sizes.value_dim + 3) * wide
     memory = {"sdpa": 0, "tiled": tile * wide + rows, "flex": 0, "triton": rows, "dense": 2 * whole, "reference": 16 * whole // wide}[name]
-    return Plan(name, why, tuple(refused.items()), flops, dense_bytes(sizes, dtype), memory, density, sizes, mechanism, given_mask,
-                sdpa.form(mask, sizes) if name == "sdpa" else None)
+    return Plan(
+        name,
+        why,
+        tuple(refused.items()),
+        flops,
+        dense_bytes(sizes, dtype),
+        memory,
+        density,
+        sizes,
+        mechanism,
+        given_mask,
+        sdpa.form(mask, sizes) if name == "sdpa" else None,
+        name == "sdpa" and mechanism.position is None and not mechanism.score.parts_beyond_dot,
+    )  # type: ignore[union-attr]
 
 
 def sdpa_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes) -> str:
@@ -179,5 +236,3 @@ def triton_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, device: torch.
 
 def mask_reads(mask: Mask) -> bool:
     return any(getattr(part, "inputs", ()) for part in mask.parts())
-
-

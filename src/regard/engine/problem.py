@@ -58,8 +58,10 @@ def fill_inputs(
         value = given.get(name)
         if value is None:
             if spec.default is None:
-                raise RegardError(f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})")
-            if spec.default == "pool":
+                raise RegardError(
+                    f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})"
+                )
+            if isinstance(spec.default, str):  # "pool": made by the mechanism itself
                 continue
             value = spec.default
             if callable(value):
@@ -120,8 +122,10 @@ def streamed_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], devi
     b = at["b"] if "b" in mask.depends else at["b"][:1]
     h = at["h"] if "h" in mask.depends else at["h"][:1]
     rows = max(1, 2**20 // max(1, sizes.k_len * b.numel() * h.numel()))
-    counts = [visible(mask, b, h, part, at["j"], env).expand(b.numel(), h.numel(), part.numel(), sizes.k_len).sum(-1, keepdim=True)
-              for part in at["i"].split(rows)]
+    counts = [
+        visible(mask, b, h, part, at["j"], env).expand(b.numel(), h.numel(), part.numel(), sizes.k_len).sum(-1, keepdim=True)
+        for part in at["i"].split(rows)
+    ]
     return torch.cat(counts, -2).float() if counts else torch.zeros(b.numel(), h.numel(), 0, 1, device=device)
 
 
@@ -182,8 +186,10 @@ def wants_counts(mechanism: Weighted) -> bool:
     """Whether anything asks for the visible count n."""
     row_scale = getattr(mechanism.score, "row_scale", None)
     defaults = [item.default for item in mechanism.declared if callable(item.default)]
-    return row_scale is not None or any("n" in asks(f, lead) for f, lead in functions_of(mechanism)) or any(
-        "n" in asks(default, 0) for default in defaults
+    return (
+        row_scale is not None
+        or any("n" in asks(f, lead) for f, lead in functions_of(mechanism))
+        or any("n" in asks(default, 0) for default in defaults)
     )
 
 
@@ -206,7 +212,13 @@ def combine_masks(mechanism: Weighted, mask: Mask) -> Mask:
 
 
 def pose(
-    mechanism: Weighted, mask: Mask, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any],
+    mechanism: Weighted,
+    mask: Mask,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    given: Mapping[str, Any],
     need_counts: bool = False,
 ) -> Problem:
     """Check a weighted call and prepare it: inputs, visible counts, rotary positions, score preparation, selection."""

@@ -85,8 +85,15 @@ State = KeyValueState | ScanState | ManyStates
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism = "softmax", state: State | None = None, *, mask: Mask | None = None,
-    scale: float | None = None, **inputs: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "softmax",
+    state: State | None = None,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    **inputs: Any,
 ) -> tuple[Tensor, State]:
     """Causal attention of new tokens after those in `state`; returns (out, new state).
 
@@ -102,13 +109,17 @@ def step(
         return step_scan(description, q, k, v, state, scale, inputs)
     if isinstance(description, Hybrid) and description.how in ("sum", "gate"):
         states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)
-        stepped = [step(q, k, v, member, old, mask=mask, scale=scale, **{i.name: inputs[i.name] for i in member.declared if i.name in inputs})
-                   for member, old in zip(description.members, states, strict=True)]
+        stepped = [
+            step(q, k, v, member, old, mask=mask, scale=scale, **{i.name: inputs[i.name] for i in member.declared if i.name in inputs})
+            for member, old in zip(description.members, states, strict=True)
+        ]
         outs = torch.stack([out for out, _ in stepped], -1)
         out = outs.sum(-1) if description.how == "sum" else (outs * inputs["gate"][..., None, :]).sum(-1)
         return out, ManyStates(tuple(new for _, new in stepped))
     if not isinstance(description, Weighted) or not description.can_be_causal:
-        raise RegardError(f"{mechanism if isinstance(mechanism, str) else type(description).__name__} cannot decode: it reads the whole sequence at once")
+        raise RegardError(
+            f"{mechanism if isinstance(mechanism, str) else type(description).__name__} cannot decode: it reads the whole sequence at once"
+        )
     if state is None:
         state = KeyValueState(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
     if not isinstance(state, KeyValueState):

@@ -61,8 +61,6 @@ def is_const(e: Expr, value: float | None = None) -> bool:
     return e.op == "const" and (value is None or e.args[0] == value)
 
 
-
-
 def add(a: Expr, b: Expr) -> Expr:
     return b if is_const(a, 0) else a if is_const(b, 0) else node("add", a, b)
 
@@ -145,38 +143,43 @@ def chosen(test: str) -> Callable[..., tuple[Expr, ...]]:
     return grad
 
 
-
-OPS.update({
-    "add": Op(torch.add, "({0} + {1})", lambda a, b, g, o: (g, g)),
-    "sub": Op(torch.sub, "({0} - {1})", lambda a, b, g, o: (g, neg(g))),
-    "mul": Op(torch.mul, "({0} * {1})", lambda a, b, g, o: (mul(g, b), mul(g, a))),
-    "div": Op(torch.div, "({0} / {1})", lambda a, b, g, o: (div(g, b), neg(div(mul(g, o), b)))),
-    "neg": Op(torch.neg, "(-{0})", lambda a, g, o: (neg(g),)),
-    "exp": Op(torch.exp, "tl.exp({0})", lambda a, g, o: (mul(g, o),)),
-    "expm1": Op(torch.expm1, "(tl.exp({0}) - 1.0)", lambda a, g, o: (mul(g, add(o, ONE)),)),
-    "log": Op(torch.log, "tl.log({0})", lambda a, g, o: (div(g, a),)),
-    "log1p": Op(torch.log1p, "tl.log(1.0 + {0})", lambda a, g, o: (div(g, add(a, ONE)),)),
-    "sqrt": Op(torch.sqrt, "tl.sqrt({0})", lambda a, g, o: (div(g, mul(const(2.0), o)),)),
-    "tanh": Op(torch.tanh, "(2.0 * tl.sigmoid(2.0 * ({0})) - 1.0)", lambda a, g, o: (mul(g, sub(ONE, mul(o, o))),)),
-    "sigmoid": Op(torch.sigmoid, "tl.sigmoid({0})", lambda a, g, o: (mul(g, mul(o, sub(ONE, o))),)),
-    "relu": Op(functools.partial(torch.clamp_min, min=0), "tl.maximum({0}, 0.0)", lambda a, g, o: (relu_grad(a, g, o),)),
-    "abs": Op(torch.abs, "tl.abs({0})", lambda a, g, o: (mul(g, node("sign", a)),)),
-    "sign": Op(torch.sign, "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))", lambda a, g, o: (Z,)),
-    "erf": Op(torch.erf, "tl.erf({0})", lambda a, g, o: (mul(g, erf_slope(a)),)),
-    "sin": Op(torch.sin, "tl.sin({0})", lambda a, g, o: (mul(g, node("cos", a)),)),
-    "cos": Op(torch.cos, "tl.cos({0})", lambda a, g, o: (neg(mul(g, node("sin", a))),)),
-    "pow": Op(torch.pow, "tl.exp(tl.log({0}) * {1})", d_pow),
-    "maximum": Op(torch.maximum, "tl.maximum({0}, {1})", chosen("ge")),
-    "minimum": Op(torch.minimum, "tl.minimum({0}, {1})", chosen("le")),
-    "where": Op(torch.where, "tl.where({0}, {1}, {2})", lambda t, a, b, g, o: (Z, where(t, g, Z), where(t, Z, g))),
-    "gt": Op(torch.gt, "({0} > {1})", None, False), "ge": Op(torch.ge, "({0} >= {1})", None, False),
-    "lt": Op(torch.lt, "({0} < {1})", None, False), "le": Op(torch.le, "({0} <= {1})", None, False),
-    "eq": Op(torch.eq, "({0} == {1})", None, False), "ne": Op(torch.ne, "({0} != {1})", None, False),
-    "and": Op(torch.logical_and, "({0} & {1})", None, False), "or": Op(torch.logical_or, "({0} | {1})", None, False),
-    "not": Op(torch.logical_not, "(({0}) == 0)", None, False),
-    "mod": Op(torch.remainder, "((({0}) % {1} + {1}) % {1})", None, False),
-    "floordiv": Op(torch.floor_divide, "(({0} - (({0}) % {1} + {1}) % {1}) // {1})", None, False),
-})
+OPS.update(
+    {
+        "add": Op(torch.add, "({0} + {1})", lambda a, b, g, o: (g, g)),
+        "sub": Op(torch.sub, "({0} - {1})", lambda a, b, g, o: (g, neg(g))),
+        "mul": Op(torch.mul, "({0} * {1})", lambda a, b, g, o: (mul(g, b), mul(g, a))),
+        "div": Op(torch.div, "({0} / {1})", lambda a, b, g, o: (div(g, b), neg(div(mul(g, o), b)))),
+        "neg": Op(torch.neg, "(-{0})", lambda a, g, o: (neg(g),)),
+        "exp": Op(torch.exp, "tl.exp({0})", lambda a, g, o: (mul(g, o),)),
+        "expm1": Op(torch.expm1, "(tl.exp({0}) - 1.0)", lambda a, g, o: (mul(g, add(o, ONE)),)),
+        "log": Op(torch.log, "tl.log({0})", lambda a, g, o: (div(g, a),)),
+        "log1p": Op(torch.log1p, "tl.log(1.0 + {0})", lambda a, g, o: (div(g, add(a, ONE)),)),
+        "sqrt": Op(torch.sqrt, "tl.sqrt({0})", lambda a, g, o: (div(g, mul(const(2.0), o)),)),
+        "tanh": Op(torch.tanh, "(2.0 * tl.sigmoid(2.0 * ({0})) - 1.0)", lambda a, g, o: (mul(g, sub(ONE, mul(o, o))),)),
+        "sigmoid": Op(torch.sigmoid, "tl.sigmoid({0})", lambda a, g, o: (mul(g, mul(o, sub(ONE, o))),)),
+        "relu": Op(functools.partial(torch.clamp_min, min=0), "tl.maximum({0}, 0.0)", lambda a, g, o: (relu_grad(a, g, o),)),
+        "abs": Op(torch.abs, "tl.abs({0})", lambda a, g, o: (mul(g, node("sign", a)),)),
+        "sign": Op(torch.sign, "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))", lambda a, g, o: (Z,)),
+        "erf": Op(torch.erf, "tl.erf({0})", lambda a, g, o: (mul(g, erf_slope(a)),)),
+        "sin": Op(torch.sin, "tl.sin({0})", lambda a, g, o: (mul(g, node("cos", a)),)),
+        "cos": Op(torch.cos, "tl.cos({0})", lambda a, g, o: (neg(mul(g, node("sin", a))),)),
+        "pow": Op(torch.pow, "tl.exp(tl.log({0}) * {1})", d_pow),
+        "maximum": Op(torch.maximum, "tl.maximum({0}, {1})", chosen("ge")),
+        "minimum": Op(torch.minimum, "tl.minimum({0}, {1})", chosen("le")),
+        "where": Op(torch.where, "tl.where({0}, {1}, {2})", lambda t, a, b, g, o: (Z, where(t, g, Z), where(t, Z, g))),
+        "gt": Op(torch.gt, "({0} > {1})", None, False),
+        "ge": Op(torch.ge, "({0} >= {1})", None, False),
+        "lt": Op(torch.lt, "({0} < {1})", None, False),
+        "le": Op(torch.le, "({0} <= {1})", None, False),
+        "eq": Op(torch.eq, "({0} == {1})", None, False),
+        "ne": Op(torch.ne, "({0} != {1})", None, False),
+        "and": Op(torch.logical_and, "({0} & {1})", None, False),
+        "or": Op(torch.logical_or, "({0} | {1})", None, False),
+        "not": Op(torch.logical_not, "(({0}) == 0)", None, False),
+        "mod": Op(torch.remainder, "((({0}) % {1} + {1}) % {1})", None, False),
+        "floordiv": Op(torch.floor_divide, "(({0} - (({0}) % {1} + {1}) % {1}) // {1})", None, False),
+    }
+)
 
 
 def softplus(x: Expr, beta: float = 1.0, threshold: float = 20.0) -> Expr:
@@ -226,23 +229,57 @@ def lift(x: Any) -> Expr:
 
 
 WORDS: dict[str, Callable[..., Expr]] = {
-    "add": plus, "sub": subtract, "subtract": subtract, "mul": lambda a, b: mul(lift(a), lift(b)), "multiply": lambda a, b: mul(lift(a), lift(b)),
-    "truediv": lambda a, b: div(lift(a), lift(b)), "div": divide, "true_divide": lambda a, b: div(lift(a), lift(b)),
-    "rsub": lambda a, b: sub(lift(b), lift(a)), "neg": neg, "negative": neg, "pow": lambda a, b: power(lift(a), b), "square": lambda a: mul(a, a),
-    "exp2": lambda a: node("exp", mul(a, const(math.log(2)))), "log2": lambda a: div(node("log", a), const(math.log(2))),
-    "reciprocal": lambda a: div(ONE, a), "rsqrt": lambda a: div(ONE, node("sqrt", a)),
-    "relu": lambda a, inplace=False: node("relu", a), "relu6": lambda a, inplace=False: node("minimum", node("relu", a), const(6.0)),
-    "softplus": softplus, "gelu": gelu, "silu": lambda a, inplace=False: mul(a, node("sigmoid", a)), "clamp": clamp, "clip": clamp,
-    "clamp_min": lambda a, min: clamp(a, min), "clamp_max": lambda a, max: clamp(a, None, max), "absolute": un("abs"),
-    "logsigmoid": lambda a: neg(softplus(neg(a))), "log_sigmoid": lambda a: neg(softplus(neg(a))), "sgn": un("sign"),
+    "add": plus,
+    "sub": subtract,
+    "subtract": subtract,
+    "mul": lambda a, b: mul(lift(a), lift(b)),
+    "multiply": lambda a, b: mul(lift(a), lift(b)),
+    "truediv": lambda a, b: div(lift(a), lift(b)),
+    "div": divide,
+    "true_divide": lambda a, b: div(lift(a), lift(b)),
+    "rsub": lambda a, b: sub(lift(b), lift(a)),
+    "neg": neg,
+    "negative": neg,
+    "pow": lambda a, b: power(lift(a), b),
+    "square": lambda a: mul(a, a),
+    "exp2": lambda a: node("exp", mul(a, const(math.log(2)))),
+    "log2": lambda a: div(node("log", a), const(math.log(2))),
+    "reciprocal": lambda a: div(ONE, a),
+    "rsqrt": lambda a: div(ONE, node("sqrt", a)),
+    "relu": lambda a, inplace=False: node("relu", a),
+    "relu6": lambda a, inplace=False: node("minimum", node("relu", a), const(6.0)),
+    "softplus": softplus,
+    "gelu": gelu,
+    "silu": lambda a, inplace=False: mul(a, node("sigmoid", a)),
+    "clamp": clamp,
+    "clip": clamp,
+    "clamp_min": lambda a, min: clamp(a, min),
+    "clamp_max": lambda a, max: clamp(a, None, max),
+    "absolute": un("abs"),
+    "logsigmoid": lambda a: neg(softplus(neg(a))),
+    "log_sigmoid": lambda a: neg(softplus(neg(a))),
+    "sgn": un("sign"),
     "elu": lambda a, alpha=1.0, inplace=False: where(node("gt", a, Z), a, mul(const(alpha), node("expm1", node("minimum", a, Z)))),
-    "where": lambda t, a, b: where(t, lift(a), lift(b)), "masked_fill": lambda a, t, v: where(t, lift(v), a),
-    "and_": lambda a, b: node("and", a, lift(b)), "or_": lambda a, b: node("or", a, lift(b)), "logical_and": lambda a, b: node("and", a, b),
-    "logical_or": lambda a, b: node("or", a, b), "invert": un("not"), "logical_not": un("not"), "bitwise_not": un("not"),
-    "remainder": lambda a, b: node("mod", lift(a), lift(b)), "mod": lambda a, b: node("mod", lift(a), lift(b)),
-    "floordiv": lambda a, b: node("floordiv", lift(a), lift(b)), "floor_divide": lambda a, b: node("floordiv", lift(a), lift(b)),
-    "float": lambda a: a, "to": lambda a, *_, **__: a, "type_as": lambda a, b: a, "detach": lambda a: a, "contiguous": lambda a: a,
-    "zeros_like": lambda a, **_: Z, "ones_like": lambda a, **_: ONE,
+    "where": lambda t, a, b: where(t, lift(a), lift(b)),
+    "masked_fill": lambda a, t, v: where(t, lift(v), a),
+    "and_": lambda a, b: node("and", a, lift(b)),
+    "or_": lambda a, b: node("or", a, lift(b)),
+    "logical_and": lambda a, b: node("and", a, b),
+    "logical_or": lambda a, b: node("or", a, b),
+    "invert": un("not"),
+    "logical_not": un("not"),
+    "bitwise_not": un("not"),
+    "remainder": lambda a, b: node("mod", lift(a), lift(b)),
+    "mod": lambda a, b: node("mod", lift(a), lift(b)),
+    "floordiv": lambda a, b: node("floordiv", lift(a), lift(b)),
+    "floor_divide": lambda a, b: node("floordiv", lift(a), lift(b)),
+    "float": lambda a: a,
+    "to": lambda a, *_, **__: a,
+    "type_as": lambda a, b: a,
+    "detach": lambda a: a,
+    "contiguous": lambda a: a,
+    "zeros_like": lambda a, **_: Z,
+    "ones_like": lambda a, **_: ONE,
 }
 for _name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh", "sigmoid", "abs", "sign", "erf", "sin", "cos"):
     WORDS[_name] = un(_name)
@@ -363,7 +400,25 @@ class Program:
         return self.run(**env)  # type: ignore[no-any-return]
 
 
-PYTHON_OUT = {"add", "sub", "mul", "div", "neg", "exp", "expm1", "log", "log1p", "sqrt", "tanh", "sigmoid", "abs", "sign", "erf", "sin", "cos"}
+PYTHON_OUT = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "tanh",
+    "sigmoid",
+    "abs",
+    "sign",
+    "erf",
+    "sin",
+    "cos",
+}
 
 
 def python_call(e: Expr, names: Mapping[int, str], target: str | None) -> str:
@@ -420,5 +475,3 @@ def triton_lines(outputs: Mapping[str, Expr], indent: str, prefix: str = "t") ->
             lines.append(f"{indent}{names[id(e)]} = {body}")
     lines += [f"{indent}{name} = {text(e)}" for name, e in outputs.items()]
     return lines
-
-

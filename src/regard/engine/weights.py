@@ -16,7 +16,9 @@ from .problem import pose
 from .recurrent.parallel import delta_weights, pair_weights
 
 
-def weights(q: Tensor, k: Tensor, mechanism: str | Mechanism, *, mask: Any = None, scale: float | None = None, **inputs: Any) -> Tensor | None:
+def weights(
+    q: Tensor, k: Tensor, mechanism: str | Mechanism, *, mask: Any = None, scale: float | None = None, **inputs: Any
+) -> Tensor | None:
     """(B, Hq, Lq, Lk) such that out = weights @ v, materialised in at least float32; None where there is no such matrix of pairs.
 
     For recurrences these are the implied weights (signed, and normalised only where the readout divides).

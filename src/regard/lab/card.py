@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..algebra import Mechanism, Recurrent, Weighted
+from ..algebra.mask import Causal, Full
+from ..algebra.part import Sizes
 from ..catalog import Record, entry, get
 from ..engine.plan import make, triton_refusal
 from ..engine.problem import combine_masks
-from ..algebra.mask import Causal, Full
-from ..algebra.part import Sizes
 from .verification import checks_of
 
-COSTS = {"Weighted": "time O(Lq Lk D), memory O(L tile); decode O(L) a token, cache O(L)", "Recurrent": "time O(L F Dv), decode O(F Dv) a token, state F x Dv",
-         "Relayed": "time O(L m D), m agents", "Nystrom": "time O(L m D + m^3), m landmarks", "Clustered": "time O(L^1.5 D) at sqrt(L) clusters",
-         "Hybrid": "the sum of its members"}
+COSTS = {
+    "Weighted": "time O(Lq Lk D), memory O(L tile); decode O(L) a token, cache O(L)",
+    "Recurrent": "time O(L F Dv), decode O(F Dv) a token, state F x Dv",
+    "Relayed": "time O(L m D), m agents",
+    "Nystrom": "time O(L m D + m^3), m landmarks",
+    "Clustered": "time O(L^1.5 D) at sqrt(L) clusters",
+    "Hybrid": "the sum of its members",
+}
 
 
 def executors(mechanism: Mechanism) -> str:
@@ -45,16 +50,27 @@ def card(name: str, record: Record | None) -> str:
         lines += ["", found.formula]
         if found.kind == "mechanism":
             mechanism = get(name)
-            inputs = [f"{item.name} ({' '.join(item.shape) or 'scalar'}{', optional' if item.default is not None else ''})" for item in declared(mechanism)]
-            lines += ["", f"hyperparameters: {found.hyperparameters}".replace("'", ""), f"inputs: {', '.join(inputs) or 'none'}",
-                      f"executors: {executors(mechanism)}", f"complexity: {COSTS[type(mechanism).__name__]}"]
+            inputs = [
+                f"{item.name} ({' '.join(item.shape) or 'scalar'}{', optional' if item.default is not None else ''})"
+                for item in declared(mechanism)
+            ]
+            lines += [
+                "",
+                f"hyperparameters: {found.hyperparameters}".replace("'", ""),
+                f"inputs: {', '.join(inputs) or 'none'}",
+                f"executors: {executors(mechanism)}",
+                f"complexity: {COSTS[type(mechanism).__name__]}",
+            ]
         else:
             lines += ["", f"used as: {found.where}{found.hyperparameters}".replace("'", "")]
     elif record:
         lines += ["", record.math]
     if record:
         lines += ["", "claim: " + record.claim, "", "check: " + record.check]
-        lines += [f"  - {one.claim} ({'<=' if one.side == 'below' else '>='} {one.threshold:g}; control: {one.control})" for one in checks_of(name)]
+        lines += [
+            f"  - {one.claim} ({'<=' if one.side == 'below' else '>='} {one.threshold:g}; control: {one.control})"
+            for one in checks_of(name)
+        ]
     return "\n".join(lines)
 
 
@@ -62,5 +78,3 @@ def declared(mechanism: Mechanism) -> list:
     from ..engine.composed import inputs_of
 
     return list(inputs_of(mechanism))
-
-

@@ -11,7 +11,12 @@ RowWeights = Callable[[Tensor], Tensor]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, weights: RowWeights, visible: Callable[[int, int], bool] | None = None, scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: RowWeights,
+    visible: Callable[[int, int], bool] | None = None,
+    scale: float | None = None,
     score: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Loop over batch, head and query: scores of the visible keys, `weights` of that row, weighted sum. visible(i, j) on absolute positions."""

@@ -124,8 +124,13 @@ def report(done: list[tuple[Record, list[Result]]], family: str | None) -> dict[
     """The JSON form. works counts rows whose every check passed; failed the other working rows that were run; planned the planned ones."""
     failed = sum(any(not result.passed for result in results) for _, results in done)
     listed = [
-        {"id": record.id, "slug": record.slug, "family": record.family, "status": record.status,
-         "checks": [{key: finite(value) for key, value in asdict(result).items() if key != "seconds"} for result in results]}
+        {
+            "id": record.id,
+            "slug": record.slug,
+            "family": record.family,
+            "status": record.status,
+            "checks": [{key: finite(value) for key, value in asdict(result).items() if key != "seconds"} for result in results],
+        }
         for record, results in done
     ]
     planned = len(records(family, "planned"))

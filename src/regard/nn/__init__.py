@@ -11,6 +11,24 @@ from .sparse_block import SparseBlock, position_embedding
 from .vision import AgentAttention, SoftmaxFreeAttention
 
 __all__ = [
-    "AgentAttention", "Attention", "Block", "Decoder", "GatedConv", "IDWClassifier", "ISAB", "LayerScale", "LayerState", "MAB", "PMA", "RoutingAttention",
-    "SAB", "SetTransformer", "ShortConv", "SoftmaxFreeAttention", "SparseBlock", "SwiGLU", "based_mixers", "position_embedding",
+    "AgentAttention",
+    "Attention",
+    "Block",
+    "Decoder",
+    "GatedConv",
+    "IDWClassifier",
+    "ISAB",
+    "LayerScale",
+    "LayerState",
+    "MAB",
+    "PMA",
+    "RoutingAttention",
+    "SAB",
+    "SetTransformer",
+    "ShortConv",
+    "SoftmaxFreeAttention",
+    "SparseBlock",
+    "SwiGLU",
+    "based_mixers",
+    "position_embedding",
 ]

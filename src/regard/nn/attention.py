@@ -41,8 +41,17 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, mechanism: str | Mechanism = "softmax", *, kv_heads: int | None = None, head_dim: int | None = None,
-        causal: bool = True, rope: bool = False, bias: bool = False, context_len: int = 1024,
+        self,
+        dim: int,
+        heads: int,
+        mechanism: str | Mechanism = "softmax",
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        rope: bool = False,
+        bias: bool = False,
+        context_len: int = 1024,
     ):
         super().__init__()
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
@@ -76,7 +85,11 @@ class Attention(nn.Module):
     def add(self, item: Input, sizes: Sizes) -> None:
         """Give the layer what an input needs: a parameter, a fixed tensor or a projection."""
         if isinstance(item.layer, Learned):
-            value = item.layer.init(sizes) if callable(item.layer.init) else torch.full([sizes.letter(c) or 1 for c in item.shape], float(item.layer.init))
+            value = (
+                item.layer.init(sizes)
+                if callable(item.layer.init)
+                else torch.full([sizes.letter(c) or 1 for c in item.shape], float(item.layer.init))
+            )
             if item.shape == "h" and value.dim() == 0:
                 value = value.repeat(sizes.heads)
             if item.layer.trainable:
@@ -87,9 +100,9 @@ class Attention(nn.Module):
             channels = self.key_dim if item.shape.endswith("d") else 1
             self.projected[item.name] = Projection(self.dim, self.heads, channels, item.layer.rank, item.layer.bias)
 
-    def mechanism_inputs(self, x: Tensor) -> dict[str, Tensor]:
+    def mechanism_inputs(self, x: Tensor) -> dict[str, Any]:
         """The tensors the mechanism declares, from parameters and from x (B, L, dim)."""
-        made: dict[str, Tensor] = {}
+        made: dict[str, Any] = {}
         for item in self.inputs:
             if item.name in self.projected:
                 value = self.projected[item.name](x)
@@ -100,14 +113,19 @@ class Attention(nn.Module):
             made[item.name] = item.layer.transform(value) if item.layer.transform is not None else value
         return made
 
-    def heads_of(self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def heads_of(
+        self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """q, k, v as (B, heads, L, channels), and the convolutions' new state."""
         flat, tails = [self.q(x), self.k(source), self.v(source)], []
         for at, layer in enumerate(self.convs):
             flat[at], tail = layer(flat[at], conv[at] if conv else None)
             tails.append(tail)
         act = ACTIVATION[self.recipe.activation]
-        q, k, v = (y.unflatten(-1, (-1, width)).transpose(1, 2) for y, width in zip(flat, (self.key_dim, self.key_dim, self.value_dim), strict=True))
+        q, k, v = (
+            y.unflatten(-1, (-1, width)).transpose(1, 2)
+            for y, width in zip(flat, (self.key_dim, self.key_dim, self.value_dim), strict=True)
+        )
         q, k = self.q_norm(act(q)), self.k_norm(act(k))
         v = act(v) if self.convs else v
         if self.rope is not None:

@@ -42,8 +42,17 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, mechanism: str | Mechanism | Sequence[str | Mechanism | nn.Module] = "softmax", *, vocab: int = 256, dim: int = 128, layers: int = 2,
-        heads: int = 4, kv_heads: int | None = None, hidden: int | None = None, rope: bool = True, context_len: int = 1024,
+        self,
+        mechanism: str | Mechanism | Sequence[str | Mechanism | nn.Module] = "softmax",
+        *,
+        vocab: int = 256,
+        dim: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        hidden: int | None = None,
+        rope: bool = True,
+        context_len: int = 1024,
         layer_scale: float | None = None,
     ):
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,12 @@ class UnitNorm(nn.Module):
 
 def head_norm(kind: str, width: int) -> nn.Module:
     """A norm over a head's channels: "" none, "l2", "rms" or "layer"."""
-    known = {"": nn.Identity, "l2": UnitNorm, "rms": lambda: nn.RMSNorm(width, eps=1e-6), "layer": lambda: nn.LayerNorm(width)}
+    known: dict[str, Callable[[], nn.Module]] = {
+        "": nn.Identity,
+        "l2": UnitNorm,
+        "rms": lambda: nn.RMSNorm(width, eps=1e-6),
+        "layer": lambda: nn.LayerNorm(width),
+    }
     if kind not in known:
         raise RegardError(f"norm {kind!r}; expected one of {', '.join(map(repr, known))}")
     return known[kind]()

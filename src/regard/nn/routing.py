@@ -22,8 +22,17 @@ class RoutingAttention(nn.Module):
     centroids: Tensor
 
     def __init__(
-        self, dim: int, heads: int, clusters: int, *, members: int | None = None, routed: int | None = None, window: int = 256, causal: bool = True,
-        decay: float = 0.999, commitment: float = 1e-4,
+        self,
+        dim: int,
+        heads: int,
+        clusters: int,
+        *,
+        members: int | None = None,
+        routed: int | None = None,
+        window: int = 256,
+        causal: bool = True,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
     ):
         super().__init__()
         self.heads, self.routed = heads, heads // 2 if routed is None else routed

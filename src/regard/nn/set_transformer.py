@@ -1,7 +1,7 @@
 """Set Transformer: attention blocks that are equivariant to the order of a set (id 255; Lee et al., 2018).
 
-    MAB(X, Y) = LN(H + relu(H W_o)),  H = LN(X W_q + softmax(X W_q (Y W_k)^T / sqrt(d)) Y W_v)
-    SAB(X) = MAB(X, X);  ISAB_m(X) = MAB(X, MAB(I, X));  PMA_k(Z) = MAB(S, rFF(Z)), with I and S learned
+MAB(X, Y) = LN(H + relu(H W_o)),  H = LN(X W_q + softmax(X W_q (Y W_k)^T / sqrt(d)) Y W_v)
+SAB(X) = MAB(X, X);  ISAB_m(X) = MAB(X, MAB(I, X));  PMA_k(Z) = MAB(S, rFF(Z)), with I and S learned
 """
 
 from __future__ import annotations

@@ -24,13 +24,23 @@ class SparseBlock(nn.Module):
     input and compute attention and MLP again in the backward pass.
     """
 
-    def __init__(self, dim: int, heads: int, mechanism: str | Mechanism = "sparse-transformer", *, layers: int = 1, dropout: float = 0.0, recompute: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mechanism: str | Mechanism = "sparse-transformer",
+        *,
+        layers: int = 1,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ):
         super().__init__()
         self.norm1, self.norm2, self.attention = nn.LayerNorm(dim), nn.LayerNorm(dim), Attention(dim, heads, mechanism)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
         self.dropout, self.recompute = nn.Dropout(dropout), recompute
-        for weight in (self.attention.out.weight, self.mlp[2].weight):
-            nn.init.normal_(weight, std=dim**-0.5 / (2 * layers) ** 0.5 if weight is self.attention.out.weight else (4 * dim) ** -0.5 / (2 * layers) ** 0.5)
+        for linear in (self.attention.out, self.mlp[2]):
+            assert isinstance(linear, nn.Linear)
+            nn.init.normal_(linear.weight, std=(2 * layers * linear.in_features) ** -0.5)
 
     def branches(self, x: Tensor) -> Tensor:
         a = self.dropout(self.attention(self.norm1(x)))

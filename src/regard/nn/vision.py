@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,12 @@ class AgentAttention(nn.Module):
         self.mechanism = get("agent-attention", agents=agents)
         self.has_bias = bias
         for side in ("gather", "spread") if bias else ():
-            for name, size in (("grid", (heads, agents, 7, 7)), ("row", (heads, agents, shape[0], 1)), ("column", (heads, agents, 1, shape[1])), ("cls", (heads, agents, 1))):
+            for name, size in (
+                ("grid", (heads, agents, 7, 7)),
+                ("row", (heads, agents, shape[0], 1)),
+                ("column", (heads, agents, 1, shape[1])),
+                ("cls", (heads, agents, 1)),
+            ):
                 self.register_parameter(f"{side}_{name}", nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=0.02)))
 
     def biases(self, side: str) -> Tensor:
@@ -51,12 +57,14 @@ class AgentAttention(nn.Module):
         return torch.cat((part["cls"], plane.flatten(2)), -1) if self.cls else plane.flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, dim = x.shape
+        b, n = x.shape[:2]
         if n != self.shape[0] * self.shape[1] + self.cls:
             raise RegardError(f"x has {n} tokens; expected {self.shape[0]} x {self.shape[1]}{' + 1' if self.cls else ''}")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         agents = sequence_of(F.adaptive_avg_pool2d(grid_of(q[..., self.cls :, :], self.shape), self.side), b)
-        inputs = {"gather_bias": self.biases("gather"), "spread_bias": self.biases("spread").transpose(1, 2)} if self.has_bias else {}
+        inputs: dict[str, Any] = (
+            {"gather_bias": self.biases("gather"), "spread_bias": self.biases("spread").transpose(1, 2)} if self.has_bias else {}
+        )
         out = attend(q, k, v, self.mechanism, agents=agents, **inputs).transpose(1, 2).flatten(-2)
         plane = v.transpose(1, 2).flatten(-2)[:, self.cls :].transpose(1, 2).unflatten(-1, self.shape)
         local = F.pad(self.conv(plane).flatten(2).transpose(1, 2), (0, 0, self.cls, 0))
@@ -71,7 +79,15 @@ class SoftmaxFreeAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, shape: tuple[int, int], ratio: int = 2, iterations: int = 20, symmetric: bool = False, pool: bool = False, conv: bool = False,
+        self,
+        dim: int,
+        heads: int,
+        shape: tuple[int, int],
+        ratio: int = 2,
+        iterations: int = 20,
+        symmetric: bool = False,
+        pool: bool = False,
+        conv: bool = False,
     ):
         super().__init__()
         head_dim = dim // heads
@@ -83,7 +99,7 @@ class SoftmaxFreeAttention(nn.Module):
         self.mechanism = get("soft", iterations=iterations, symmetric=symmetric)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, dim = x.shape
+        b, n = x.shape[:2]
         if n != self.shape[0] * self.shape[1]:
             raise RegardError(f"x has {n} tokens; expected {self.shape[0]} x {self.shape[1]}")
         q, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.v(x)))

@@ -31,7 +31,11 @@ class Corpus:
         """At most `limit` non-overlapping windows of length + 1 held-out bytes, spread over all of them."""
         count = (len(self.valid) - 1) // length
         chosen = torch.linspace(0, count - 1, min(limit, count)).long().unique() if count else torch.zeros(0, dtype=torch.long)
-        return torch.stack([self.valid[s * length : s * length + length + 1] for s in chosen.tolist()]).long() if count else torch.zeros(0, length + 1).long()
+        return (
+            torch.stack([self.valid[s * length : s * length + length + 1] for s in chosen.tolist()]).long()
+            if count
+            else torch.zeros(0, length + 1).long()
+        )
 
 
 def corpus(name: str, documents: list[bytes]) -> Corpus:

@@ -46,8 +46,16 @@ def cut(scan: Scan, start: int, stop: int) -> Scan:
     def part(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.shape[-2] == 1 else x[..., start:stop, :]
 
-    return Scan(scan.q[..., start:stop, :], scan.k[..., start:stop, :], scan.v[..., start:stop, :], part(scan.decay) if scan.length > 1 else scan.decay,
-                part(scan.beta) if scan.length > 1 else scan.beta, True, scan.summed, scan.eps)
+    return Scan(
+        scan.q[..., start:stop, :],
+        scan.k[..., start:stop, :],
+        scan.v[..., start:stop, :],
+        part(scan.decay) if scan.length > 1 else scan.decay,
+        part(scan.beta) if scan.length > 1 else scan.beta,
+        True,
+        scan.summed,
+        scan.eps,
+    )
 
 
 def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +148,15 @@ def carry(writes: Tensor, fade: Tensor | None, state: Tensor) -> tuple[Tensor, T
 
 
 def delta(
-    inside: Tensor, into: Tensor, out_of: Tensor, fade: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, total: Tensor | None, state: Tensor
+    inside: Tensor,
+    into: Tensor,
+    out_of: Tensor,
+    fade: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    total: Tensor | None,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The WY form: u = U - W S with both solved for all chunks at once."""
     overlap = k @ k.transpose(-1, -2)

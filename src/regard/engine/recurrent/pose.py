@@ -62,8 +62,15 @@ def check_mask(mechanism: Recurrent, mask: Mask) -> bool:
 
 
 def pose(
-    mechanism: Recurrent, mask: Mask, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any],
-    dtype: torch.dtype | None = None, first: int = 0,
+    mechanism: Recurrent,
+    mask: Mask,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    given: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    first: int = 0,
 ) -> Scan:
     """Check and prepare a recurrent call; `first` is the absolute position of the first key (in a stream)."""
     sizes = sizes_of(q, k, v)
@@ -83,8 +90,10 @@ def pose(
     q_at = at[sizes.k_len - sizes.q_len :] if causal else torch.arange(sizes.q_len, device=q.device)
     k = repeat_heads(k, sizes.heads)
     # Feature maps see shapes of their own: per-head inputs come as (H,), not in elementwise form.
-    plain = {name: x.reshape(x.shape[1]) if declared[name].shape == "h" else x.reshape(()) if declared[name].shape == "" else x
-             for name, x in inputs.items()}
+    plain = {
+        name: x.reshape(x.shape[1]) if declared[name].shape == "h" else x.reshape(()) if declared[name].shape == "" else x
+        for name, x in inputs.items()
+    }
     plain = {name: x.expand(sizes.heads) if declared[name].shape == "h" else x for name, x in plain.items()}
     q, k = mechanism.feature(q, k, {**plain, "position": q_at}, {**plain, "position": at})
     v = repeat_heads(v, sizes.heads)
@@ -107,5 +116,3 @@ def pose(
         if mechanism.decay == "channel":
             raise RegardError("write='delta' with decay='channel' is not available; use decay='none', 'head' or 'token'")
     return Scan(q, k, v, decay, beta, causal, mechanism.readout == "sum", mechanism.eps)
-
-

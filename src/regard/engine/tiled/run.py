@@ -154,8 +154,13 @@ class Tiled(torch.autograd.Function):
         wide = torch.promote_types(v.dtype, torch.float32)
         counts = None if problem.counts is None else problem.counts.to(wide)
         # Inputs keep their own dtype of at least float32; halves are widened once, so every tile accumulates in float32.
-        problem = problem.with_(q=q.detach().to(wide), k=k.detach().to(wide), v=v.detach().to(wide), counts=counts,
-                                inputs={**problem.inputs, **{n: x.detach().to(wide) for n, x in zip(names, inputs, strict=True)}})
+        problem = problem.with_(
+            q=q.detach().to(wide),
+            k=k.detach().to(wide),
+            v=v.detach().to(wide),
+            counts=counts,
+            inputs={**problem.inputs, **{n: x.detach().to(wide) for n, x in zip(names, inputs, strict=True)}},
+        )
         work = Work(problem)
         n, rows = work.q.shape[0], work.q.shape[1]
         o = work.q.new_zeros(n, rows, v.shape[-1])
@@ -183,8 +188,12 @@ class Tiled(torch.autograd.Function):
         wrt = tuple(name for name, x in zip(ctx.names, inputs, strict=True) if x.requires_grad)
         d_inputs: dict[str, Tensor] = {name: torch.zeros_like(problem.inputs[name]) for name in wrt}
         normalizer: Any = problem.mechanism.normalizer
-        used = {name for f in (getattr(problem.mechanism.position, "modify", None), normalizer.weight, normalizer.mass) if f
-                for name in asks(f, 1)} | score_inputs(problem)
+        used = {
+            name
+            for f in (getattr(problem.mechanism.position, "modify", None), normalizer.weight, normalizer.mass)
+            if f
+            for name in asks(f, 1)
+        } | score_inputs(problem)
         work = Work(problem, tuple(name for name in wrt if name in used - score_inputs(problem)))
         group = work.group
         gh = fold(d_total, group) if normalizer.mass is not None and not work.root else None
@@ -226,8 +235,11 @@ def forward_tile(work: Work, span: Span, tile: Tile, o: Tensor, total: Tensor, s
         if h is not None and h is not w:
             hide(h, hidden)
     if count is not None:
-        seen = s.new_full((n, rows * group, 1), float(columns)) if hidden is None else (
-            tile.columns.full + (~hidden).expand(*shape[:3], hidden.shape[-1]).sum(-1).reshape(n, rows * group, 1).to(s.dtype))
+        seen = (
+            s.new_full((n, rows * group, 1), float(columns))
+            if hidden is None
+            else (tile.columns.full + (~hidden).expand(*shape[:3], hidden.shape[-1]).sum(-1).reshape(n, rows * group, 1).to(s.dtype))
+        )
         add_rows(count, span, tile, work.group, seen)
     if h is not None and not work.root:
         add_rows(total, span, tile, work.group, h.sum(-1).view(n, rows * group, 1))
@@ -264,7 +276,7 @@ def backward_tile(
     shape = work.shape(span, tile)
     n, rows, group, columns = shape
     q = work.rows(work.q, span, tile)
-    k, v = work.columns(work.k, span, tile.columns.index), work.columns(work.v, span, tile.columns.index)
+    k = work.columns(work.k, span, tile.columns.index)
     do = work.rows(per_row["do"], span, tile)
     if work.root or work.shifting:
         env["c"] = work.rows(per_row["shift"], span, tile).view(n, rows, group, 1)
@@ -317,4 +329,3 @@ def pair_gradients(
         if grad is not None:
             work.names.scatter(name, d_inputs[name], grad, span, tile)
     return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k) if dk is None else dk
-

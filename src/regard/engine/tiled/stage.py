@@ -32,7 +32,11 @@ class Traced:
         if normalizer.mass is not None:
             outputs.append(trace(normalizer.mass, [s], env))
         chained = [substitute(e, s, moved) for e in outputs]
-        gradients = pullback(chained, [var("gw"), var("gh")], [s, *self.wrt]) if len(chained) == 2 else pullback(chained, [var("gw")], [s, *self.wrt])
+        gradients = (
+            pullback(chained, [var("gw"), var("gh")], [s, *self.wrt])
+            if len(chained) == 2
+            else pullback(chained, [var("gw")], [s, *self.wrt])
+        )
         self.moves = moved is not s
         self.move = Program([moved], ["s"])
         self.weigh = Program(outputs, ["s"])

@@ -102,8 +102,14 @@ class Schedule:
                     at = b * sizes.heads + h
                     kv = b * sizes.kv_heads + h // per_kv
                     where = (b % self.layout.kind.shape[0], h % self.layout.kind.shape[1])
-                    yield Span(slice(at, at + 1), slice(kv, kv + 1), 1, torch.tensor([b], device=self.device),
-                               torch.tensor([[h]], device=self.device), where)
+                    yield Span(
+                        slice(at, at + 1),
+                        slice(kv, kv + 1),
+                        1,
+                        torch.tensor([b], device=self.device),
+                        torch.tensor([[h]], device=self.device),
+                        where,
+                    )
             return
         columns = sizes.k_len if self.row_complete else min(self.tiling.columns, sizes.k_len)
         yield from self.shared_spans(min(self.rows, sizes.q_len), columns, False)
@@ -142,7 +148,9 @@ class Schedule:
                 yield Tile(at, at.stop - at.start, Columns(keys, keys.stop - keys.start, 0))
             return
         b, h = int(span.batch[0]), int(span.heads[0, 0])
-        keep = selection.keep[b, h].repeat_interleave(selection.block_q, 0)[: sizes.q_len] if selection.block_q > 1 else selection.keep[b, h]
+        keep = (
+            selection.keep[b, h].repeat_interleave(selection.block_q, 0)[: sizes.q_len] if selection.block_q > 1 else selection.keep[b, h]
+        )
         chosen = keep.T.nonzero()  # (block, query), in order of block
         kind = self.layout.kind[span.blocks][chosen[:, 1] // self.block_q, chosen[:, 0]]
         for wanted in (FULL, PARTIAL):
@@ -153,7 +161,9 @@ class Schedule:
                     continue
                 start, stop = block * selection.block_k, min((block + 1) * selection.block_k, sizes.k_len)
                 for part in rows.split(self.tiling.columns):
-                    yield Tile(compact(part), part.numel(), Columns(slice(start, stop), stop - start, stop - start if wanted == FULL else 0))
+                    yield Tile(
+                        compact(part), part.numel(), Columns(slice(start, stop), stop - start, stop - start if wanted == FULL else 0)
+                    )
 
     def own_blocks(self) -> frozenset[int]:
         """Partial blocks on the diagonal that every query of every head keeps whole: all heads work on them together."""
@@ -202,7 +212,8 @@ class Names:
         index = columns.index
         index = slice(index.start + skip, index.stop) if isinstance(index, slice) else index[skip:]
         return {
-            "b": span.batch[:, None, None, None], "h": span.heads[:, None, :, None],
+            "b": span.batch[:, None, None, None],
+            "h": span.heads[:, None, :, None],
             "i": (at(tile.rows, tile.row_count, device) + self.problem.offset)[:, None, None],
             "j": at(index, columns.count - skip, device),
         }
@@ -229,7 +240,8 @@ class Names:
         device = into.device
         grad = grad.transpose(1, 2)  # (n, G, rows, columns)
         axes = [
-            (span.batch[:, None, None, None] if into.shape[0] > 1 else None), (span.heads[:, :, None, None] if into.shape[1] > 1 else None),
+            (span.batch[:, None, None, None] if into.shape[0] > 1 else None),
+            (span.heads[:, :, None, None] if into.shape[1] > 1 else None),
             (at(tile.rows, tile.row_count, device)[:, None] if into.shape[2] > 1 else None),
             (at(tile.columns.index, tile.columns.count, device) if into.shape[3] > 1 else None),
         ]

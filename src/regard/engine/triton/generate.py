@@ -17,7 +17,11 @@ from ..tiled.stage import asked, position_of
 from . import template
 
 INDICES = ("b", "h", "i", "j")
-SIZES = {"max": "tl.where(seen, s, float('-inf'))", "max0": "tl.where(seen, s, float('-inf'))", "maxabs": "tl.where(seen, tl.abs(s), float('-inf'))"}
+SIZES = {
+    "max": "tl.where(seen, s, float('-inf'))",
+    "max0": "tl.where(seen, s, float('-inf'))",
+    "maxabs": "tl.where(seen, tl.abs(s), float('-inf'))",
+}
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,14 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     blanks: dict[str, Any] = {
         "pointers": "".join(f"{name}_at, " for name, _ in sides),
         "strides": "".join(f"{name}_{letter}, " for name, letters in sides for letter in letters),
-        "loads": "\n".join(load_lines(sides, indent)), "mask": "\n".join(triton_lines({"keep": keep}, indent + "    ", "seen")),
+        "loads": "\n".join(load_lines(sides, indent)),
+        "mask": "\n".join(triton_lines({"keep": keep}, indent + "    ", "seen")),
     }
     clamp = "tl.maximum(tl.max(size, 1), 0.0)" if normalizer.shift == "max0" else "tl.max(size, 1)"
     forward = template.FORWARD.format(
-        **blanks, start=template.SHIFT["start"] if shifting else "", stored=template.SHIFT["stored"] if shifting else "tl.zeros((BLOCK_M,), tl.float32)",
+        **blanks,
+        start=template.SHIFT["start"] if shifting else "",
+        stored=template.SHIFT["stored"] if shifting else "tl.zeros((BLOCK_M,), tl.float32)",
         position="\n".join(triton_lines({"s": moved}, indent)) if moved is not s else "",
         shift=template.SHIFT["body"].format(size=SIZES[normalizer.shift], clamped=clamp) if shifting else "",
         weights="\n".join(triton_lines({"w": w} | ({"m": h} if h is not None else {}), indent)),

@@ -45,7 +45,9 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << math.ceil(math.log2(n)))
 
 
-def launch(kernel: Any, grid: tuple[int, int], tensors: list[Tensor], call: int, layout: Layout, sides: list[Tensor], transposed: bool) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, int], tensors: list[Tensor], call: int, layout: Layout, sides: list[Tensor], transposed: bool
+) -> None:
     _, _, source, sizes = _calls[call]
     lists, lengths = lists_of(layout, transposed)
     strides = []
@@ -56,9 +58,27 @@ def launch(kernel: Any, grid: tuple[int, int], tensors: list[Tensor], call: int,
         return x.stride(dim) if x.shape[dim] > 1 else 0
 
     kernel[grid](
-        *tensors, *sides, lists, lengths, sizes.q_len, sizes.k_len, sizes.k_len - sizes.q_len, stride(lists, 0), stride(lists, 1), lists.stride(2),
-        stride(lengths, 0), stride(lengths, 1), *strides, HEADS=sizes.heads, GROUP=sizes.heads // sizes.kv_heads, BLOCK_M=layout.block_q,
-        BLOCK_N=layout.block_k, D=sizes.head_dim, DV=sizes.value_dim, D_PAD=power_of_two(sizes.head_dim), DV_PAD=power_of_two(sizes.value_dim),
+        *tensors,
+        *sides,
+        lists,
+        lengths,
+        sizes.q_len,
+        sizes.k_len,
+        sizes.k_len - sizes.q_len,
+        stride(lists, 0),
+        stride(lists, 1),
+        lists.stride(2),
+        stride(lengths, 0),
+        stride(lengths, 1),
+        *strides,
+        HEADS=sizes.heads,
+        GROUP=sizes.heads // sizes.kv_heads,
+        BLOCK_M=layout.block_q,
+        BLOCK_N=layout.block_k,
+        D=sizes.head_dim,
+        DV=sizes.value_dim,
+        D_PAD=power_of_two(sizes.head_dim),
+        DV_PAD=power_of_two(sizes.value_dim),
     )
 
 

@@ -4,7 +4,7 @@ One program works on BLOCK_M queries of one head (forward, dq) or BLOCK_N keys o
 that hold visible pairs. Tensors are contiguous; side inputs come with strides that are 0 where they broadcast.
 """
 
-COMMON = '''\
+COMMON = """\
 import triton
 import triton.language as tl
 
@@ -13,9 +13,9 @@ import triton.language as tl
 def load_rows(P, base, rows, limit, channels, D: tl.constexpr):
     return tl.load(P + base + rows[:, None] * D + channels[None, :], mask=(rows[:, None] < limit) & (channels[None, :] < D), other=0.0)
 
-'''
+"""
 
-FORWARD = '''
+FORWARD = """
 @triton.jit
 def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset, lists_b, lists_h, lists_q, lengths_b, lengths_h,
             {strides}HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -53,9 +53,9 @@ def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset
     tl.store(Total + where, total, mask=rows < Lq)
     tl.store(Shift + where, {stored}, mask=rows < Lq)
 
-'''
+"""
 
-BACKWARD = '''
+BACKWARD = """
 @triton.jit
 def backward_{name}(Q, K, V, DO, DT, Shift, {results}, {pointers}Lists, Lengths, Lq, Lk, offset, lists_b, lists_h, lists_q, lengths_b, lengths_h,
             {strides}HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -82,10 +82,11 @@ def backward_{name}(Q, K, V, DO, DT, Shift, {results}, {pointers}Lists, Lengths,
 {gather}
 {leave}
 
-'''
+"""
 
 WALK_QUERIES = {
-    "name": "dq", "results": "DQ",
+    "name": "dq",
+    "results": "DQ",
     "enter": """\
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_rows(Q, bh * Lq * D, rows, Lq, dims, D)
@@ -97,14 +98,15 @@ WALK_QUERIES = {
         columns = (entry // 2) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = load_rows(K, kv * Lk * D, columns, Lk, dims, D)
         v = load_rows(V, kv * Lk * DV, columns, Lk, vdims, DV)""",
-    "gather": "        dq += tl.dot(ds.to(k.dtype), k, input_precision=\"ieee\")",
+    "gather": '        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")',
     "leave": """\
     where = (bh * Lq + rows)[:, None] * D + dims[None, :]
     tl.store(DQ + where, dq, mask=(rows[:, None] < Lq) & (dims[None, :] < D))""",
 }
 
 WALK_KEYS = {
-    "name": "dkv", "results": "DK, DV_",
+    "name": "dkv",
+    "results": "DK, DV_",
     "enter": """\
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_rows(K, kv * Lk * D, columns, Lk, dims, D)
@@ -128,12 +130,12 @@ WALK_KEYS = {
 
 SHIFT = {
     "start": 'top = tl.full((BLOCK_M,), float("-inf"), tl.float32)',
-    "body": '''\
+    "body": """\
         size = {size}
         new = tl.maximum(top, {clamped})
         base = tl.where(new > float("-inf"), new, 0.0)
         c = base[:, None]
         fade = tl.where(top > float("-inf"), tl.exp(top - base), 0.0)
-        out, total, top = out * fade[:, None], total * fade, new''',
+        out, total, top = out * fade[:, None], total * fade, new""",
     "stored": 'tl.where(top > float("-inf"), top, 0.0)',
 }

@@ -45,7 +45,12 @@ def normalised(a: Tensor, v: Tensor) -> Tensor:
     return (a @ v) / a.sum(-1, keepdim=True).clamp_min(1e-6)
 
 
-@check("cosformer", "linear path == explicit relu x cosine matrix: bidirectional, causal, cross 20 x 33", below=1e-10, control="cos(i - j), no pi/2m")
+@check(
+    "cosformer",
+    "linear path == explicit relu x cosine matrix: bidirectional, causal, cross 20 x 33",
+    below=1e-10,
+    control="cos(i - j), no pi/2m",
+)
 def _() -> tuple[float, float]:
     own = other = 0.0
     for n, m, mask in ((40, 40, None), (40, 40, Causal()), (20, 33, None)):
@@ -107,7 +112,12 @@ def _() -> tuple[float, float]:
     return errors[1024] / errors[64] if falling else math.inf, 1.0
 
 
-@check("performer", "orthogonal features are unbiased: |mean / truth - 1| over 6000 draws of 8 features", below=0.015, control="QR without the sign fix")
+@check(
+    "performer",
+    "orthogonal features are unbiased: |mean / truth - 1| over 6000 draws of 8 features",
+    below=0.015,
+    control="QR without the sign fix",
+)
 def _() -> tuple[float, float]:
     draws = torch.stack([orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 8, 8), 8, seed=seed) for seed in range(6000)]).to(F64)
     x, y = torch.zeros(8, dtype=F64), torch.zeros(8, dtype=F64)
@@ -202,7 +212,12 @@ def distilled(steps: int = 300) -> tuple[float, float, float, float]:
         return divergence(teacher, student), divergence(teacher, elu), rank(student), rank(elu)
 
 
-@check("hedgehog", "after 300 steps of attention distillation: held-out KL(softmax || map) / KL(softmax || ELU + 1)", below=0.65, control="the untrained map")
+@check(
+    "hedgehog",
+    "after 300 steps of attention distillation: held-out KL(softmax || map) / KL(softmax || ELU + 1)",
+    below=0.65,
+    control="the untrained map",
+)
 def _() -> tuple[float, float]:
     kl, elu, _, _ = distilled()
     torch.manual_seed(0)
@@ -238,7 +253,12 @@ def naive_kernel(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@check("lightning-attention-2", "chunks == masked product for N in {1, 63, 64, 65, 200}, s in {0, 0.05, 1}", below=1e-10, control="decay left out")
+@check(
+    "lightning-attention-2",
+    "chunks == masked product for N in {1, 63, 64, 65, 200}, s in {0, 0.05, 1}",
+    below=1e-10,
+    control="decay left out",
+)
 def _() -> tuple[float, float]:
     own = other = 0.0
     for n in (1, 63, 64, 65, 200):
@@ -299,7 +319,12 @@ def gla_inputs(n: int, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor, d
     return q, k, v, {"log_decay": -strength * torch.rand(1, 2, n, 8, dtype=F64)}
 
 
-@check("gla", "parallel, chunked and secondary-chunked forms equal the recurrence, weak and strong gates", below=1e-10, control="one gate a token")
+@check(
+    "gla",
+    "parallel, chunked and secondary-chunked forms equal the recurrence, weak and strong gates",
+    below=1e-10,
+    control="one gate a token",
+)
 def _() -> tuple[float, float]:
     mechanism = get("gla")
     assert isinstance(mechanism, Recurrent)
@@ -318,8 +343,10 @@ def _() -> tuple[float, float]:
     q, k, v, inputs = gla_inputs(64)
     mechanism = get("gla")
     assert isinstance(mechanism, Recurrent)
-    return (gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, g: naive.recurrence(q / math.sqrt(8), k, v, g)[0]),
-            gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, g: naive.recurrence(q, k, v, g)[0]))
+    return (
+        gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, g: naive.recurrence(q / math.sqrt(8), k, v, g)[0]),
+        gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, g: naive.recurrence(q, k, v, g)[0]),
+    )
 
 
 @check("gla", "strong gates (about -4 a token) in float32 match float64: relative error", below=1e-4, control="naive Q e^B, K e^-B")
@@ -333,7 +360,9 @@ def _() -> tuple[float, float]:
     return own, naive.gap(split.double(), truth) / float(truth.abs().max())
 
 
-@check("gla", "equal gates in all channels are Lightning's scalar decay, alpha = 1 plain linear attention", below=1e-10, control="other gates")
+@check(
+    "gla", "equal gates in all channels are Lightning's scalar decay, alpha = 1 plain linear attention", below=1e-10, control="other gates"
+)
 def _() -> tuple[float, float]:
     q, k, v, inputs = gla_inputs(50)
     g = torch.tensor([-0.1, -0.3], dtype=F64)
@@ -364,11 +393,18 @@ def _() -> tuple[float, float]:
     q, k, v, inputs = delta_inputs()
     mechanism = get("deltanet")
     assert isinstance(mechanism, Recurrent)
-    return (gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, b: naive.recurrence(q / math.sqrt(8), k, v, beta=b)[0]),
-            gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, b: naive.recurrence(q / math.sqrt(8), k, b[..., None] * v)[0]))
+    return (
+        gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, b: naive.recurrence(q / math.sqrt(8), k, v, beta=b)[0]),
+        gradient_gap(mechanism, q, k, v, inputs, lambda q, k, v, b: naive.recurrence(q / math.sqrt(8), k, b[..., None] * v)[0]),
+    )
 
 
-@check("deltanet", "8 orthonormal keys written 64 times with beta = 1: each read gives the LAST value written", below=1e-12, control="additive writes")
+@check(
+    "deltanet",
+    "8 orthonormal keys written 64 times with beta = 1: each read gives the LAST value written",
+    below=1e-12,
+    control="additive writes",
+)
 def _() -> tuple[float, float]:
     basis = torch.linalg.qr(torch.randn(8, 8, dtype=F64))[0]
     order = torch.cat([torch.randperm(8) for _ in range(8)])
@@ -383,7 +419,9 @@ def _() -> tuple[float, float]:
 
     delta = get("deltanet")
     assert isinstance(delta, Recurrent)
-    return read(delta, beta=torch.ones(1, 1, 72, dtype=F64)), read(replace(delta, write="add", decay="head", inputs=()), log_decay=torch.zeros(1, dtype=F64))
+    return read(delta, beta=torch.ones(1, 1, 72, dtype=F64)), read(
+        replace(delta, write="add", decay="head", inputs=()), log_decay=torch.zeros(1, dtype=F64)
+    )
 
 
 @check("deltanet", "beta = 0 leaves a carried state unchanged", below=0.0, control="beta = 0.5")
@@ -441,5 +479,3 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     dial = [recall(taylor, d, 256, 4) for d in (8, 16, 24, 32)]
     return dial[3] if dial == sorted(dial) else 0.0, dial[1]
-
-

@@ -30,7 +30,12 @@ def eye(n: int, heads: int = 2) -> Tensor:
     return torch.eye(n, dtype=F64).expand(1, heads, n, n)
 
 
-@check("agent-attention", "two calls == softmax(s Q A^T + B2) softmax(s A K^T + B1) V, A pooled from Q", below=1e-12, control="agents pooled from K")
+@check(
+    "agent-attention",
+    "two calls == softmax(s Q A^T + B2) softmax(s A K^T + B1) V, A pooled from Q",
+    below=1e-12,
+    control="agents pooled from K",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(50)
     b1, b2 = torch.randn(2, 9, 50, dtype=F64), torch.randn(2, 50, 9, dtype=F64)
@@ -64,7 +69,12 @@ def _() -> tuple[float, float]:
     return naive.gap(full, truth), naive.gap(attend(q, k, v, get("agent-attention", agents=9)), truth)
 
 
-@check("agent-attention", "the layer pools on the grid: agents equal the cell values of a constant-in-cell 9 x 6 grid", below=1e-10, control="1-D pooling")
+@check(
+    "agent-attention",
+    "the layer pools on the grid: agents equal the cell values of a constant-in-cell 9 x 6 grid",
+    below=1e-10,
+    control="1-D pooling",
+)
 def _() -> tuple[float, float]:
     cells = torch.randn(1, 2, 3, 3, 8, dtype=F64)
     plane = cells.repeat_interleave(3, 2).repeat_interleave(2, 3).flatten(2, 3)  # (1, 2, 54, 8)
@@ -73,7 +83,12 @@ def _() -> tuple[float, float]:
     return naive.gap(grid, cells.flatten(2, 3)), naive.gap(line, cells.flatten(2, 3))
 
 
-@check("agent-attention", "AgentSD with no shortcut is the functional; layer output changes when its biases do", above=1e-6, control="the same biases")
+@check(
+    "agent-attention",
+    "AgentSD with no shortcut is the functional; layer output changes when its biases do",
+    above=1e-6,
+    control="the same biases",
+)
 def _() -> tuple[float, float]:
     layer = AgentAttention(16, 2, (5, 7), agents=9, cls=True).double()
     x = torch.randn(2, 36, 16, dtype=F64)
@@ -92,7 +107,12 @@ def set_input() -> tuple[Tensor, Tensor]:
     return x, torch.randperm(11)
 
 
-@check("set-transformer", "permuting the set permutes SAB and ISAB outputs and leaves PMA unchanged", below=1e-12, control="with positions added")
+@check(
+    "set-transformer",
+    "permuting the set permutes SAB and ISAB outputs and leaves PMA unchanged",
+    below=1e-12,
+    control="with positions added",
+)
 def _() -> tuple[float, float]:
     x, order = set_input()
     layers: list[nn.Module] = [SAB(6, 8, 2).double(), ISAB(6, 8, 2, 4).double()]
@@ -120,7 +140,12 @@ def _() -> tuple[float, float]:
     return max(naive.gap(model(junk, keep), truth), naive.gap(encoded, clean)), naive.gap(model(junk), truth)
 
 
-@check("set-transformer", "ISAB never builds n x n: largest tensor at n = 4096, m = 16, over that of explicit SAB", below=0.05, control="SAB's own n x n weights")
+@check(
+    "set-transformer",
+    "ISAB never builds n x n: largest tensor at n = 4096, m = 16, over that of explicit SAB",
+    below=0.05,
+    control="SAB's own n x n weights",
+)
 def _() -> tuple[float, float]:
     x = torch.randn(1, 4096, 16)
     layer = ISAB(16, 16, 2, 16)
@@ -139,11 +164,16 @@ def max_regression(attention: bool, seconds: float = 20.0, steps: int = 300) -> 
         keep = torch.arange(10) < torch.randint(1, 11, (batch, 1))
         return x / 100, keep, x.masked_fill(~keep[..., None], -1).amax(1) / 100
 
+    encoder: nn.Module
+    head: nn.Module
     if attention:
         encoder, pool, head = SAB(1, 64, 4), PMA(64, 4, 1), nn.Linear(64, 1)
         model = nn.ModuleList([encoder, pool, head])
     else:
-        encoder, head = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+        encoder, head = (
+            nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()),
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)),
+        )
         model = nn.ModuleList([encoder, head])
 
     def predict(x: Tensor, keep: Tensor) -> Tensor:
@@ -166,7 +196,12 @@ def max_regression(attention: bool, seconds: float = 20.0, steps: int = 300) -> 
         return float((predict(x, keep) - y).abs().mean()) * 100
 
 
-@check("set-transformer", "max regression after a short run: error of SAB + PMA over that of a mean-pooled net", below=0.5, control="the mean-pooled net itself")
+@check(
+    "set-transformer",
+    "max regression after a short run: error of SAB + PMA over that of a mean-pooled net",
+    below=0.5,
+    control="the mean-pooled net itself",
+)
 def _() -> tuple[float, float]:
     own, mean = max_regression(True), max_regression(False)
     return own / mean, 1.0
@@ -196,10 +231,17 @@ def _() -> tuple[float, float]:
     seed = torch.randn_like(a)
     one = torch.eye(12, dtype=F64)
     (truth,) = torch.autograd.grad((torch.linalg.inv(a + 0.01 * one) * seed).sum(), a)
-    return tuple(naive.gap(torch.autograd.grad((NewtonInverse.apply(a, ridge, 1.8, 30) * seed).sum(), a)[0], truth) for ridge in (0.01, 0.0))  # type: ignore[return-value]
+    return tuple(
+        naive.gap(torch.autograd.grad((NewtonInverse.apply(a, ridge, 1.8, 30) * seed).sum(), a)[0], truth) for ridge in (0.01, 0.0)
+    )  # type: ignore[return-value]
 
 
-@check("soft", "smooth 14 x 14 grid, 2 x 2 pooled landmarks: relative error of the Gaussian matrix", below=0.01, control="dot-product kernel e^{q.k}")
+@check(
+    "soft",
+    "smooth 14 x 14 grid, 2 x 2 pooled landmarks: relative error of the Gaussian matrix",
+    below=0.01,
+    control="dot-product kernel e^{q.k}",
+)
 def _() -> tuple[float, float]:
     row, column = torch.meshgrid(torch.arange(14, dtype=F64), torch.arange(14, dtype=F64), indexing="ij")
     waves = [f(w * axis / 14 * math.pi) for w in (0.5, 1.0) for axis in (row, column) for f in (torch.sin, torch.cos)]
@@ -211,7 +253,12 @@ def _() -> tuple[float, float]:
     return float((out - truth).norm() / truth.norm()), float((dots - truth).norm() / truth.norm())
 
 
-@check("soft", "SOFT++ bounds the spectral norm of 400 near-identical tokens: normalised over unnormalised", below=0.2, control="no normalisation")
+@check(
+    "soft",
+    "SOFT++ bounds the spectral norm of 400 near-identical tokens: normalised over unnormalised",
+    below=0.2,
+    control="no normalisation",
+)
 def _() -> tuple[float, float]:
     q = torch.ones(1, 1, 400, 8, dtype=F64) + 0.05 * torch.randn(1, 1, 400, 8, dtype=F64)
     marks = q[:, :, ::8]

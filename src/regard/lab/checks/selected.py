@@ -38,32 +38,48 @@ def spelled(mask: Mask, n: int, heads: int = 1) -> Tensor:
     return seen.expand(1, heads, n, n)[0, 0]
 
 
-@check("sparse-transformer", "masks equal the set definitions, n = 144, l = 12 (strided) and c = 3 (fixed): differing pairs", below=0, control="window of l keys")
+@check(
+    "sparse-transformer",
+    "masks equal the set definitions, n = 144, l = 12 (strided) and c = 3 (fixed): differing pairs",
+    below=0,
+    control="window of l keys",
+)
 def _() -> tuple[float, float]:
-    n, l, c = 144, 12, 3
+    n, stride, c = 144, 12, 3
     i, j = torch.arange(n)[:, None], torch.arange(n)
-    sets = {"strided": ((j <= i) & (j >= i - l), (j <= i) & ((i - j) % l == 0)), "fixed": ((j <= i) & (j // l == i // l), (j <= i) & (j % l >= l - c))}
-    wrong = sum(int((spelled(mask, n) != truth).sum()) for name, pair in sets.items() for mask, truth in zip(patterns(name, l, c), pair, strict=True))
-    return float(wrong), float(((j <= i) & (j > i - l) != sets["strided"][0]).sum())
+    sets = {
+        "strided": ((j <= i) & (j >= i - stride), (j <= i) & ((i - j) % stride == 0)),
+        "fixed": ((j <= i) & (j // stride == i // stride), (j <= i) & (j % stride >= stride - c)),
+    }
+    wrong = sum(
+        int((spelled(mask, n) != truth).sum())
+        for name, pair in sets.items()
+        for mask, truth in zip(patterns(name, stride, c), pair, strict=True)
+    )
+    return float(wrong), float(((j <= i) & (j > i - stride) != sets["strided"][0]).sum())
 
 
 @check("sparse-transformer", "two hops over A1 | A2 reach every earlier key: share of the causal triangle", above=1.0, control="A1 alone")
 def _() -> tuple[float, float]:
-    n, l = 144, 12
+    n, stride = 144, 12
     triangle = torch.ones(n, n, dtype=F64).tril() > 0
 
     def reach(mask: Tensor) -> float:
         a = mask.to(F64)
         return float((((a @ a) > 0) & triangle).sum() / triangle.sum())
 
-    unions = [patterns(name, l, 3) for name in ("strided", "fixed")]
+    unions = [patterns(name, stride, 3) for name in ("strided", "fixed")]
     degree = max(float((spelled(a | c, n)).sum(-1).max()) for a, c in unions[:1])
     own = min(reach(spelled(a | c, n)) for a, c in unions)
-    return own if degree <= 2 * l + n / l else 0.0, max(reach(spelled(a, n)) for a, _ in unions)
+    return own if degree <= 2 * stride + n / stride else 0.0, max(reach(spelled(a, n)) for a, _ in unions)
 
 
-@check("sparse-transformer", "block-sparse runs equal dense attention under the token mask, outputs and gradients, merged, heads, interleaved", below=1e-10,
-       control="dense causal attention")
+@check(
+    "sparse-transformer",
+    "block-sparse runs equal dense attention under the token mask, outputs and gradients, merged, heads, interleaved",
+    below=1e-10,
+    control="dense causal attention",
+)
 def _() -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in qkv(144))
     first, second = (spelled(mask, 144) for mask in patterns("fixed", 12, 3))
@@ -93,7 +109,12 @@ def s_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows, 1)[None]
 
 
-@check("sparse-transformer", "recomputation: saved bytes over those of the stored path, gradients identical", below=1 / 3, control="the stored path")
+@check(
+    "sparse-transformer",
+    "recomputation: saved bytes over those of the stored path, gradients identical",
+    below=1 / 3,
+    control="the stored path",
+)
 def _() -> tuple[float, float]:
     x = torch.randn(1, 96, 32, dtype=F64)
     saved: dict[bool, int] = {}
@@ -116,7 +137,9 @@ def _() -> tuple[float, float]:
     return saved[True] / saved[False] if same < 1e-12 else math.inf, 1.0
 
 
-@check("sparse-transformer", "64 layers at the paper's initialisation: stream's std over the input's", below=1.5, control="without 1/sqrt(2N)")
+@check(
+    "sparse-transformer", "64 layers at the paper's initialisation: stream's std over the input's", below=1.5, control="without 1/sqrt(2N)"
+)
 def _() -> tuple[float, float]:
     def growth(layers: int) -> float:
         torch.manual_seed(0)
@@ -146,8 +169,12 @@ def moba_mask(q: Tensor, k: Tensor, size: int, top: int) -> Tensor:
     return mask
 
 
-@check("moba", "equals attention under the mask of a loop, L = 203 (ragged), c = 16, k = 3, grouped heads, with dq, dk, dv", below=1e-9,
-       control="dense causal attention")
+@check(
+    "moba",
+    "equals attention under the mask of a loop, L = 203 (ragged), c = 16, k = 3, grouped heads, with dq, dk, dv",
+    below=1e-9,
+    control="dense causal attention",
+)
 def _() -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in qkv(203, heads=4, kv=2))
     out = attend(q, k, v, get("moba", block_size=16, top_k=3))
@@ -155,7 +182,11 @@ def _() -> tuple[float, float]:
     s = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / math.sqrt(8)).masked_fill(~mask, -math.inf)
     truth = s.softmax(-1) @ v.repeat_interleave(2, 1)
     seed = torch.randn_like(truth)
-    pairs = zip((out, *torch.autograd.grad((out * seed).sum(), (q, k, v))), (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))), strict=True)
+    pairs = zip(
+        (out, *torch.autograd.grad((out * seed).sum(), (q, k, v))),
+        (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))),
+        strict=True,
+    )
     return max(naive.gap(a, b) for a, b in pairs), naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth)
 
 
@@ -163,10 +194,17 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     q, k, v = qkv(203)
     truth = attend(q, k, v, "softmax", mask=Causal())
-    return naive.gap(attend(q, k, v, get("moba", block_size=16, top_k=13)), truth), naive.gap(attend(q, k, v, get("moba", block_size=16, top_k=2)), truth)
+    return naive.gap(attend(q, k, v, get("moba", block_size=16, top_k=13)), truth), naive.gap(
+        attend(q, k, v, get("moba", block_size=16, top_k=2)), truth
+    )
 
 
-@check("moba", "changing tokens after t leaves outputs up to t as they were, t inside a block", below=1e-12, control="a gate that averages the whole block")
+@check(
+    "moba",
+    "changing tokens after t leaves outputs up to t as they were, t inside a block",
+    below=1e-12,
+    control="a gate that averages the whole block",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(203)
     later = [x.clone() for x in (q, k, v)]
@@ -196,7 +234,9 @@ def _() -> tuple[float, float]:
     return naive.gap(torch.cat(outs, 2), whole), naive.gap(last, whole[:, :, -1:])
 
 
-@check("moba", "every query keeps exactly min(k, available) blocks, its own among them: queries that do not", below=0, control="k - 1 blocks")
+@check(
+    "moba", "every query keeps exactly min(k, available) blocks, its own among them: queries that do not", below=0, control="k - 1 blocks"
+)
 def _() -> tuple[float, float]:
     q, k, _ = qkv(203)
 
@@ -235,7 +275,7 @@ def sampled_settings(count: int = 300) -> list[tuple[int, int, int, int, bool]]:
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    found = []
+    found: list[tuple[int, int, int, int, bool]] = []
     while len(found) < count:
         n, dilation = pick(5, 40), pick(1, 3)
         kernel = pick(2, max(2, n // dilation))
@@ -244,8 +284,12 @@ def sampled_settings(count: int = 300) -> list[tuple[int, int, int, int, bool]]:
     return found
 
 
-@check("neighborhood", "masks equal a brute-force loop in 300 settings (n, kernel, stride, dilation, causal): settings that differ", below=0,
-       control="stride ignored")
+@check(
+    "neighborhood",
+    "masks equal a brute-force loop in 300 settings (n, kernel, stride, dilation, causal): settings that differ",
+    below=0,
+    control="stride ignored",
+)
 def _() -> tuple[float, float]:
     own = other = 0
     for n, kernel, stride, dilation, causal in sampled_settings():
@@ -264,8 +308,12 @@ def _() -> tuple[float, float]:
     return naive.gap(outs[0], truth), naive.gap(outs[1], truth)
 
 
-@check("neighborhood", "2-D: equals dense attention under the product of two brute-force axes, kernel (5, 7), stride (2, 3)", below=1e-12,
-       control="one window of 35 tokens in a line")
+@check(
+    "neighborhood",
+    "2-D: equals dense attention under the product of two brute-force axes, kernel (5, 7), stride (2, 3)",
+    below=1e-12,
+    control="one window of 35 tokens in a line",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(12 * 15)
     rows, columns = brute(12, 5, 2, 1, False), brute(15, 7, 3, 1, False)
@@ -282,7 +330,12 @@ def tile_pairs(stride: tuple[int, int]) -> int:
     return int(tiles[0].sum()) * int(tiles[1].sum())
 
 
-@check("neighborhood", "the simulator counts visited tiles as brute force does, strides (1,1), (4,8), (8,16): difference", below=0, control="stride (1,1) for all")
+@check(
+    "neighborhood",
+    "the simulator counts visited tiles as brute force does, strides (1,1), (4,8), (8,16): difference",
+    below=0,
+    control="stride (1,1) for all",
+)
 def _() -> tuple[float, float]:
     strides = ((1, 1), (4, 8), (8, 16))
     counts = [simulate((24, 32), (8, 16), stride, (4, 8), (4, 8)).visited for stride in strides]
@@ -309,7 +362,12 @@ def _() -> tuple[float, float]:
     return max(identity, naive.gap(unpermute_tiles(permuted, shape, tile), truth)), naive.gap(permuted, truth)
 
 
-@check("neighborhood", "extra keys at the end are visible to every query, and merge from a part of their own", below=1e-12, control="without the extra keys")
+@check(
+    "neighborhood",
+    "extra keys at the end are visible to every query, and merge from a part of their own",
+    below=1e-12,
+    control="without the extra keys",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(36, m=41)
     whole = attend(q, k, v, get("neighborhood", shape=(6, 6), kernel=3, extra=5))
@@ -350,8 +408,12 @@ def _() -> tuple[float, float]:
     return naive.gap(one, truth), naive.gap(attend(q, k, v, get("routing-transformer", clusters=4), centroids=mu), truth)
 
 
-@check("routing-transformer", "gather and scatter equal a loop over clusters: duplicates averaged, uncovered tokens zero, causal and shared too", below=1e-10,
-       control="outputs summed, not averaged")
+@check(
+    "routing-transformer",
+    "gather and scatter equal a loop over clusters: duplicates averaged, uncovered tokens zero, causal and shared too",
+    below=1e-10,
+    control="outputs summed, not averaged",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(40)
     mu = torch.randn(2, 5, 8, dtype=F64)
@@ -361,12 +423,16 @@ def _() -> tuple[float, float]:
         out = attend(q, k, v, mechanism, mask=Causal() if causal else None, centroids=mu)
         own = max(own, naive.gap(out, routed_loop(q, k, v, mu, 11, causal, shared)))
     nearness = unit(q) @ torch.nn.functional.normalize(mu, dim=-1).transpose(-1, -2)
-    times = torch.zeros(1, 2, 40, 1, dtype=F64).scatter_add(2, nearness.transpose(-1, -2).topk(11, -1).indices.flatten(2)[..., None], torch.ones(1, 2, 55, 1, dtype=F64))
+    times = torch.zeros(1, 2, 40, 1, dtype=F64).scatter_add(
+        2, nearness.transpose(-1, -2).topk(11, -1).indices.flatten(2)[..., None], torch.ones(1, 2, 55, 1, dtype=F64)
+    )
     plain = attend(q, k, v, get("routing-transformer", clusters=5, members=11), centroids=mu)
     return own, naive.gap(plain * times.clamp_min(1), routed_loop(q, k, v, mu, 11, False, False))
 
 
-@check("routing-transformer", "one training step moves centroids by the averaging rule; none by gradient", below=1e-12, control="queries alone")
+@check(
+    "routing-transformer", "one training step moves centroids by the averaging rule; none by gradient", below=1e-12, control="queries alone"
+)
 def _() -> tuple[float, float]:
     layer = RoutingAttention(16, 2, 3, routed=2, causal=False, decay=0.9).double()
     x = torch.randn(1, 20, 16, dtype=F64)
@@ -395,7 +461,7 @@ def _() -> tuple[float, float]:
 
 @check("routing-transformer", "an empty cluster keeps its centroid", below=0.0, control="a cluster with tokens")
 def _() -> tuple[float, float]:
-    q, k, _ = qkv(30)
+    q = qkv(30)[0]
     mu = torch.nn.functional.normalize(torch.randn(2, 3, 8, dtype=F64), dim=-1)
     base = unit(q).mean((0, 2))
     mu[:, 2] = -torch.nn.functional.normalize(base, dim=-1)
@@ -405,8 +471,12 @@ def _() -> tuple[float, float]:
     return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0]) or math.inf
 
 
-@check("memory-efficient-attention", "equals softmax attention with bias, causal, n = 203, m = 187, chunks 64/50, logits of +-1e4, a masked row; with gradients",
-       below=1e-10, control="bias left out")
+@check(
+    "memory-efficient-attention",
+    "equals softmax attention with bias, causal, n = 203, m = 187, chunks 64/50, logits of +-1e4, a masked row; with gradients",
+    below=1e-10,
+    control="bias left out",
+)
 def _() -> tuple[float, float]:
     own = other = 0.0
     for size in (1.0, 1e4):
@@ -430,7 +500,12 @@ def _() -> tuple[float, float]:
     return own, other
 
 
-@check("memory-efficient-attention", "largest tensor at n = 8192, forward and backward, over 2 q_chunk k_chunk (naive: n^2)", below=1.0, control="naive attention")
+@check(
+    "memory-efficient-attention",
+    "largest tensor at n = 8192, forward and backward, over 2 q_chunk k_chunk (naive: n^2)",
+    below=1.0,
+    control="naive attention",
+)
 def _() -> tuple[float, float]:
     q, k, v = (torch.randn(1, 1, 8192, 16, requires_grad=True) for _ in range(3))
     room = 2 * 512 * 1024
@@ -441,7 +516,12 @@ def _() -> tuple[float, float]:
     return largest_tensor(own) / room, 8192**2 / room
 
 
-@check("memory-efficient-attention", "one query over streamed keys equals the softmax, at logits of +-1e3", below=1e-12, control="without the running maximum")
+@check(
+    "memory-efficient-attention",
+    "one query over streamed keys equals the softmax, at logits of +-1e3",
+    below=1e-12,
+    control="without the running maximum",
+)
 def _() -> tuple[float, float]:
     q, k, v = torch.randn(8, dtype=F64) * 300, torch.randn(50, 8, dtype=F64), torch.randn(50, 3, dtype=F64)
     lazy = LazySoftmax(q)
@@ -463,7 +543,12 @@ def tied() -> tuple[Attention, Attention, Tensor]:
     return shared, full, torch.randn(2, 21, 16, dtype=F64)
 
 
-@check("mqa", "equals multi-head attention with tied K and V; the shared gradient is the sum of the tied ones", below=1e-12, control="the mean of the tied ones")
+@check(
+    "mqa",
+    "equals multi-head attention with tied K and V; the shared gradient is the sum of the tied ones",
+    below=1e-12,
+    control="the mean of the tied ones",
+)
 def _() -> tuple[float, float]:
     shared, full, x = tied()
     a, c = shared(x), full(x)
@@ -509,5 +594,3 @@ def _() -> tuple[float, float]:
     shared, full, _ = tied()
     untied = Attention(16, 4, "softmax").double().k.weight
     return naive.gap(pool_heads(full.k.weight, 4, 1), shared.k.weight), naive.gap(pool_heads(untied, 4, 1), untied[:4])
-
-

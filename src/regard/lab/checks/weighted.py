@@ -32,24 +32,34 @@ def identity_values(n: int, heads: int = 1) -> Tensor:
 
 def weights_of(s: Tensor, mechanism: str | Mechanism, mask: Causal | None = None, **inputs: Tensor) -> Tensor:
     """Weights of given scores (n, m): q carries the scores, k and v are identities."""
-    n, m = s.shape
+    m = s.shape[1]
     return attend(s[None, None], identity_values(m), identity_values(m), mechanism, scale=1.0, mask=mask, executor="tiled", **inputs)[0, 0]
 
 
 def passes_gradcheck(mechanism: str | Mechanism, mask: Causal | None, n: int = 11, **inputs: Tensor) -> float:
     """1 if numeric and analytic gradients of the tiled executor agree, else 0."""
     q, k, v = (x.requires_grad_() for x in qkv(n, 4))
-    return float(gradcheck(lambda q, k, v: attend(q, k, v, mechanism, mask=mask, executor="tiled", **inputs), (q, k, v), raise_exception=False))
+    return float(
+        gradcheck(lambda q, k, v: attend(q, k, v, mechanism, mask=mask, executor="tiled", **inputs), (q, k, v), raise_exception=False)
+    )
 
 
 @check("sigmoid", "tiled == sigmoid(q.k/sqrt(d) + b) v, causal, n = 37", below=1e-10, control="softmax in its place")
 def _() -> tuple[float, float]:
     q, k, v = qkv()
     truth = naive.attention(q, k, v, lambda s: 1 / (1 + torch.exp(-(s - 1.5))), naive.causal)
-    return (naive.gap(attend(q, k, v, get("sigmoid", bias=-1.5), mask=Causal()), truth), naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth))
+    return (
+        naive.gap(attend(q, k, v, get("sigmoid", bias=-1.5), mask=Causal()), truth),
+        naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth),
+    )
 
 
-@check("sigmoid", "gradients with ALiBi, causal, pass gradcheck (1), a wrong formula's do not reproduce it", below=1e-10, control="without ALiBi")
+@check(
+    "sigmoid",
+    "gradients with ALiBi, causal, pass gradcheck (1), a wrong formula's do not reproduce it",
+    below=1e-10,
+    control="without ALiBi",
+)
 def _() -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in qkv(19))
     slopes = torch.tensor([2.0**-4, 2.0**-8], dtype=F64)
@@ -106,7 +116,10 @@ def _() -> tuple[float, float]:
 @check("softpick", "adding 1 to every logit changes the weights", above=1e-3, control="softmax, which is shift invariant")
 def _() -> tuple[float, float]:
     s = torch.randn(20, 40, dtype=F64)
-    return (naive.gap(weights_of(s + 1, "softpick"), weights_of(s, "softpick")), naive.gap(weights_of(s + 1, "softmax"), weights_of(s, "softmax")))
+    return (
+        naive.gap(weights_of(s + 1, "softpick"), weights_of(s, "softpick")),
+        naive.gap(weights_of(s + 1, "softmax"), weights_of(s, "softmax")),
+    )
 
 
 @check("softpick", "rows of logits -500 give exact zeros and finite gradients in float32", below=0.0, control="softmax rows")
@@ -132,7 +145,9 @@ def _() -> tuple[float, float]:
     return naive.gap(own, numeric), naive.gap(other, numeric)
 
 
-@check("ssmax", "weight of z = [3, 0, ...] is n^{sg} / (n^{sg} + n - 1), s = 0.43, for n = 10^2..10^6", below=1e-12, control="plain softmax")
+@check(
+    "ssmax", "weight of z = [3, 0, ...] is n^{sg} / (n^{sg} + n - 1), s = 0.43, for n = 10^2..10^6", below=1e-12, control="plain softmax"
+)
 def _() -> tuple[float, float]:
     gaps: list[float] = []
     others: list[float] = []
@@ -146,7 +161,12 @@ def _() -> tuple[float, float]:
     return max(gaps), max(others)
 
 
-@check("ssmax", "causal rows use their own n: q-scaling equals the row formula, and decode equals prefill", below=1e-10, control="a global log L")
+@check(
+    "ssmax",
+    "causal rows use their own n: q-scaling equals the row formula, and decode equals prefill",
+    below=1e-10,
+    control="a global log L",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(23)
     truth = naive.attention(q, k, v, lambda s: naive.softmax(s * (0.43 * math.log(len(s)))), naive.causal)
@@ -166,7 +186,9 @@ def _() -> tuple[float, float]:
     return weight(1.0), weight(3.0)
 
 
-@check("sparsemax", "weights are the projection onto the simplex, ties and causal masks included", below=1e-12, control="softmax cut at 1/n")
+@check(
+    "sparsemax", "weights are the projection onto the simplex, ties and causal masks included", below=1e-12, control="softmax cut at 1/n"
+)
 def _() -> tuple[float, float]:
     s = 2 * torch.randn(60, 60, dtype=F64)
     s[::7, 3] = s[::7, 5]
@@ -214,7 +236,12 @@ def _() -> tuple[float, float]:
     return own, other
 
 
-@check("entmax", "d/dalpha equals central differences at alpha = 1.37, in attention and in the function", below=1e-6, control="no gradient to alpha")
+@check(
+    "entmax",
+    "d/dalpha equals central differences at alpha = 1.37, in attention and in the function",
+    below=1e-6,
+    control="no gradient to alpha",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(19)
     seed = torch.randn(1, 2, 19, 8, dtype=F64)
@@ -258,7 +285,10 @@ def _() -> tuple[float, float]:
 @check("cog-attention", "f(-q, k, v) == -f(q, k, v)", below=1e-12, control="softmax")
 def _() -> tuple[float, float]:
     q, k, v = qkv()
-    return (naive.gap(attend(-q, k, v, "cog-attention"), -attend(q, k, v, "cog-attention")), naive.gap(attend(-q, k, v, "softmax"), -attend(q, k, v, "softmax")))
+    return (
+        naive.gap(attend(-q, k, v, "cog-attention"), -attend(q, k, v, "cog-attention")),
+        naive.gap(attend(-q, k, v, "softmax"), -attend(q, k, v, "softmax")),
+    )
 
 
 @check("cog-attention", "sum_j |p_ij| = 1, while signed sums leave [0.99, 1]", below=1e-12, control="the signed sum")
@@ -284,7 +314,9 @@ def _() -> tuple[float, float]:
     a, c = torch.ones(1, 1, 37, 1, dtype=F64), torch.ones(1, 1, 37, 1, dtype=F64)
     a[:, :, 5], c[:, :, 9] = 1e3, 1e-3
     g = torch.full((2,), 7.0, dtype=F64)
-    own = naive.gap(attend(q * a, k * c, v, get("qknorm", eps=1e-12), temperature=g), attend(q, k, v, get("qknorm", eps=1e-12), temperature=g))
+    own = naive.gap(
+        attend(q * a, k * c, v, get("qknorm", eps=1e-12), temperature=g), attend(q, k, v, get("qknorm", eps=1e-12), temperature=g)
+    )
     return own, naive.gap(attend(q * a, k * c, v, "softmax"), attend(q, k, v, "softmax"))
 
 
@@ -373,7 +405,12 @@ def _() -> tuple[float, float]:
 @check("relu", "equals L^-alpha relu(q.k/sqrt(d)) v, and its causal form with L = i, for every phi", below=1e-12, control="alpha = 0")
 def _() -> tuple[float, float]:
     q, k, v = qkv(26)
-    phis = {"relu": torch.relu, "relu2": lambda s: torch.relu(s) ** 2, "softplus": lambda s: torch.log1p(torch.exp(s)), "identity": lambda s: s}
+    phis = {
+        "relu": torch.relu,
+        "relu2": lambda s: torch.relu(s) ** 2,
+        "softplus": lambda s: torch.log1p(torch.exp(s)),
+        "identity": lambda s: s,
+    }
     own, other = 0.0, 0.0
     for name, phi in phis.items():
         truth = naive.attention(q, k, v, lambda s, phi=phi: phi(s) / len(s), naive.causal)  # type: ignore[misc]

@@ -38,7 +38,12 @@ def fingerprint(config: Config, corpus: Corpus) -> str:
 
 
 def environment() -> dict[str, Any]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(), "machine": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
 
 
 def resumed(path: Path, mark: str) -> dict[str, Any]:
@@ -63,7 +68,11 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
     old = resumed(path, mark) if resume else {}
     names = list(config.mechanisms)
     report: dict[str, Any] = {
-        "fingerprint": mark, "config": config.as_dict(), "text": corpus.name, "environment": environment(), "steps": old.get("steps"),
+        "fingerprint": mark,
+        "config": config.as_dict(),
+        "text": corpus.name,
+        "environment": environment(),
+        "steps": old.get("steps"),
         "mechanisms": {name: old.get("mechanisms", {}).get(name, {}) for name in names},
     }
 
@@ -71,7 +80,9 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
         write_text(path, json.dumps(report, indent=1))
 
     finished = False
-    bar = Progress(TextColumn("{task.description:42}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console)
+    bar = Progress(
+        TextColumn("{task.description:42}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console
+    )
     try:
         with bar:
             work(config, corpus, report, bar, save)
@@ -91,7 +102,12 @@ def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, 
         report["steps"] = decide_steps(config, corpus, bar)
     steps = report["steps"]
     stages: list[tuple[str, str, Callable[[str, Callable[[float], None]], dict[str, Any]], float]] = [
-        ("language", "learning text", lambda name, tick: train_language(config, name, corpus, steps["language"], tick), steps["language"] + 1.5),
+        (
+            "language",
+            "learning text",
+            lambda name, tick: train_language(config, name, corpus, steps["language"], tick),
+            steps["language"] + 1.5,
+        ),
         ("synthetic", "recall and copying", lambda name, tick: train_synthetic(config, name, steps["synthetic"], tick), steps["synthetic"]),
     ]
     missing = [name for name, one in results.items() if "speed" not in one]
@@ -123,4 +139,7 @@ def decide_steps(config: Config, corpus: Corpus, bar: Progress) -> dict[str, int
         cost = [cost[0] + language, cost[1] + synthetic]
         bar.advance(line)
     seconds = 60 * config.minutes
-    return {"language": max(20, int(SHARES["language"] * seconds / cost[0])), "synthetic": max(20, int(SHARES["synthetic"] * seconds / cost[1]))}
+    return {
+        "language": max(20, int(SHARES["language"] * seconds / cost[0])),
+        "synthetic": max(20, int(SHARES["synthetic"] * seconds / cost[1])),
+    }

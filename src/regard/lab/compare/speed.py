@@ -71,4 +71,3 @@ def with_ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             key: {length: one[key][length]["median"] / base[key][length]["median"] for length in one[key]} for key in ("prefill", "decode")
         } | {key: {length: one[key][length] / base[key][length] for length in one[key]} for key in ("memory", "state")}
     return found
-

@@ -65,8 +65,14 @@ def train_language(config: Config, spec: str, corpus: Corpus, steps: int, tick: 
     losses = optimise(model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator)), steps, 3e-3, tick)
     seconds = time.perf_counter() - start
     model.eval()
-    result: dict[str, Any] = {"steps": steps, "tokens": steps * config.batch * config.seq_len, "parameters": sum(p.numel() for p in model.parameters()),
-                              "train_bits": thinned(losses), "seconds": seconds, "valid_bits": {}}
+    result: dict[str, Any] = {
+        "steps": steps,
+        "tokens": steps * config.batch * config.seq_len,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_bits": thinned(losses),
+        "seconds": seconds,
+        "valid_bits": {},
+    }
     with torch.no_grad():
         stretches = corpus.held_out(4 * config.seq_len, 12)  # the same bytes at every length, cut finer for the shorter ones
         for times in (1, 2, 4):
@@ -83,7 +89,9 @@ def train_language(config: Config, spec: str, corpus: Corpus, steps: int, tick: 
 def thinned(values: list[float], points: int = 200) -> list[tuple[int, float]]:
     """(step, mean of the steps since the last point)."""
     width = max(1, len(values) // points)
-    return [(min(at + width, len(values)), sum(values[at : at + width]) / len(values[at : at + width])) for at in range(0, len(values), width)]
+    return [
+        (min(at + width, len(values)), sum(values[at : at + width]) / len(values[at : at + width])) for at in range(0, len(values), width)
+    ]
 
 
 def sink_mass(model: Decoder, tokens: Tensor) -> float | None:

@@ -21,16 +21,26 @@ def verdict(report: dict[str, Any]) -> str:
         tokens = next(one["language"]["tokens"] for one in results.values() if "language" in one)
         spread = f", {worst} the most, {most:.3f}" if len(bits) > 1 else ""
         said.append(f"After {tokens:,} bytes of training, {name} needs the fewest bits per held-out byte, {value:.3f}{spread}.")
-        growth = {n: one["language"]["valid_bits"]["4"] - one["language"]["valid_bits"]["1"] for n, one in results.items() if "language" in one}
+        growth = {
+            n: one["language"]["valid_bits"]["4"] - one["language"]["valid_bits"]["1"] for n, one in results.items() if "language" in one
+        }
         name, value = best(growth)
-        said.append(f"At four times the training length {name} changes by {value:+.3f} bits per byte" + (
-            f", {best(growth, low=False)[0]} by {best(growth, low=False)[1]:+.3f}." if len(growth) > 1 else "."))
-    recalls = {name: sum(one["synthetic"]["recall"].values()) / len(one["synthetic"]["recall"]) for name, one in results.items() if "synthetic" in one}
+        said.append(
+            f"At four times the training length {name} changes by {value:+.3f} bits per byte"
+            + (f", {best(growth, low=False)[0]} by {best(growth, low=False)[1]:+.3f}." if len(growth) > 1 else ".")
+        )
+    recalls = {
+        name: sum(one["synthetic"]["recall"].values()) / len(one["synthetic"]["recall"])
+        for name, one in results.items()
+        if "synthetic" in one
+    }
     if recalls:
         name, value = best(recalls, low=False)
         copies = {n: one["synthetic"]["copying"] for n, one in results.items() if "synthetic" in one}
-        said.append(f"In this budget {name} recalls the most associations ({value:.0%} on average) and {best(copies, low=False)[0]} copies best "
-                    f"({best(copies, low=False)[1]:.0%}).")
+        said.append(
+            f"In this budget {name} recalls the most associations ({value:.0%} on average) and {best(copies, low=False)[0]} copies best "
+            f"({best(copies, low=False)[1]:.0%})."
+        )
     speeds = {name: one["speed"]["ratio"] for name, one in results.items() if "speed" in one}
     if speeds:
         longest = max(next(iter(speeds.values()))["prefill"], key=int)

@@ -12,8 +12,13 @@ from ...catalog.registry import register
 @register("based")
 def based(feature_dim: int = 16, packed: bool = False, eps: float = 1e-12) -> Recurrent:
     """feature_dim: channels of q and k a head in the layer; the state is 1 + D' + D'^2 wide ((D'+1)(D'+2)/2 if packed)."""
-    return Recurrent(FeatureMap(taylor_packed if packed else taylor), readout="sum", eps=eps, scaled=False,
-                     recipe=Recipe(rope=False, key_dim=feature_dim))
+    return Recurrent(
+        FeatureMap(taylor_packed if packed else taylor),
+        readout="sum",
+        eps=eps,
+        scaled=False,
+        recipe=Recipe(rope=False, key_dim=feature_dim),
+    )
 
 
 def based_window(window: int = 64) -> Weighted:

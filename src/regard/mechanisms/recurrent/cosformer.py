@@ -1,6 +1,6 @@
 """cosFormer: ReLU features re-weighted by a cosine of relative position (id 25; Qin et al., 2022).
 
-    o_i = sum_j w_ij v_j / max(sum_j w_ij, eps),   w_ij = relu(q_i).relu(k_j) cos(pi/2 (i - j) / m)
+o_i = sum_j w_ij v_j / max(sum_j w_ij, eps),   w_ij = relu(q_i).relu(k_j) cos(pi/2 (i - j) / m)
 """
 
 import torch
@@ -24,5 +24,10 @@ def cosformer(horizon: float | None = None, feature: str = "relu", eps: float = 
     if feature not in bases:
         raise RegardError(f"feature={feature!r}; expected one of {', '.join(bases)}")
     spec = Input("horizon", "", default=longest if horizon is None else horizon, layer=Learned(horizon or 4096.0, trainable=False))
-    return Recurrent(FeatureMap(bind(cosine_reweighted, base=bases[feature]), inputs=(spec,)), readout="sum", eps=eps, scaled=False,
-                     recipe=Recipe(rope=False))
+    return Recurrent(
+        FeatureMap(bind(cosine_reweighted, base=bases[feature]), inputs=(spec,)),
+        readout="sum",
+        eps=eps,
+        scaled=False,
+        recipe=Recipe(rope=False),
+    )

@@ -1,6 +1,6 @@
 """DeltaNet: the state is corrected by the error of its own prediction, in chunks by the WY form (id 164; Yang et al., 2024).
 
-    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(D);   layers give unit-length k
+S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(D);   layers give unit-length k
 """
 
 import torch
@@ -19,5 +19,8 @@ def deltanet(negative_eigenvalues: bool = False, short_conv: int = 4) -> Recurre
     """negative_eigenvalues: beta in (0, 2) instead of (0, 1). short_conv: width of the layer's convolutions on q, k, v (0: none).
     Input `beta` (B, H, L). attend takes q and k as they are: normalise k to unit length for a contraction."""
     gate = Projected(twice_sigmoid if negative_eigenvalues else torch.sigmoid)
-    return Recurrent(write="delta", inputs=(Input("beta", "bhk", layer=gate),),
-                     recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", rope=False))
+    return Recurrent(
+        write="delta",
+        inputs=(Input("beta", "bhk", layer=gate),),
+        recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", rope=False),
+    )

@@ -1,6 +1,6 @@
 """Lightning Attention-2: causal linear attention with a fixed decay per head, in chunks (id 155; Qin et al., 2024).
 
-    S_t = e^{-s_h} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t        (no 1/sqrt(D); layers normalise the output)
+S_t = e^{-s_h} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t        (no 1/sqrt(D); layers normalise the output)
 """
 
 from torch import Tensor
@@ -20,4 +20,6 @@ def lightning(layer_share: float = 0.0) -> Recurrent:
     """layer_share: layer / layers, which slows decay in deeper layers. The input `log_decay` (H,), <= 0, replaces the slopes; 0 is no decay."""
     slopes = bind(minus_slopes, layer_share=layer_share)
     spec = Input("log_decay", "h", default=slopes, layer=Learned(slopes, trainable=False))
-    return Recurrent(decay="head", scaled=False, inputs=(spec,), recipe=Recipe(activation="silu", out_norm="rms", out_gate="silu", rope=False))
+    return Recurrent(
+        decay="head", scaled=False, inputs=(spec,), recipe=Recipe(activation="silu", out_norm="rms", out_gate="silu", rope=False)
+    )

@@ -1,6 +1,6 @@
 """Agent attention: a few agent tokens gather from the keys and spread to the queries (id 174; Han et al., 2023).
 
-    o = softmax(s Q A^T + B2) softmax(s A K^T + B1) V,   A = pooled queries;   rank <= number of agents
+o = softmax(s Q A^T + B2) softmax(s A K^T + B1) V,   A = pooled queries;   rank <= number of agents
 """
 
 from torch import Tensor

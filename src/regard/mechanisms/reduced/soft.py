@@ -1,6 +1,6 @@
 """SOFT: softmax-free attention, a Gaussian kernel in Nystrom form with a Newton inverse (id 12; Lu et al., 2022).
 
-    o = P A^+ P^T v,   P = exp(-|q_i - l_j|^2 / 2),  A = exp(-|l_i - l_j|^2 / 2),  q, k, landmarks scaled by D^(-1/4)
+o = P A^+ P^T v,   P = exp(-|q_i - l_j|^2 / 2),  A = exp(-|l_i - l_j|^2 / 2),  q, k, landmarks scaled by D^(-1/4)
 """
 
 from ...algebra import Nystrom

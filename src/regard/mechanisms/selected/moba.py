@@ -1,7 +1,7 @@
 """MoBA: mixture of block attention, a router picks key blocks for each query (id 228; Lu et al., 2025).
 
-    query t reads its own block (causally) and the top_k - 1 past complete blocks of largest q_t . mean(k in block); exact softmax
-    over the tokens of those blocks; no gradient through the choice
+query t reads its own block (causally) and the top_k - 1 past complete blocks of largest q_t . mean(k in block); exact softmax
+over the tokens of those blocks; no gradient through the choice
 """
 
 from ...algebra import Causal, TopBlocks, Weighted

@@ -17,7 +17,9 @@ def random_units(sizes: Sizes, clusters: int) -> Tensor:
 
 
 @register("routing-transformer")
-def routing(clusters: int = 8, members: int | None = None, shared: bool = False, unit_length: bool = True, scaled: bool = True) -> Clustered:
+def routing(
+    clusters: int = 8, members: int | None = None, shared: bool = False, unit_length: bool = True, scaled: bool = True
+) -> Clustered:
     """clusters: k, about sqrt(n). members: w a cluster (None: ceil(n / k)). shared: keys are the queries, and a token sees itself only
     when it would see nothing else (the causal form). unit_length=False, scaled=False: as the released TensorFlow code.
     Input `centroids` (H, k, D)."""

@@ -1,6 +1,6 @@
 """Sparse Transformer: factorised causal patterns that reach every key in two hops (id 269; Child et al., 2019).
 
-    strided: A1 = last l + 1 keys, A2 = keys at multiples of l back;  fixed: A1 = own block of l, A2 = last c columns of each block
+strided: A1 = last l + 1 keys, A2 = keys at multiples of l back;  fixed: A1 = own block of l, A2 = last c columns of each block
 """
 
 from ...algebra import Causal, Columns, FixedBlock, Mask, PerHead, Strided, Weighted, Window

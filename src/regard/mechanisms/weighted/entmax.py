@@ -1,6 +1,6 @@
 """alpha-entmax with a learned alpha per head (id 29; Correia et al., 2019).
 
-    p_i = relu((alpha - 1) s_i - tau_i)^(1 / (alpha - 1)),   tau_i such that the row sums to one; alpha = 1 + sigmoid(a_h)
+p_i = relu((alpha - 1) s_i - tau_i)^(1 / (alpha - 1)),   tau_i such that the row sums to one; alpha = 1 + sigmoid(a_h)
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Inverse-distance-weighting attention (id 26; McCarter, 2023).
 
-    p_ij = (1 / d_ij) / sum_l (1 / d_il),   d_ij = eps + |q_i - k_j|^power
+p_ij = (1 / d_ij) / sum_l (1 / d_il),   d_ij = eps + |q_i - k_j|^power
 """
 
 from ...algebra import Distance, Weighted

@@ -1,6 +1,6 @@
 """Self-attention does not need O(n^2) memory (id 262; Rabe & Staats, 2021).
 
-    o = sum_c e^{m_c - m} O_c / sum_c e^{m_c - m} s_c        over chunks c of keys, scores recomputed in the backward pass
+o = sum_c e^{m_c - m} O_c / sum_c e^{m_c - m} s_c        over chunks c of keys, scores recomputed in the backward pass
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ def add_bias(s: Tensor, bias: Tensor) -> Tensor:
 
 @register("memory-efficient-attention", kind="function")
 def memory_efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Function | None = None, bias: Tensor | None = None, *, q_chunk: int = 1024,
-    k_chunk: int = 4096, scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Function | None = None,
+    bias: Tensor | None = None,
+    *,
+    q_chunk: int = 1024,
+    k_chunk: int = 4096,
+    scale: float | None = None,
 ) -> Tensor:
     """Exact softmax attention that never holds more than q_chunk x k_chunk scores, forward and backward, on any device.
 

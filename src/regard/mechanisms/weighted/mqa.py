@@ -1,6 +1,6 @@
 """Multi-query and grouped-query attention: key and value heads are shared (id 297; Shazeer, 2019; GQA, Ainslie et al., 2023).
 
-    query head h reads key/value head floor(h * kv_heads / heads); the cache holds kv_heads * (D + Dv) numbers a token
+query head h reads key/value head floor(h * kv_heads / heads); the cache holds kv_heads * (D + Dv) numbers a token
 """
 
 from torch import Tensor
@@ -19,7 +19,9 @@ def mqa(kv_heads: int = 1) -> Weighted:
 def pool_heads(weight: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Mean-pool a key or value projection (heads * D, dim) to (kv_heads * D, dim), how GQA converts a trained model."""
     if heads % kv_heads or weight.shape[0] % heads:
-        raise RegardError(f"weight {tuple(weight.shape)} with heads={heads}, kv_heads={kv_heads}: expected heads a multiple of kv_heads and rows of heads")
+        raise RegardError(
+            f"weight {tuple(weight.shape)} with heads={heads}, kv_heads={kv_heads}: expected heads a multiple of kv_heads and rows of heads"
+        )
     return weight.unflatten(0, (kv_heads, heads // kv_heads, -1)).mean(1).flatten(0, 1)
 
 

@@ -1,6 +1,6 @@
 """Query-key normalization: cosine scores with a learned scale (id 14; Henry et al., 2020).
 
-    p_i = softmax_j(g * q_i.k_j / (|q_i| |k_j|)),   g starts at log2(L^2 - L), L = 97.5th percentile of training lengths
+p_i = softmax_j(g * q_i.k_j / (|q_i| |k_j|)),   g starts at log2(L^2 - L), L = 97.5th percentile of training lengths
 """
 
 import math

@@ -1,6 +1,6 @@
 """Pointwise attention divided by length: ReLU/L and its kin (id 50; Wortsman et al., 2023).
 
-    p_ij = n_i^(-alpha) phi(s_ij),   n_i = number of visible keys (the length L without a mask)
+p_ij = n_i^(-alpha) phi(s_ij),   n_i = number of visible keys (the length L without a mask)
 """
 
 from collections.abc import Callable
@@ -19,7 +19,13 @@ def relu_squared(s: Tensor) -> Tensor:
 
 
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu, "relu2": relu_squared, "gelu": F.gelu, "softplus": F.softplus, "identity": identity, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "relu2": relu_squared,
+    "gelu": F.gelu,
+    "softplus": F.softplus,
+    "identity": identity,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
 }
 
 

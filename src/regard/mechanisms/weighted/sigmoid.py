@@ -1,6 +1,6 @@
 """Sigmoid attention (id 3; Ramapuram et al., 2024).
 
-    p_ij = sigmoid(s_ij + b),   b = -log(number of visible keys) unless given; rows are not normalised
+p_ij = sigmoid(s_ij + b),   b = -log(number of visible keys) unless given; rows are not normalised
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Sinkformer: doubly stochastic attention by Sinkhorn's iterations (id 22; Sander et al., 2021). Not causal.
 
-    A = n exp(C + f + g),   f, g by alternately normalising rows and columns; one iteration is softmax
+A = n exp(C + f + g),   f, g by alternately normalising rows and columns; one iteration is softmax
 """
 
 from ...algebra import Sinkhorn, Weighted

@@ -1,6 +1,6 @@
 """Softmax attention, the baseline (Vaswani et al., 2017).
 
-    p_ij = exp(s_ij) / sum_j exp(s_ij),   s_ij = q_i.k_j / sqrt(D)
+p_ij = exp(s_ij) / sum_j exp(s_ij),   s_ij = q_i.k_j / sqrt(D)
 """
 
 from ...algebra import Weighted

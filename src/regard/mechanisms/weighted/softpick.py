@@ -1,6 +1,6 @@
 """Softpick: softmax rectified so that no sink is needed (id 43; Zuhri et al., 2025).
 
-    p_ij = relu(exp(s_ij) - 1) / (sum_j |exp(s_ij) - 1| + eps)        a row may sum to less than one, or be zero
+p_ij = relu(exp(s_ij) - 1) / (sum_j |exp(s_ij) - 1| + eps)        a row may sum to less than one, or be zero
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Scalable-Softmax: logits grow with log n, so attention does not fade as context grows (id 13; Nakanishi, 2025).
 
-    p_i = softmax_j((s_h log n_i + b_h) z_ij),   n_i = number of keys visible to query i
+p_i = softmax_j((s_h log n_i + b_h) z_ij),   n_i = number of keys visible to query i
 """
 
 from collections.abc import Iterable
@@ -19,8 +19,10 @@ def log_visible(n: Tensor, ssmax_scale: Tensor, ssmax_bias: Tensor) -> Tensor:
 @register("ssmax")
 def ssmax(init: float = 0.43, bias: float = 0.0, learn_bias: bool = False) -> Weighted:
     """init: the start of the learned scale s (inputs `ssmax_scale`, `ssmax_bias`, one a head). The bias learns if `learn_bias`."""
-    inputs = (Input("ssmax_scale", "h", default=init, layer=Learned(init)),
-              Input("ssmax_bias", "h", default=bias, layer=Learned(bias, trainable=learn_bias)))
+    inputs = (
+        Input("ssmax_scale", "h", default=init, layer=Learned(init)),
+        Input("ssmax_bias", "h", default=bias, layer=Learned(bias, trainable=learn_bias)),
+    )
     return Weighted(score=Dot(log_visible, inputs))
 
 

@@ -1,0 +1,175 @@
+"""Speed on a CPU, as ratios to PyTorch's scaled_dot_product_attention in the same run: B=1, H=8, D=64, float32, causal.
+
+    python benchmarks/cpu.py [--lengths 1024 4096 16384] [--rounds 5] [--out FILE]
+
+Runs are taken in turns (mechanism, SDPA, mechanism, ...); each ratio is the median over rounds, with its range. Above 1 is slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import regard
+from regard.algebra import Selection
+from regard.algebra.select import Chosen
+from regard.lab.memory import peak_bytes
+
+HEADS, DIM = 8, 64
+TILED = ("softmax", "sigmoid", "softpick", "relu", "sparsemax", "entmax")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratio(run: Callable[[], object], base: Callable[[], object], rounds: int) -> dict[str, float]:
+    run(), base()
+    found = sorted(seconds(run) / seconds(base) for _ in range(rounds))
+    return {"median": round(statistics.median(found), 3), "low": round(found[0], 3), "high": round(found[-1], 3)}
+
+
+def tensors(length: int, grad: bool = False) -> list[torch.Tensor]:
+    return [torch.randn(1, HEADS, length, DIM, requires_grad=grad) for _ in range(3)]
+
+
+def mechanism_of(name: str) -> regard.Weighted | str:
+    return regard.get("entmax", alpha=1.5) if name == "entmax" else name
+
+
+def forward(length: int, rounds: int) -> dict[str, dict[str, float]]:
+    q, k, v = tensors(length)
+    mask = regard.Causal()
+
+    def base() -> object:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    out = {
+        f"tiled {name}": ratio(lambda name=name: regard.attend(q, k, v, mechanism_of(name), mask=mask, executor="tiled"), base, rounds)
+        for name in TILED
+    }
+    out["attend softmax"] = ratio(lambda: regard.attend(q, k, v, "softmax", mask=mask), base, 5 * rounds)
+    return out
+
+
+def backward(length: int, rounds: int) -> dict[str, dict[str, float]]:
+    q, k, v = tensors(length, True)
+    g = torch.randn_like(q)
+    mask = regard.Causal()
+
+    def both(run: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(run(), (q, k, v), g)
+
+    base = both(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return {
+        f"tiled {name}": ratio(
+            both(lambda name=name: regard.attend(q, k, v, mechanism_of(name), mask=mask, executor="tiled")), base, rounds
+        )
+        for name in TILED
+    }
+
+
+def recurrent(length: int, rounds: int) -> dict[str, dict[str, float]]:
+    q, k, v = tensors(length)
+    inputs = {
+        "lightning-attention-2": {},
+        "gla": {"log_decay": F.logsigmoid(torch.randn(1, HEADS, length, DIM)) / 16},
+        "deltanet": {"beta": torch.rand(1, HEADS, length)},
+    }
+    unit = F.normalize(k, dim=-1)
+    out = {}
+    for name, more in inputs.items():
+        out[name] = ratio(
+            lambda name=name, more=more: regard.attend(q, unit, v, name, **more),
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            rounds,
+        )
+    return out
+
+
+def selected(rounds: int) -> dict[str, dict[str, float]]:
+    q, k, v = tensors(8192)
+    keep = torch.rand(1, HEADS, 64, 64) < 0.1
+    sparse = regard.Weighted(select=Chosen(lambda q, k, first: Selection(keep, 128, 128)))
+    out = {
+        "block-sparse, 10% of 8192": ratio(lambda: regard.attend(q, k, v, sparse), lambda: F.scaled_dot_product_attention(q, k, v), rounds)
+    }
+    q, k, v = tensors(16384)
+    moba = regard.get("moba", block_size=256, top_k=4)
+    out["moba 256 x 4 of 16384"] = ratio(
+        lambda: regard.attend(q, k, v, moba), lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), rounds
+    )
+    return out
+
+
+def decode(rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of one step after 16384 tokens over those after 1024, for each recurrence."""
+    out = {}
+    for name in ("lightning-attention-2", "gla", "deltanet"):
+        layer = regard.nn.Attention(HEADS * DIM, HEADS, name).eval()
+        with torch.no_grad():
+            states = [layer.step(torch.randn(1, length, HEADS * DIM))[1] for length in (16384, 1024)]
+            token = torch.randn(1, 1, HEADS * DIM)
+            out[f"{name}, step at 16384 over 1024"] = ratio(
+                lambda: layer.step(token, states[0]), lambda: layer.step(token, states[1]), 20 * rounds
+            )
+    return out
+
+
+def memory() -> dict[str, float]:
+    q, k, v = tensors(16384)
+    used = peak_bytes(lambda: regard.attend(q, k, v, "softpick", mask=regard.Causal()))
+    return {"softpick at 16384, share of the materialised matrix": round(used / (HEADS * 16384**2 * 4), 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    torch.manual_seed(0)
+    report = {
+        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "shape": {"batch": 1, "heads": HEADS, "head_dim": DIM, "dtype": "float32", "causal": True},
+        "ratio to SDPA": {},
+    }
+    with torch.no_grad():
+        for length in chosen.lengths:
+            report["ratio to SDPA"][f"forward {length}"] = forward(length, chosen.rounds)
+        q = tensors(64)
+        report["ratio to SDPA"]["forward 64"] = {
+            "attend softmax": ratio(
+                lambda: [regard.attend(*q, "softmax", mask=MASK) for _ in range(100)],
+                lambda: [F.scaled_dot_product_attention(*q, is_causal=True) for _ in range(100)],
+                9,
+            )
+        }
+        report["ratio to SDPA"]["linear 16384"] = recurrent(16384, chosen.rounds)
+        report["ratio to SDPA"]["selected"] = selected(chosen.rounds)
+        report["decode"] = decode(chosen.rounds)
+        report["memory"] = memory()
+    for length in (2048, 8192):
+        report["ratio to SDPA"][f"forward+backward {length}"] = backward(length, max(3, chosen.rounds // 2))
+    text = json.dumps(report, indent=1)
+    if chosen.out:
+        from regard.lab.files import write_text
+
+        write_text(chosen.out, text + "\n")
+    print(text)
+
+
+MASK = regard.Causal()
+
+if __name__ == "__main__":
+    main()
