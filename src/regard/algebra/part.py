@@ -80,7 +80,7 @@ def show(value: Any) -> str:
         if module is None or module.startswith("torch"):
             for home in (torch, torch.nn.functional):
                 if getattr(home, getattr(value, "__name__", ""), None) is value:
-                    return f"{home.__name__}.{name}"
+                    return f"{home.__name__}.{value.__name__}"  # type: ignore[union-attr]
         return f"{module}.{name}" if "<" not in name else f"<function {name}>"
     return repr(value)
 

@@ -85,7 +85,6 @@ def remembered(
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def planned_once(
     mechanism: str | Mechanism,
     mask: Any,
@@ -99,6 +98,10 @@ def planned_once(
     """The plan as torch.compile sees it: a constant of the shapes it compiles for."""
     q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype[6:]), device=device, requires_grad=grad) for shape in shapes)
     return remembered(q, k, v, mechanism, mask, dict.fromkeys(inputs), executor)
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would load the compiler with `import regard`.
+planned_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(

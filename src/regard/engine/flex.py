@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..algebra.mask import Full
 from ..algebra.normalizer import SOFTMAX, RowLocal
@@ -38,7 +37,9 @@ def score_mod(problem: Problem) -> Any:
     return change
 
 
-def block_mask(problem: Problem) -> BlockMask | None:
+def block_mask(problem: Problem) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask  # loads the compiler: only when used
+
     if isinstance(problem.mask, Full):
         return None
     env = {**problem.inputs, "offset": problem.offset, "k_len": problem.sizes.k_len}
@@ -72,6 +73,8 @@ def refusal(mechanism: Any, device_type: str) -> str:
 
 
 def run(problem: Problem) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     grouped = problem.sizes.heads != problem.sizes.kv_heads
     attention: Any = torch.compile(flex_attention, dynamic=False) if problem.q.is_cuda else flex_attention
     plain = problem.mechanism.normalizer == SOFTMAX

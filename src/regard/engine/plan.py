@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -150,6 +151,7 @@ def weighted(
     wide: int,
 ) -> Plan:
     check_functions(mechanism, mask)
+    score: Any = mechanism.score
     refused: dict[str, str] = {}
     local = isinstance(mechanism.normalizer, RowLocal)
     root = local and mechanism.normalizer.shift == "root"  # type: ignore[attr-defined]
@@ -206,7 +208,7 @@ def weighted(
         mechanism,
         given_mask,
         sdpa.form(mask, sizes) if name == "sdpa" else None,
-        name == "sdpa" and mechanism.position is None and not mechanism.score.parts_beyond_dot,
+        name == "sdpa" and mechanism.position is None and not score.parts_beyond_dot,
     )  # type: ignore[union-attr]
 
 
