@@ -200,3 +200,33 @@ def test_compiles_without_a_graph_break():
     mask = Causal()
     compiled = torch.compile(lambda q, k, v: regard.attend(q, k, v, "softmax", mask=mask) * 2, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(q, k, v), 2 * regard.attend(q, k, v, "softmax", mask=mask))
+
+
+@pytest.mark.parametrize("name", ["softmax", "softpick", "relu"])
+def test_heads_with_blocks_of_their_own(name):
+    """Uneven numbers of blocks a head, a ragged last block, statistics and gradients included."""
+    from dataclasses import replace
+
+    keep = torch.rand(2, 4, 5, 5) > 0.6
+    keep[:, :, :, 1] = True
+    keep[0, 2, 3] = False
+    mechanism = replace(regard.get(name), select=Chosen(lambda q, k, first: Selection(keep, 32, 32)))
+    q, k, v = (torch.randn(2, h, 150, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    for mask in (None, Causal()):
+        results = []
+        for executor in ("tiled", "reference"):
+            out, stats = regard.attend_with_stats(q, k, v, mechanism, mask=mask, executor=executor)
+            results.append((out, stats.visible, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        assert max(float((a - b).abs().max()) for a, b in zip(*results, strict=True)) < 1e-9
+
+
+def test_flex_forward_equals_reference():
+    from regard.engine import flex
+    from regard.engine.problem import pose
+
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    for mechanism, mask in ((Weighted(), Causal()), (Weighted(position=Alibi()), Causal()), (Weighted(), Window(9))):
+        out = flex.run(pose(mechanism, mask, q, k, v, None, {}))
+        assert torch.allclose(out, regard.attend(q, k, v, mechanism, mask=mask, executor="reference"), atol=1e-5)
+    assert "no backward" in dict(regard.plan(q, k, v, "sigmoid").refused)["flex"]
+    assert flex.refusal(regard.get("sigmoid"), "cuda") == "" and "unshifted" in flex.refusal(regard.get("softpick"), "cuda")

@@ -139,11 +139,13 @@ Index = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Some keys of a tile: a slice or an index tensor. The first `full` are visible to every query; the rest must be looked at."""
+    """Some keys of a tile: a slice, an index tensor, or an index tensor a head (n, count). The first `full` are visible to every query; the rest must be looked at."""
 
     index: Index
     count: int
     full: int
+    exists: Tensor | None = None  # of an index a head (n, count): False where a head has fewer keys than the others
+    stand_ins: bool = False  # keys that do not exist are copies of visible ones, and all others are visible: weigh them 0, no more
 
 
 def columns_of(row: list[int], block_k: int, k_len: int, limit: int, device: torch.device, whole: bool = False) -> Iterator[Columns]:
@@ -177,3 +179,21 @@ def columns_of(row: list[int], block_k: int, k_len: int, limit: int, device: tor
         for at in range(start, stop, step):
             to = min(at + step, stop)
             yield Columns(slice(at, to), to - at, min(max(end - at, 0), to - at))
+
+
+def columns_of_heads(kind: Tensor, block_k: int, k_len: int, limit: int) -> Iterator[Columns]:
+    """As `columns_of` for several heads at once: kind (n, key blocks); heads with fewer blocks are filled up with keys that do not exist."""
+    if k_len % block_k:
+        kind = torch.cat((kind[:, :-1], kind[:, -1:].clamp(max=PARTIAL)), 1)  # its tail reaches past the keys
+    ranked = torch.sort(kind, dim=-1, descending=True, stable=True)
+    used = int((kind > 0).sum(-1).max())
+    step = max(1, limit // block_k)
+    inside = torch.arange(block_k, device=kind.device)
+    for start in range(0, used, step):
+        kinds, blocks = ranked.values[:, start : min(start + step, used)], ranked.indices[:, start : min(start + step, used)]
+        plain = bool((kinds != PARTIAL).all()) and bool((ranked.values[:, 0] > 0).all())
+        blocks = torch.where(kinds > 0, blocks, ranked.indices[:, :1]) if plain else blocks
+        index = (blocks[..., None] * block_k + inside).flatten(1)
+        exists = (kinds > 0).repeat_interleave(block_k, 1) & (index < k_len)
+        full = int((kinds == FULL).all(0).sum()) * block_k
+        yield Columns(index.clamp(max=k_len - 1), index.shape[1], full, exists, plain)

@@ -73,7 +73,7 @@ class Work:
         self.shifting = normalizer.shift in ("max", "max0", "maxabs") and not self.unshifted
         self.stage = stage_of(problem.mechanism, wrt, not self.shifting and not self.root)
         self.turned: dict[str, Tensor] = {}
-        self.selects = problem.selection is not None and not self.schedule.by_columns
+        self.selects = problem.selection is not None and not self.schedule.by_columns and not self.schedule.heads_together
         self.answers: dict[Any, Tensor] = {}
 
     def rows(self, x: Tensor, span: Span, tile: Tile) -> Tensor:
@@ -83,6 +83,9 @@ class Work:
         return x[span.queries].index_select(1, tile.rows)
 
     def columns(self, x: Tensor, span: Span, index: Index) -> Tensor:
+        if span.key_heads is not None:
+            flat = flat_index(span, index, x.shape[1])
+            return x.reshape(-1, x.shape[2]).index_select(0, flat).view(*index.shape, x.shape[2])  # type: ignore[union-attr]
         return x[span.keys, index] if isinstance(index, slice) else x[span.keys].index_select(1, index)
 
     def shape(self, span: Span, tile: Tile) -> tuple[int, int, int, int]:
@@ -99,7 +102,7 @@ class Work:
     def turned_columns(self, name: str, x: Tensor, span: Span, index: Index) -> Tensor:
         """(n, d, columns) of a key tensor turned once a call, which matrix products read fastest."""
         if not isinstance(index, slice):
-            return x[span.keys].index_select(1, index).transpose(1, 2)  # rows gather fast, columns do not
+            return self.columns(x, span, index).transpose(1, 2)  # rows gather fast, columns do not
         if self.problem.sizes.q_len < 4096:  # turning costs more than it saves
             return x[span.keys, index].transpose(1, 2)
         if name not in self.turned:
@@ -119,7 +122,7 @@ class Work:
     def hidden(self, span: Span, tile: Tile) -> Tensor | None:
         """Where the pairs of the tile's last columns are masked, or None when all of the tile is visible."""
         skip = tile.columns.full
-        if skip == tile.columns.count:
+        if skip == tile.columns.count or tile.columns.stand_ins:
             return None
         key = None
         if self.problem.mask.relative and isinstance(tile.rows, slice) and isinstance(tile.columns.index, slice):
@@ -134,9 +137,17 @@ class Work:
             keep = selection.keep[b % selection.keep.shape[0], h % selection.keep.shape[1]]
             chosen = keep[(at["i"].flatten() - self.problem.offset) // selection.block_q][:, at["j"] // selection.block_k]
             hidden = hidden | ~chosen[None, :, None, :]
+        elif tile.columns.exists is not None:
+            hidden = hidden | ~tile.columns.exists[:, None, None, skip:]
         elif key is not None and len(self.answers) < 64:
             self.answers[key] = hidden
         return hidden
+
+    def weigh_out(self, tile: Tile, x: Tensor) -> Tensor:
+        """Weigh stand-ins for missing keys 0; they are copies of visible keys, so x is finite there."""
+        if tile.columns.stand_ins and tile.columns.exists is not None and tile.columns.full < tile.columns.count:
+            x[..., tile.columns.full :].mul_(tile.columns.exists[:, None, None, tile.columns.full :].to(x.dtype))
+        return x
 
     def shift_of(self, s: Tensor, hidden: Tensor | None) -> Tensor:
         s = s.abs() if self.normalizer.shift == "maxabs" else s
@@ -234,12 +245,15 @@ def forward_tile(work: Work, span: Span, tile: Tile, o: Tensor, total: Tensor, s
         hide(w, hidden)
         if h is not None and h is not w:
             hide(h, hidden)
+    w = work.weigh_out(tile, w)
+    h = h if h is None or h is w else work.weigh_out(tile, h)
     if count is not None:
-        seen = (
-            s.new_full((n, rows * group, 1), float(columns))
-            if hidden is None
-            else (tile.columns.full + (~hidden).expand(*shape[:3], hidden.shape[-1]).sum(-1).reshape(n, rows * group, 1).to(s.dtype))
-        )
+        seen = torch.full((n, rows, group, 1), float(columns), dtype=s.dtype, device=s.device)
+        if hidden is not None:
+            seen -= hidden.expand(*shape[:3], hidden.shape[-1]).sum(-1, keepdim=True)
+        elif tile.columns.stand_ins and tile.columns.exists is not None:
+            seen -= (~tile.columns.exists).sum(-1)[:, None, None, None]
+        seen = seen.view(n, rows * group, 1)
         add_rows(count, span, tile, work.group, seen)
     if h is not None and not work.root:
         add_rows(total, span, tile, work.group, h.sum(-1).view(n, rows * group, 1))
@@ -292,6 +306,7 @@ def backward_tile(
         mass = u.sum(-1, keepdim=True)
         gw -= (u * gw).sum(-1, keepdim=True) * reciprocal(mass)
     w, ds, extra = work.stage.pullback(raw, env, gw, gh, hidden)
+    w, ds, extra = work.weigh_out(tile, w), work.weigh_out(tile, ds), [work.weigh_out(tile, x) for x in extra]
     w, ds = w.reshape(n, rows * group, columns), ds.reshape(n, rows * group, columns)
     for name, grad in zip([name for name in d_inputs if name in stage_names(work)], extra, strict=True):
         work.names.scatter(name, d_inputs[name], grad, span, tile)
@@ -304,8 +319,15 @@ def backward_tile(
     add_columns(dv, span, tile, work.product("dv", w.transpose(1, 2), do))
 
 
+def flat_index(span: Span, index: Any, k_len: int) -> Tensor:
+    """Rows of all heads' keys laid end to end."""
+    return (span.key_heads[:, None] * k_len + index).flatten()  # type: ignore[index]
+
+
 def add_columns(into: Tensor, span: Span, tile: Tile, value: Tensor) -> None:
-    if isinstance(tile.columns.index, slice):
+    if span.key_heads is not None:
+        into.view(-1, into.shape[2]).index_add_(0, flat_index(span, tile.columns.index, into.shape[1]), value.flatten(0, 1))
+    elif isinstance(tile.columns.index, slice):
         into[span.keys, tile.columns.index] += value
     else:
         into[span.keys].index_add_(1, tile.columns.index, value)

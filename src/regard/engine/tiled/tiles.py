@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import FULL, PARTIAL, Columns, Index, columns_of, layout, static_layout
+from ..layout import FULL, PARTIAL, Columns, Index, columns_of, columns_of_heads, layout, static_layout
 from ..problem import Problem
 
 
@@ -33,6 +33,7 @@ class Span:
     heads: Tensor  # (n, G)
     blocks: tuple[int, int]  # where to look in the layout
     together: bool = False  # of the column order: the span of all heads
+    key_heads: Tensor | None = None  # (n,) of B * Hkv, where heads with blocks of their own are worked on together
     cache: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -83,6 +84,9 @@ class Schedule:
         self.own = self.own_blocks() if self.by_columns else frozenset()
         self.shared = self.layout.shared and not self.by_columns
         self.group = sizes.heads // sizes.kv_heads if self.shared else 1
+        exact = selection is None or selection.block_q == block_q
+        varying = any(x.dim() == 4 and x.shape[3] > 1 for name, x in problem.inputs.items() if name != "visible")
+        self.heads_together = not (self.shared or self.by_columns or row_complete or varying) and exact
 
     def tile_rows(self, group: int) -> int:
         sizes = self.problem.sizes
@@ -96,6 +100,9 @@ class Schedule:
         per_kv = sizes.heads // sizes.kv_heads
         if self.by_columns and self.own:
             yield from self.shared_spans(self.block_q, self.block_q, True)
+        if self.heads_together:
+            yield from self.joint_spans()
+            return
         if not self.shared:
             for b in range(sizes.batch):
                 for h in range(sizes.heads):
@@ -114,6 +121,17 @@ class Schedule:
         columns = sizes.k_len if self.row_complete else min(self.tiling.columns, sizes.k_len)
         yield from self.shared_spans(min(self.rows, sizes.q_len), columns, False)
 
+    def joint_spans(self) -> Iterator[Span]:
+        """Heads with blocks of their own, several at once: their keys are gathered to equal lengths."""
+        sizes = self.problem.sizes
+        columns = max(1, int(min(self.tiling.columns, sizes.k_len) * min(1.0, 1.5 * self.layout.density)))
+        room = max(1, self.tiling.elements // (self.block_q * columns))
+        for part in torch.arange(sizes.batch * sizes.heads, device=self.device).split(room):
+            batch, heads = part // sizes.heads, part % sizes.heads
+            kv = batch * sizes.kv_heads + heads // (sizes.heads // sizes.kv_heads)
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            yield Span(here, here, 1, batch, heads[:, None], (0, 0), key_heads=kv)
+
     def shared_spans(self, rows: int, columns: int, together: bool) -> Iterator[Span]:
         """Spans of as many heads as a tile has room for."""
         sizes = self.problem.sizes
@@ -131,6 +149,13 @@ class Schedule:
 
     def row_order(self, span: Span) -> Iterator[Tile]:
         sizes = self.problem.sizes
+        if span.key_heads is not None:
+            kind = self.layout.kind[span.batch % self.layout.kind.shape[0], span.heads[:, 0] % self.layout.kind.shape[1]]
+            for at in range(kind.shape[1]):
+                start, stop = at * self.block_q, min((at + 1) * self.block_q, sizes.q_len)
+                for columns in columns_of_heads(kind[:, at], self.layout.block_k, sizes.k_len, self.tiling.columns):
+                    yield Tile(slice(start, stop), stop - start, columns)
+            return
         blocks = self.layout.rows[span.blocks[0]][span.blocks[1]]
         for at, row in enumerate(blocks):
             start, stop = at * self.block_q, min((at + 1) * self.block_q, sizes.q_len)
@@ -210,12 +235,12 @@ class Names:
         """b, h, i, j of a tile, its first `skip` columns left out."""
         device, columns = self.problem.q.device, tile.columns
         index = columns.index
-        index = slice(index.start + skip, index.stop) if isinstance(index, slice) else index[skip:]
+        index = slice(index.start + skip, index.stop) if isinstance(index, slice) else index[..., skip:]
         return {
             "b": span.batch[:, None, None, None],
             "h": span.heads[:, None, :, None],
             "i": (at(tile.rows, tile.row_count, device) + self.problem.offset)[:, None, None],
-            "j": at(index, columns.count - skip, device),
+            "j": index[:, None, None] if columns.exists is not None else at(index, columns.count - skip, device),  # type: ignore[index]
         }
 
     def cut(self, name: str, x: Tensor, span: Span, tile: Tile) -> Tensor:
