@@ -37,7 +37,7 @@ leaf = st.one_of(
     st.builds(FixedBlock, small),
     st.builds(Sinks, small),
     st.builds(Prefix, small),
-    st.builds(Columns, st.just(7), st.integers(1, 7), st.integers(0, 3)),
+    st.builds(Columns, st.just(7), st.integers(1, 4), st.integers(0, 3)),
     st.just(Where(lambda b, h, i, j: (i + 2 * j) % 5 != 0)),
 )
 masks = st.recursive(
@@ -97,7 +97,14 @@ def test_segments_and_heads():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Window(0), lambda: Sinks(-1), lambda: Strided(2.5), lambda: Neighborhood((4, 4), 5), lambda: Neighborhood((8,), 3, stride=4)],
+    [
+        lambda: Window(0),
+        lambda: Sinks(-1),
+        lambda: Strided(2.5),
+        lambda: Columns(7, 5, 3),
+        lambda: Neighborhood((4, 4), 5),
+        lambda: Neighborhood((8,), 3, stride=4),
+    ],
 )
 def test_bad_masks(make):
     with pytest.raises(RegardError, match="expected"):

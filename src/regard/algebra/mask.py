@@ -245,6 +245,8 @@ class Columns(Mask):
 
     def __post_init__(self) -> None:
         positive(self, "size", "count")
+        if self.start < 0 or self.start + self.count > self.size:
+            raise RegardError(f"Columns(start={self.start}, count={self.count}): expected them inside a block of size={self.size}")
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         place = j % self.size
