@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..algebra.part import Function, asks, show
 from ..errors import RegardError
@@ -292,6 +292,8 @@ def trace(function: Function, first: Sequence[Expr], env: Mapping[str, Expr]) ->
 
     Raises Untraceable, naming the operation, for anything that is not elementwise or depends on values.
     """
+    from torch import fx  # a tenth of a second to load: only when something is traced
+
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     names = asks(function, len(first))
