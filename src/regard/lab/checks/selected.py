@@ -1,4 +1,4 @@
-"""Checks of the selected rows and of the rows about memory and heads: Sparse Transformer, MoBA, neighbourhoods, routing, memory, MQA."""
+"""Checks of the selected rows: Sparse Transformer, MoBA, Routing Transformer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Mask, Neighborhood, Weighted
+from ...algebra import Causal, Mask
 from ...algebra.part import Sizes
 from ...catalog import get
-from ...engine import attend, attend_with_stats, merge, step
+from ...engine import attend, step
 from ...engine.composed import unit
 from ...engine.problem import indices
-from ...mechanisms.selected.neighborhood import permute_tiles, simulate, tile_order, unpermute_tiles
 from ...mechanisms.selected.routing import update_centroids
 from ...mechanisms.selected.sparse_transformer import patterns
-from ...mechanisms.weighted.memory_efficient import LazySoftmax, memory_efficient_attention
-from ...mechanisms.weighted.mqa import pool_heads
-from ...nn import Attention, RoutingAttention, SparseBlock
+from ...nn import RoutingAttention, SparseBlock
 from .. import naive
-from ..memory import largest_tensor
 from ..verification import check
 
 F64 = torch.float64
@@ -250,134 +246,6 @@ def _() -> tuple[float, float]:
     return off(3), off(2)
 
 
-def brute(n: int, kernel: int, stride: int, dilation: int, causal: bool) -> Tensor:
-    """One axis of generalized neighbourhood attention, a loop over queries as the rule is written."""
-    seen = torch.zeros(n, n, dtype=torch.bool)
-    for x in range(n):
-        group, members = x % dilation, len(range(x % dilation, n, dilation))
-        at = x // dilation
-        if causal:
-            leader = min((at // stride) * stride + stride - 1, members - 1)
-            window = range(max(0, leader - kernel + 1), at + 1)
-        else:
-            leader = min((at // stride) * stride + stride // 2, members - 1)
-            right = kernel // 2 + kernel % 2 - 1
-            start = max(leader - kernel // 2, 0) + (members - right - leader - 1 if leader + right >= members else 0)
-            window = range(start, start + kernel)
-        for y in window:
-            seen[x, group + y * dilation] = True
-    return seen
-
-
-def sampled_settings(count: int = 300) -> list[tuple[int, int, int, int, bool]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    found: list[tuple[int, int, int, int, bool]] = []
-    while len(found) < count:
-        n, dilation = pick(5, 40), pick(1, 3)
-        kernel = pick(2, max(2, n // dilation))
-        if kernel * dilation <= n:
-            found.append((n, kernel, pick(1, kernel), dilation, bool(pick(0, 1))))
-    return found
-
-
-@check(
-    "neighborhood",
-    "masks equal a brute-force loop in 300 settings (n, kernel, stride, dilation, causal): settings that differ",
-    below=0,
-    control="stride ignored",
-)
-def _() -> tuple[float, float]:
-    own = other = 0
-    for n, kernel, stride, dilation, causal in sampled_settings():
-        truth = brute(n, kernel, stride, dilation, causal)
-        own += int(not torch.equal(spelled(Neighborhood((n,), kernel, stride, dilation, causal), n), truth))
-        other += int(not torch.equal(spelled(Neighborhood((n,), kernel, 1, dilation, causal), n), truth))
-    return float(own), float(other)
-
-
-@check("neighborhood", "stride = kernel dividing the grid is blocked attention", below=1e-12, control="stride 1")
-def _() -> tuple[float, float]:
-    q, k, v = qkv(64)
-    blocks = [attend(q[:, :, a : a + 8], k[:, :, a : a + 8], v[:, :, a : a + 8]) for a in range(0, 64, 8)]
-    truth = torch.cat(blocks, 2)
-    outs = [attend(q, k, v, get("neighborhood", shape=(64,), kernel=8, stride=stride)) for stride in (8, 1)]
-    return naive.gap(outs[0], truth), naive.gap(outs[1], truth)
-
-
-@check(
-    "neighborhood",
-    "2-D: equals dense attention under the product of two brute-force axes, kernel (5, 7), stride (2, 3)",
-    below=1e-12,
-    control="one window of 35 tokens in a line",
-)
-def _() -> tuple[float, float]:
-    q, k, v = qkv(12 * 15)
-    rows, columns = brute(12, 5, 2, 1, False), brute(15, 7, 3, 1, False)
-    mask = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(180, 180)
-    truth = s_attend(q, k, v, mask.expand(2, -1, -1))
-    line = attend(q, k, v, get("neighborhood", shape=(180,), kernel=35))
-    return naive.gap(attend(q, k, v, get("neighborhood", shape=(12, 15), kernel=(5, 7), stride=(2, 3))), truth), naive.gap(line, truth)
-
-
-def tile_pairs(stride: tuple[int, int]) -> int:
-    """(query tile, key tile) pairs of 4 x 8 tiles that hold a visible pair, 24 x 32 grid, kernel (8, 16), by brute force."""
-    rows, columns = brute(24, 8, stride[0], 1, False), brute(32, 16, stride[1], 1, False)
-    tiles = (rows.reshape(6, 4, 6, 4).any(3).any(1), columns.reshape(4, 8, 4, 8).any(3).any(1))
-    return int(tiles[0].sum()) * int(tiles[1].sum())
-
-
-@check(
-    "neighborhood",
-    "the simulator counts visited tiles as brute force does, strides (1,1), (4,8), (8,16): difference",
-    below=0,
-    control="stride (1,1) for all",
-)
-def _() -> tuple[float, float]:
-    strides = ((1, 1), (4, 8), (8, 16))
-    counts = [simulate((24, 32), (8, 16), stride, (4, 8), (4, 8)).visited for stride in strides]
-    truth = [tile_pairs(stride) for stride in strides]
-    return float(sum(abs(a - b) for a, b in zip(counts, truth, strict=True))), float(sum(abs(counts[0] - b) for b in truth))
-
-
-@check("neighborhood", "an aligned setting reaches its FLOP-wise speed-up: tile-wise over FLOP-wise", above=1.0, control="stride 1")
-def _() -> tuple[float, float]:
-    aligned, plain = (simulate((24, 32), (8, 16), stride, (4, 8), (4, 8)) for stride in ((8, 16), (1, 1)))
-    return (aligned.tile_speedup / aligned.flop_speedup if aligned.perfect else 0.0), plain.tile_speedup / plain.flop_speedup
-
-
-@check("neighborhood", "tiles laid out contiguously, run and put back equal the direct run", below=1e-12, control="not put back")
-def _() -> tuple[float, float]:
-    shape, tile = (8, 12), (4, 4)
-    q, k, v = qkv(96)
-    mechanism = get("neighborhood", shape=shape, kernel=(5, 5))
-    order = tile_order(shape, tile)
-    mask = spelled(mechanism.mask, 96)[order][:, order]  # type: ignore[attr-defined]
-    permuted = attend(*[permute_tiles(x, shape, tile) for x in (q, k, v)], "softmax", mask=mask)
-    truth = attend(q, k, v, mechanism)
-    identity = naive.gap(unpermute_tiles(permute_tiles(q, shape, tile), shape, tile), q)
-    return max(identity, naive.gap(unpermute_tiles(permuted, shape, tile), truth)), naive.gap(permuted, truth)
-
-
-@check(
-    "neighborhood",
-    "extra keys at the end are visible to every query, and merge from a part of their own",
-    below=1e-12,
-    control="without the extra keys",
-)
-def _() -> tuple[float, float]:
-    q, k, v = qkv(36, m=41)
-    whole = attend(q, k, v, get("neighborhood", shape=(6, 6), kernel=3, extra=5))
-    grid = get("neighborhood", shape=(6, 6), kernel=3)
-    softmax = Weighted()
-    near = attend_with_stats(q, k[:, :, :36], v[:, :, :36], grid)
-    far = attend_with_stats(q, k[:, :, 36:], v[:, :, 36:], softmax)
-    return naive.gap(merge(softmax, [near, far])[0], whole), naive.gap(near[0], whole)
-
-
 def routed_loop(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, count: int, causal: bool, shared: bool) -> Tensor:
     """Routing attention as loops over heads and clusters."""
     q, k = unit(q), unit(q if shared else k)
@@ -469,128 +337,3 @@ def _() -> tuple[float, float]:
     mu[:, 0] = unit(tight)[0, :, 0]
     new = update_centroids(mu, tight, tight, 0.9)
     return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0]) or math.inf
-
-
-@check(
-    "memory-efficient-attention",
-    "equals softmax attention with bias, causal, n = 203, m = 187, chunks 64/50, logits of +-1e4, a masked row; with gradients",
-    below=1e-10,
-    control="bias left out",
-)
-def _() -> tuple[float, float]:
-    own = other = 0.0
-    for size in (1.0, 1e4):
-        q, k, v = (x.requires_grad_() for x in qkv(203, m=187))
-        bias = (size * torch.randn(1, 2, 203, 187, dtype=F64)).requires_grad_()
-        i, j = torch.arange(203)[:, None] - 16, torch.arange(187)
-        seen = (j <= i) & (i != 90)
-
-        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & (i != 90)
-
-        out = memory_efficient_attention(q, k, v, mask, bias, q_chunk=64, k_chunk=50)
-        s = (q @ k.transpose(-1, -2) / math.sqrt(8) + bias).masked_fill(~seen, -1e30)
-        truth = torch.where(seen.any(-1, keepdim=True), s.softmax(-1) * seen, 0.0) @ v
-        leaves = (q, k, v, bias)
-        seed = torch.randn_like(truth)
-        grads = [torch.autograd.grad((o * seed).sum(), leaves) for o in (out, truth)]
-        scale = max(1.0, *[float(g.abs().max()) for g in grads[1]])
-        own = max(own, naive.gap(out, truth), *[naive.gap(a, c) / scale for a, c in zip(*grads, strict=True)])
-        other = max(other, naive.gap(memory_efficient_attention(q, k, v, mask, q_chunk=64, k_chunk=50), truth))
-    return own, other
-
-
-@check(
-    "memory-efficient-attention",
-    "largest tensor at n = 8192, forward and backward, over 2 q_chunk k_chunk (naive: n^2)",
-    below=1.0,
-    control="naive attention",
-)
-def _() -> tuple[float, float]:
-    q, k, v = (torch.randn(1, 1, 8192, 16, requires_grad=True) for _ in range(3))
-    room = 2 * 512 * 1024
-
-    def own() -> None:
-        memory_efficient_attention(q, k, v, q_chunk=512, k_chunk=1024).sum().backward()
-
-    return largest_tensor(own) / room, 8192**2 / room
-
-
-@check(
-    "memory-efficient-attention",
-    "one query over streamed keys equals the softmax, at logits of +-1e3",
-    below=1e-12,
-    control="without the running maximum",
-)
-def _() -> tuple[float, float]:
-    q, k, v = torch.randn(8, dtype=F64) * 300, torch.randn(50, 8, dtype=F64), torch.randn(50, 3, dtype=F64)
-    lazy = LazySoftmax(q)
-    for key, value in zip(k, v, strict=True):
-        lazy.update(key, value)
-    truth = naive.softmax(k @ q / math.sqrt(8)) @ v
-    e = torch.exp((k @ q / math.sqrt(8)).float())
-    return naive.gap(lazy.value(), truth), naive.gap(((e @ v.float()) / e.sum()).double(), truth)
-
-
-def tied() -> tuple[Attention, Attention, Tensor]:
-    """A multi-query layer, and a multi-head one whose heads' K and V are copies of its."""
-    shared, full = Attention(16, 4, "mqa").double(), Attention(16, 4, "softmax").double()
-    with torch.no_grad():
-        full.q.weight.copy_(shared.q.weight)
-        full.out.weight.copy_(shared.out.weight)
-        full.k.weight.copy_(shared.k.weight.repeat(4, 1))
-        full.v.weight.copy_(shared.v.weight.repeat(4, 1))
-    return shared, full, torch.randn(2, 21, 16, dtype=F64)
-
-
-@check(
-    "mqa",
-    "equals multi-head attention with tied K and V; the shared gradient is the sum of the tied ones",
-    below=1e-12,
-    control="the mean of the tied ones",
-)
-def _() -> tuple[float, float]:
-    shared, full, x = tied()
-    a, c = shared(x), full(x)
-    a.square().sum().backward()
-    c.square().sum().backward()
-    assert shared.k.weight.grad is not None and full.k.weight.grad is not None
-    parts = full.k.weight.grad.unflatten(0, (4, -1))
-    return max(naive.gap(a, c), naive.gap(shared.k.weight.grad, parts.sum(0))), naive.gap(shared.k.weight.grad, parts.mean(0))
-
-
-@check("mqa", "incremental decoding equals the batched form", below=1e-10, control="positions forgotten: each token alone")
-def _() -> tuple[float, float]:
-    shared, _, x = tied()
-    whole, state, outs, alone = shared(x), None, [], []
-    for t in range(21):
-        y, state = shared.step(x[:, t : t + 1], state)
-        outs.append(y)
-        alone.append(shared.step(x[:, t : t + 1], None)[0])
-    return naive.gap(torch.cat(outs, 1), whole), naive.gap(torch.cat(alone, 1), whole)
-
-
-@check("mqa", "cache elements a sequence are L (k + v), whatever the number of heads: excess", below=0.0, control="the multi-head cache")
-def _() -> tuple[float, float]:
-    shared, full, x = tied()
-
-    def excess(layer: Attention) -> float:
-        _, state = layer.step(x)
-        return state.bytes / 8 / 2 - 21 * (4 + 4)
-
-    return excess(shared), excess(full)
-
-
-@check("mqa", "kv_heads = 2 of 4 equals explicitly repeated heads", below=1e-12, control="heads repeated in the other order")
-def _() -> tuple[float, float]:
-    q, k, v = qkv(21, heads=4, kv=2)
-    out = attend(q, k, v, "softmax", mask=Causal())
-    rows = [attend(q, x.repeat_interleave(2, 1), y.repeat_interleave(2, 1), "softmax", mask=Causal()) for x, y in ((k, v),)]
-    return naive.gap(out, rows[0]), naive.gap(out, attend(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), "softmax", mask=Causal()))
-
-
-@check("mqa", "mean-pooling tied heads gives the shared projection back", below=1e-15, control="the first head of untied ones")
-def _() -> tuple[float, float]:
-    shared, full, _ = tied()
-    untied = Attention(16, 4, "softmax").double().k.weight
-    return naive.gap(pool_heads(full.k.weight, 4, 1), shared.k.weight), naive.gap(pool_heads(untied, 4, 1), untied[:4])
