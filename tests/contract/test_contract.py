@@ -139,6 +139,19 @@ def test_non_contiguous_inputs(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_torch_compile(name):
+    """Values and gradients inside a compiled function; executors other than SDPA's run between its compiled parts."""
+    call = sample(name).to(torch.float32)
+    leaf = call.v.requires_grad_()
+    found = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
+        out = wrap(lambda x: 2 * regard.attend(call.q, call.k, 1.0 * x, call.mechanism, **call.inputs))(leaf)
+        found.append((out.detach(), *torch.autograd.grad(out.sum(), leaf)))
+    for plain, compiled in zip(*found, strict=True):
+        close(compiled, plain, 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_key_and_one_query(name):
     call = sample(name, q_len=1, k_len=1)
     close(call.run(), call.run(executor="reference"), 1e-9)

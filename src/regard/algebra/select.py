@@ -57,11 +57,11 @@ class TopBlocks(Selector):
         means = means.repeat_interleave(heads // k.shape[1], 1)
         gate = q.to(means.dtype) @ means.transpose(-1, -2)
         if complete < count:
-            gate = torch.nn.functional.pad(gate, (0, count - complete), value=float("-inf"))
+            gate = torch.nn.functional.pad(gate, (0, count - complete), value=0.0)
         own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // size
         block = torch.arange(count, device=q.device)
-        gate.masked_fill_(block > own, float("-inf")).masked_fill_(block == own, float("inf"))
-        best = gate.topk(min(self.top_k, count), -1)
+        gate += torch.where(block > own, float("-inf"), torch.where(block == own, float("inf"), 0.0)).to(gate.dtype)
+        best = gate.topk(min(self.top_k, count), -1, sorted=False)
         keep = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, best.indices, best.values > float("-inf"))
         return Selection(keep, 1, size)
 

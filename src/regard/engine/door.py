@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..algebra.mask import Causal, Explicit, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.part import Function
 from ..errors import RegardError
-from . import composed, reference, sdpa, tiled
+from . import composed, native, reference, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
@@ -171,6 +172,28 @@ def unknown(mechanism: Mechanism, inputs: dict[str, Any]) -> None:
 def execute(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False
 ) -> tuple[Tensor, Stats | None]:
+    """Run a plan: (out, row statistics or None). Under torch.compile this is a break between two compiled parts."""
+    return (uncompiled() if "torch._dynamo" in sys.modules else execute_plan)(chosen, q, k, v, scale, inputs, stats)
+
+
+# What torch.compiler.disable sets; the decorator itself would load the compiler with `import regard`.
+execute._torchdynamo_disable = True  # type: ignore[attr-defined]
+execute._torchdynamo_disable_msg = "regard's executors run as they are"  # type: ignore[attr-defined]
+
+
+_uncompiled: list[Callable[..., tuple[Tensor, Stats | None]]] = []
+
+
+def uncompiled() -> Callable[..., tuple[Tensor, Stats | None]]:
+    """`execute_plan`, of which the compiler keeps its hands."""
+    if not _uncompiled:
+        _uncompiled.append(torch.compiler.disable(execute_plan))
+    return _uncompiled[0]
+
+
+def execute_plan(
+    chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
+) -> tuple[Tensor, Stats | None]:
     mechanism, name = chosen.mechanism, chosen.executor
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
@@ -200,11 +223,13 @@ def weighted(
         exact = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
         out, row_stats = reference.run(pose(mechanism, chosen.mask, q.double(), k.double(), v.double(), scale, exact))
         return out.to(v.dtype), row_stats
-    if chosen.executor in ("tiled", "dense"):  # halves are widened before anything is computed with them
+    if chosen.executor in ("tiled", "native", "dense"):  # halves are widened before anything is computed with them
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
-    if chosen.executor == "tiled":
-        problem.want_count = stats
+    problem.want_count = stats
+    if chosen.executor == "native" and native.takes(problem.selection):
+        return native.run(problem)
+    if chosen.executor in ("tiled", "native"):
         return tiled.run(problem)
     if chosen.executor == "sdpa":
         return sdpa.run(problem), None
@@ -233,7 +258,7 @@ def plan(
 ) -> Plan:
     """What `attend` with these arguments would run, why, and what it costs: EXPLAIN for attention. Nothing is computed.
 
-    source: also write out the Triton kernel generated for a weighted mechanism (`print(plan(..., source=True))`).
+    source: also write out the kernel generated for a weighted mechanism: C where `native` runs, Triton elsewhere.
     """
     if isinstance(mask, Tensor):
         mask, inputs = explicit(mask, inputs, q)
@@ -244,6 +269,8 @@ def plan(
         raise RegardError("source=True: only weighted mechanisms have a generated kernel")
     from dataclasses import replace
 
+    if found.executor == "native":
+        return replace(found, source=native.source_of(found.mechanism, found.mask))
     from .triton import source_of
 
     return replace(found, source=source_of(found.mechanism, found.mask))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Layout:
     kind: Tensor
     block_q: int
     block_k: int
+    _lists: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def density(self) -> float:
@@ -48,6 +49,16 @@ class Layout:
     @functools.cached_property
     def rows(self) -> list[list[list[list[int]]]]:
         return self.kind.tolist()
+
+    def lists(self, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """For each row (or column) of blocks, the entries to visit: 2 * block + (1 if full), visible ones first; and how many."""
+        if transposed not in self._lists:
+            kind = (self.kind.transpose(-1, -2) if transposed else self.kind).contiguous()
+            entry = 2 * torch.arange(kind.shape[-1], device=kind.device) + (kind == FULL)
+            order = torch.sort((kind == EMPTY).to(torch.int8), dim=-1, stable=True).indices
+            entries = entry.expand(kind.shape).gather(-1, order).to(torch.int32).contiguous()
+            self._lists[transposed] = entries, (kind > 0).sum(-1).to(torch.int32).contiguous()
+        return self._lists[transposed]
 
 
 def block_bounds(length: int, block: int, first: int, device: torch.device) -> tuple[Tensor, Tensor]:

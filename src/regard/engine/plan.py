@@ -13,11 +13,11 @@ from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import Sizes
 from ..errors import MissingDependency, RegardError
-from . import flex, sdpa
+from . import flex, native, sdpa
 from .layout import static_layout
 from .problem import check_functions, combine_masks
 
-WEIGHTED = ("sdpa", "tiled", "flex", "triton", "dense", "reference")
+WEIGHTED = ("sdpa", "native", "tiled", "flex", "triton", "dense", "reference")
 RECURRENT = ("chunk", "step", "parallel", "reference")
 ELEMENT = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -156,7 +156,7 @@ def weighted(
     local = isinstance(mechanism.normalizer, RowLocal)
     root = local and mechanism.normalizer.shift == "root"  # type: ignore[attr-defined]
     if not local:
-        for name in ("sdpa", "flex", "tiled", "triton"):
+        for name in ("sdpa", "flex", "native", "tiled", "triton"):
             refused[name] = f"{type(mechanism.normalizer).__name__} is not row-local: a weight depends on other rows"
     else:
         refused.update(
@@ -166,6 +166,7 @@ def weighted(
                     ("sdpa", sdpa_refusal(mechanism, mask, sizes)),
                     ("flex", flex.refusal(mechanism, device.type)),
                     ("triton", triton_refusal(mechanism, mask, sizes, device, input_grad)),
+                    ("native", native.refusal(mechanism, mask, sizes, dtype, device)),
                 )
                 if why
             }
@@ -186,7 +187,11 @@ def weighted(
         name, why = "triton", "the generated kernel: row-local weights on a GPU"
     elif device.type == "cuda" and "flex" not in refused and not mask_reads(mask):
         name, why = "flex", "FlexAttention can express it"
+    elif "native" not in refused and worth_compiling(sizes):
+        name, why = "native", "the generated kernel: row-local weights on a CPU"
     else:
+        if "native" not in refused and device.type == "cpu":
+            refused["native"] = "too small to be worth compiling for"
         name, why = "tiled", "row-local weights, tile by tile" + (", roots found on whole rows" if root else "")
     refused.pop(name, None)
     density = static_density(mechanism, mask, sizes) if name not in ("dense", "reference") else 1.0
@@ -195,7 +200,15 @@ def weighted(
     tile = (1 << 19) * 4 if not root else 4 * (1 << 19) * 4
     whole = sizes.batch * sizes.heads * sizes.q_len * sizes.k_len * wide
     rows = sizes.batch * sizes.heads * sizes.q_len * (sizes.value_dim + 3) * wide
-    memory = {"sdpa": 0, "tiled": tile * wide + rows, "flex": 0, "triton": rows, "dense": 2 * whole, "reference": 16 * whole // wide}[name]
+    memory = {
+        "sdpa": 0,
+        "tiled": tile * wide + rows,
+        "flex": 0,
+        "triton": rows,
+        "native": rows,
+        "dense": 2 * whole,
+        "reference": 16 * whole // wide,
+    }[name]
     return Plan(
         name,
         why,
@@ -210,6 +223,11 @@ def weighted(
         sdpa.form(mask, sizes) if name == "sdpa" else None,
         name == "sdpa" and mechanism.position is None and not score.parts_beyond_dot,
     )  # type: ignore[union-attr]
+
+
+def worth_compiling(sizes: Sizes) -> bool:
+    """Whether a call is so large that half a second of compiling, once a machine, is soon paid back."""
+    return sizes.q_len >= 16 and sizes.batch * sizes.heads * sizes.q_len * sizes.k_len >= 1 << 20
 
 
 def sdpa_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes) -> str:

@@ -15,7 +15,7 @@ except ImportError as _missing:
     raise MissingDependency("the Triton executor needs triton: pip install 'regard[triton]'") from _missing
 
 from .generate import generate, mask_expression
-from .op import run
+from .run import run
 
 __all__ = ["refusal", "run", "source_of"]
 

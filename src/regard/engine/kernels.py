@@ -1,0 +1,106 @@
+"""The custom operators around generated kernels, Triton's and C's, with their fake implementations and autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+
+class Backend(Protocol):
+    """Who compiles and launches a source. All tensors are contiguous; `blocks` is whatever the backend made of a layout."""
+
+    def forward(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(unnormalised out, mass, shift), float32."""
+
+    def backward(
+        self, call: Call, do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
+    ) -> list[Tensor]:
+        """[dq, dk, dv, a gradient for each side input with one], of their dtypes and shapes."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """All of a launch that is not a tensor. wrt: which side inputs have gradients."""
+
+    backend: Backend
+    source: Any
+    block_q: int
+    block_k: int
+    wrt: tuple[int, ...] = ()
+
+
+_calls: list[Call] = []  # what an operator's integer argument stands for: operators take plain arguments only
+_numbers: dict[Call, int] = {}
+
+
+def number_of(call: Call) -> int:
+    if call not in _numbers:
+        _numbers[call] = len(_calls)
+        _calls.append(call)
+    return _numbers[call]
+
+
+@torch.library.custom_op("regard::weighted", mutates_args=())
+def weighted(q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor], call: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(unnormalised out, mass, shift) of prepared q, k, v, all float32."""
+    return _calls[call].backend.forward(_calls[call], q, k, v, blocks, sides)
+
+
+@weighted.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor], call: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = q.shape[:-1]
+    return tuple(q.new_empty(*shape, d, dtype=torch.float32) for d in (v.shape[-1], 1, 1))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("regard::weighted_backward", mutates_args=())
+def weighted_backward(
+    do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor], call: int
+) -> list[Tensor]:
+    found = _calls[call]
+    return found.backend.backward(found, do.to(v.dtype).contiguous(), dt.contiguous(), shift, q, k, v, blocks, sides)
+
+
+@weighted_backward.register_fake
+def _(
+    do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor], call: int
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (q, k, v, *[sides[at] for at in _calls[call].wrt])]
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, blocks, sides, call = inputs
+    ctx.call, ctx.blocks = call, len(blocks)
+    ctx.save_for_backward(output[2], q, k, v, *blocks, *sides)
+
+
+def differentiate(ctx: Any, do: Tensor, dt: Tensor, _: Tensor) -> tuple[Any, ...]:
+    shift, q, k, v, *rest = ctx.saved_tensors
+    blocks, sides = rest[: ctx.blocks], rest[ctx.blocks :]
+    dq, dk, dv, *extra = weighted_backward(do, dt, shift, q, k, v, blocks, sides, ctx.call)
+    grads: list[Tensor | None] = [None] * len(sides)
+    for at, grad in zip(_calls[ctx.call].wrt, extra, strict=True):
+        grads[at] = grad
+    return dq, dk, dv, [None] * len(blocks), grads, None
+
+
+weighted.register_autograd(differentiate, setup_context=remember)
+
+
+def varying(x: Tensor) -> str:
+    """Which of b, h, q, k an elementwise input depends on."""
+    return "".join(letter for letter, size in zip("bhqk", x.shape, strict=True) if size > 1)
+
+
+def sides_of(problem: Problem) -> dict[str, Tensor]:
+    """Everything elementwise besides scores: inputs, and visible counts as n."""
+    sides = {name: x for name, x in problem.inputs.items() if x.dim() == 4}
+    if problem.counts is not None:
+        sides["n"] = problem.counts
+    return sides

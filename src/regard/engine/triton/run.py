@@ -1,0 +1,102 @@
+"""Launching the generated Triton kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels import Call, number_of, sides_of, varying, weighted
+from ..layout import layout
+from ..problem import Problem
+from ..reference import Stats
+from ..tiled.run import finish
+from .generate import compiled, generate
+
+
+def blocks(head_dim: int) -> tuple[int, int]:
+    return (64, 64) if head_dim <= 128 else (32, 32)
+
+
+def power_of_two(n: int) -> int:
+    return max(16, 1 << math.ceil(math.log2(n)))
+
+
+class Triton:
+    """The backend of `kernels.weighted` that runs Triton; blocks: entries and lengths by rows, then by columns."""
+
+    def launch(
+        self, call: Call, name: str, tensors: list[Tensor], q: Tensor, k: Tensor, v: Tensor, lists: list[Tensor], sides: list[Tensor]
+    ) -> None:
+        entries, lengths = lists
+        strides = []
+        for (_, letters), x in zip(call.source.sides, sides, strict=True):
+            strides += [x.stride("bhqk".index(letter)) for letter in letters]
+
+        def stride(x: Tensor, dim: int) -> int:
+            return x.stride(dim) if x.shape[dim] > 1 else 0
+
+        b, heads, q_len, d = q.shape
+        k_len, dv = k.shape[2], v.shape[-1]
+        compiled(call.source)[name][entries.shape[2], b * heads](
+            *tensors,
+            *sides,
+            entries,
+            lengths,
+            q_len,
+            k_len,
+            k_len - q_len,
+            stride(entries, 0),
+            stride(entries, 1),
+            entries.stride(2),
+            stride(lengths, 0),
+            stride(lengths, 1),
+            *strides,
+            HEADS=heads,
+            GROUP=heads // k.shape[1],
+            BLOCK_M=call.block_q,
+            BLOCK_N=call.block_k,
+            D=d,
+            DV=dv,
+            D_PAD=power_of_two(d),
+            DV_PAD=power_of_two(dv),
+        )
+
+    def forward(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = q.shape[:-1]
+        out, total, shift = (q.new_empty(*shape, d, dtype=torch.float32) for d in (v.shape[-1], 1, 1))
+        self.launch(call, "forward", [q, k, v, out, total, shift], q, k, v, blocks[:2], sides)
+        return out, total, shift
+
+    def backward(
+        self, call: Call, do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
+    ) -> list[Tensor]:
+        b, h, _, d = q.shape
+        kv_heads, k_len, dv_size = k.shape[1], k.shape[2], v.shape[-1]
+        dq = q.new_empty(q.shape, dtype=torch.float32)
+        dk, dv = (q.new_empty(b, h, k_len, size, dtype=torch.float32) for size in (d, dv_size))
+        common = [q, k, v, do, dt, shift]
+        self.launch(call, "backward_dq", [*common, dq], q, k, v, blocks[:2], sides)
+        self.launch(call, "backward_dkv", [*common, dk, dv], q, k, v, blocks[2:], sides)
+        group = h // kv_heads
+        return [dq.to(q.dtype), *(x.unflatten(1, (kv_heads, group)).sum(2).to(q.dtype) for x in (dk, dv))]
+
+
+TRITON = Triton()
+
+
+def run(problem: Problem) -> tuple[Tensor, Stats]:
+    """(out, stats) by the generated kernel; differentiable in q, k and v."""
+    sides = sides_of(problem)
+    source = generate(problem.mechanism, problem.mask, tuple(sorted((name, varying(x)) for name, x in sides.items())))
+    block_q, block_k = blocks(problem.sizes.head_dim)
+    plan = layout(problem.mask, problem.sizes, block_q, block_k, {}, problem.q.device, problem.selection)
+    tensors = [sides[name].float().contiguous() for name, _ in source.sides]
+    dtype = problem.v.dtype if problem.v.dtype != torch.float64 else torch.float32
+    q, k, v = (x.to(dtype).contiguous() for x in (problem.q, problem.k, problem.v))
+    number = number_of(Call(TRITON, source, block_q, block_k))
+    out, total, shift = weighted(q, k, v, [*plan.lists(), *plan.lists(True)], tensors, number)
+    return finish(problem, out, Stats(shift.detach(), total, torch.zeros_like(total)))
