@@ -24,7 +24,8 @@ from regard.algebra.select import Chosen
 from regard.lab.memory import peak_bytes
 
 HEADS, DIM = 8, 64
-TILED = ("softmax", "sigmoid", "softpick", "relu", "sparsemax", "entmax")
+LOCAL = ("softmax", "sigmoid", "softpick", "relu", "sparsemax", "entmax")
+EXECUTORS = ("native", "tiled")  # what `attend` takes where a C compiler is found, and where none is
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -54,10 +55,11 @@ def forward(length: int, rounds: int) -> dict[str, dict[str, float]]:
     def base() -> object:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    out = {
-        f"tiled {name}": ratio(lambda name=name: regard.attend(q, k, v, mechanism_of(name), mask=mask, executor="tiled"), base, rounds)
-        for name in TILED
-    }
+    out = {}
+    for executor in EXECUTORS:
+        for name in LOCAL:
+            mechanism = mechanism_of(name)
+            out[f"{executor} {name}"] = ratio(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor), base, rounds)  # noqa: B023
     out["attend softmax"] = ratio(lambda: regard.attend(q, k, v, "softmax", mask=mask), base, 5 * rounds)
     return out
 
@@ -71,12 +73,13 @@ def backward(length: int, rounds: int) -> dict[str, dict[str, float]]:
         return lambda: torch.autograd.grad(run(), (q, k, v), g)
 
     base = both(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    return {
-        f"tiled {name}": ratio(
-            both(lambda name=name: regard.attend(q, k, v, mechanism_of(name), mask=mask, executor="tiled")), base, rounds
-        )
-        for name in TILED
-    }
+    out = {}
+    for executor in EXECUTORS:
+        for name in LOCAL:
+            mechanism = mechanism_of(name)
+            run = both(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor))  # noqa: B023
+            out[f"{executor} {name}"] = ratio(run, base, rounds)
+    return out
 
 
 def recurrent(length: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -103,7 +106,9 @@ def selected(rounds: int) -> dict[str, dict[str, float]]:
     keep = torch.zeros(1, HEADS, 64, 64, dtype=torch.bool).scatter_(-1, best, True)
     sparse = regard.Weighted(select=Chosen(lambda q, k, first: Selection(keep, 128, 128)))
     out = {
-        "block-sparse, 6 of 64 blocks of 8192": ratio(lambda: regard.attend(q, k, v, sparse), lambda: F.scaled_dot_product_attention(q, k, v), rounds)
+        "block-sparse, 6 of 64 blocks of 8192": ratio(
+            lambda: regard.attend(q, k, v, sparse), lambda: F.scaled_dot_product_attention(q, k, v), rounds
+        )
     }
     q, k, v = tensors(16384)
     moba = regard.get("moba", block_size=256, top_k=4)

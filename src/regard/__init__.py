@@ -80,8 +80,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`regard.nn` and `regard.lab` load when first used, so that `import regard` stays fast."""
-    if name in ("nn", "lab", "tasks"):
+    """`regard.adapt`, `regard.nn` and `regard.lab` load when first used, so that `import regard` stays fast."""
+    if name in ("adapt", "nn", "lab", "tasks"):
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

@@ -11,7 +11,7 @@ from ..algebra.mask import as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from . import recurrent as scans
 from . import reference
-from .door import resolved
+from .door import explicit, resolved
 from .problem import pose
 from .recurrent.parallel import delta_weights, pair_weights
 
@@ -24,6 +24,8 @@ def weights(
     For recurrences these are the implied weights (signed, and normalised only where the readout divides).
     """
     description = resolved(mechanism)
+    if isinstance(mask, Tensor):
+        mask, inputs = explicit(mask, inputs, q)
     v = torch.zeros_like(k[..., :1])
     if isinstance(description, Weighted):
         problem = pose(description, as_mask(mask), q, k, v, scale, inputs)

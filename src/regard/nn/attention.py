@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Causal, Input, Learned, Mask, Mechanism, Projected, Rope, Sizes
+from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
 from ..engine import State, attend, step, weights
-from ..engine.composed import inputs_of
 from ..errors import RegardError
-from .parts import Projection, ShortConv, head_norm
+from .inputs import Inputs
+from .parts import ShortConv, head_norm
 
 ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "elu+1": lambda x: F.elu(x) + 1}
 
@@ -77,41 +77,7 @@ class Attention(nn.Module):
         self.out_norm = head_norm(recipe.out_norm, self.value_dim)
         self.gate = nn.Linear(dim, heads * self.value_dim, bias) if recipe.out_gate else None
         sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
-        self.inputs = tuple(item for item in inputs_of(self.mechanism) if item.layer is not None)
-        self.learned, self.projected = nn.ParameterDict(), nn.ModuleDict()
-        for item in self.inputs:
-            self.add(item, sizes)
-
-    def add(self, item: Input, sizes: Sizes) -> None:
-        """Give the layer what an input needs: a parameter, a fixed tensor or a projection."""
-        if isinstance(item.layer, Learned):
-            value = (
-                item.layer.init(sizes)
-                if callable(item.layer.init)
-                else torch.full([sizes.letter(c) or 1 for c in item.shape], float(item.layer.init))
-            )
-            if item.shape == "h" and value.dim() == 0:
-                value = value.repeat(sizes.heads)
-            if item.layer.trainable:
-                self.learned[item.name] = nn.Parameter(value.float())
-            else:
-                self.register_buffer(f"fixed_{item.name}", value.float())
-        elif isinstance(item.layer, Projected):
-            channels = self.key_dim if item.shape.endswith("d") else 1
-            self.projected[item.name] = Projection(self.dim, self.heads, channels, item.layer.rank, item.layer.bias)
-
-    def mechanism_inputs(self, x: Tensor) -> dict[str, Any]:
-        """The tensors the mechanism declares, from parameters and from x (B, L, dim)."""
-        made: dict[str, Any] = {}
-        for item in self.inputs:
-            if item.name in self.projected:
-                value = self.projected[item.name](x)
-                value = value.squeeze(-1) if item.shape[-1] != "d" else value
-            else:
-                value = self.learned[item.name] if item.name in self.learned else getattr(self, f"fixed_{item.name}")
-            assert item.layer is not None
-            made[item.name] = item.layer.transform(value) if item.layer.transform is not None else value
-        return made
+        self.inputs = Inputs(self.mechanism, sizes, dim)
 
     def heads_of(
         self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None
@@ -143,14 +109,14 @@ class Attention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
         q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
-        made = {**self.mechanism_inputs(x if context is None else context), **inputs}
+        made = {**self.inputs(x if context is None else context), **inputs}
         return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
         """The layer's weights on x, (B, heads, L, L), or None where the mechanism has no such matrix."""
         q, k, _, _ = self.heads_of(x, x, 0, None)
-        return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.mechanism_inputs(x))
+        return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x))
 
     def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
         if isinstance(mask, Tensor):
@@ -166,7 +132,7 @@ class Attention(nn.Module):
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
         state = state or LayerState(None, (), 0)
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
-        o, inner = step(q, k, v, self.mechanism, state.inner, **self.mechanism_inputs(x), **inputs)
+        o, inner = step(q, k, v, self.mechanism, state.inner, **self.inputs(x), **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -69,37 +69,73 @@ def _() -> tuple[float, float]:
     return naive.gap(full, truth), naive.gap(attend(q, k, v, get("agent-attention", agents=9)), truth)
 
 
+def upsampled(small: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation written out: cell centres map to cell centres, edges repeat."""
+    out = small.new_zeros(*small.shape[:2], *shape)
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            at = [min(max((c + 0.5) * s / n - 0.5, 0.0), s - 1.0) for c, n, s in zip((y, x), shape, small.shape[2:], strict=True)]
+            (top, left), (dy, dx) = [int(c) for c in at], [c - int(c) for c in at]
+            low, right = min(top + 1, small.shape[2] - 1), min(left + 1, small.shape[3] - 1)
+            above = (1 - dx) * small[:, :, top, left] + dx * small[:, :, top, right]
+            below = (1 - dx) * small[:, :, low, left] + dx * small[:, :, low, right]
+            out[:, :, y, x] = (1 - dy) * above + dy * below
+    return out
+
+
+def bias_by_hand(layer: AgentAttention, side: str) -> Tensor:
+    part = {name: getattr(layer, f"{side}_{name}") for name in ("grid", "row", "column", "cls")}
+    return torch.cat((part["cls"], (upsampled(part["grid"], layer.shape) + part["row"] + part["column"]).flatten(2)), -1)
+
+
+def agent_layer(layer: AgentAttention, x: Tensor, pool: Callable[[Tensor], Tensor], biased: bool) -> Tensor:
+    """The layer's formula by hand, with agents pooled by `pool` from queries (B, heads, H*W, D)."""
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+    a, scale = pool(q[:, :, layer.cls :]), q.shape[-1] ** -0.5
+    none = torch.zeros(1, dtype=x.dtype)
+    gather, spread = (bias_by_hand(layer, "gather"), bias_by_hand(layer, "spread").transpose(1, 2)) if biased else (none, none)
+    out = (q @ a.transpose(-1, -2) * scale + spread).softmax(-1) @ (a @ k.transpose(-1, -2) * scale + gather).softmax(-1) @ v
+    plane = v.transpose(1, 2).flatten(-2)[:, layer.cls :].transpose(1, 2).unflatten(-1, layer.shape)
+    local = F.pad(layer.conv(plane).flatten(2).transpose(1, 2), (0, 0, layer.cls, 0))
+    return layer.out(out.transpose(1, 2).flatten(-2) + local)  # type: ignore[no-any-return]
+
+
 @check(
     "agent-attention",
-    "the layer pools on the grid: agents equal the cell values of a constant-in-cell 9 x 6 grid",
+    "the layer pools on its grid: on a 9 x 6 image constant in 3 x 2 cells its agents are the cells' queries",
     below=1e-10,
-    control="1-D pooling",
+    control="agents pooled along the sequence",
 )
 def _() -> tuple[float, float]:
-    cells = torch.randn(1, 2, 3, 3, 8, dtype=F64)
-    plane = cells.repeat_interleave(3, 2).repeat_interleave(2, 3).flatten(2, 3)  # (1, 2, 54, 8)
-    grid = F.adaptive_avg_pool2d(plane.flatten(0, 1).transpose(1, 2).unflatten(-1, (9, 6)), 3).flatten(2).transpose(1, 2)[None]
-    line = F.adaptive_avg_pool1d(plane.flatten(0, 1).transpose(1, 2), 9).transpose(1, 2)[None]
-    return naive.gap(grid, cells.flatten(2, 3)), naive.gap(line, cells.flatten(2, 3))
+    layer = AgentAttention(16, 2, (9, 6), agents=9, bias=False).double()
+    x = torch.randn(1, 3, 3, 16, dtype=F64).repeat_interleave(3, 1).repeat_interleave(2, 2).flatten(1, 2)
+    corners = [(3 * row) * 6 + 2 * column for row in range(3) for column in range(3)]
+    line = agent_layer(layer, x, lambda q: q.unflatten(2, (9, 6)).mean(3), False)
+    return naive.gap(layer(x), agent_layer(layer, x, lambda q: q[:, :, corners], False)), naive.gap(layer(x), line)
 
 
 @check(
     "agent-attention",
-    "AgentSD with no shortcut is the functional; layer output changes when its biases do",
-    above=1e-6,
-    control="the same biases",
+    "layer with class token: biases are a 7 x 7 map upsampled + row + column parts + the token's; no shortcut, as the functional",
+    below=1e-10,
+    control="biases left out",
 )
 def _() -> tuple[float, float]:
-    layer = AgentAttention(16, 2, (5, 7), agents=9, cls=True).double()
-    x = torch.randn(2, 36, 16, dtype=F64)
-    before = layer(x)
-    again = naive.gap(layer(x), before)
+    layer = AgentAttention(16, 2, (6, 9), agents=9, cls=True).double()
     with torch.no_grad():
-        layer.gather_row.add_(torch.randn_like(layer.gather_row))  # type: ignore[arg-type, operator]
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("gather", "spread")):
+                parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(2, 55, 16, dtype=F64)
+    cells = [[(2 * row + i) * 9 + 3 * column + j for i in range(2) for j in range(3)] for row in range(3) for column in range(3)]
+
+    def pool(q: Tensor) -> Tensor:
+        return torch.stack([q[:, :, cell].mean(2) for cell in cells], 2)
+
     q, k, v = qkv(20)
     a = q[:, :, :5]
     same = naive.gap(agent_attention(q, a, k, v, shortcut=0.0), attend(q, k, v, "agent-attention", agents=a))
-    return naive.gap(layer(x), before) if same < 1e-12 else 0.0, again
+    return max(same, naive.gap(layer(x), agent_layer(layer, x, pool, True))), naive.gap(layer(x), agent_layer(layer, x, pool, False))
 
 
 def set_input() -> tuple[Tensor, Tensor]:
@@ -142,20 +178,20 @@ def _() -> tuple[float, float]:
 
 @check(
     "set-transformer",
-    "ISAB never builds n x n: largest tensor at n = 4096, m = 16, over that of explicit SAB",
-    below=0.05,
-    control="SAB's own n x n weights",
+    "ISAB never builds n x n: largest tensor at n = 4096, m = 16, over n^2",
+    below=0.1,
+    control="attention of the set to itself, written out",
 )
 def _() -> tuple[float, float]:
     x = torch.randn(1, 4096, 16)
     layer = ISAB(16, 16, 2, 16)
     with torch.no_grad():
         own = largest_tensor(lambda: layer(x))
-    whole = 2 * 4096 * 4096  # two heads of weights
-    return own / whole, 1.0
+        whole = largest_tensor(lambda: (x @ x.transpose(1, 2)).softmax(-1) @ x)
+    return own / 4096**2, whole / 4096**2
 
 
-def max_regression(attention: bool, seconds: float = 20.0, steps: int = 300) -> float:
+def max_regression(attention: bool, steps: int = 300) -> float:
     """Mean absolute error of predicting the maximum of 1..10 reals in [0, 100], after a short training run."""
     torch.manual_seed(1)
 
@@ -183,14 +219,11 @@ def max_regression(attention: bool, seconds: float = 20.0, steps: int = 300) -> 
         return head(h.sum(1) / keep.sum(1, keepdim=True))
 
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    start = time.perf_counter()
     for _ in range(steps):
         x, keep, y = draw(128)
         optimizer.zero_grad()
         (predict(x, keep) - y).abs().mean().backward()
         optimizer.step()
-        if time.perf_counter() - start > seconds:
-            break
     with torch.no_grad():
         x, keep, y = draw(2000)
         return float((predict(x, keep) - y).abs().mean()) * 100
@@ -198,13 +231,12 @@ def max_regression(attention: bool, seconds: float = 20.0, steps: int = 300) -> 
 
 @check(
     "set-transformer",
-    "max regression after a short run: error of SAB + PMA over that of a mean-pooled net",
-    below=0.5,
+    "mean absolute error of predicting the maximum of 1..10 numbers in [0, 100], after a short run of SAB + PMA",
+    below=5.0,
     control="the mean-pooled net itself",
 )
 def _() -> tuple[float, float]:
-    own, mean = max_regression(True), max_regression(False)
-    return own / mean, 1.0
+    return max_regression(True), max_regression(False)
 
 
 @check("soft", "with all 49 tokens as landmarks P A^+ P^T is the full Gaussian matrix", below=1e-9, control="P P^T, no inverse")
@@ -255,8 +287,8 @@ def _() -> tuple[float, float]:
 
 @check(
     "soft",
-    "SOFT++ bounds the spectral norm of 400 near-identical tokens: normalised over unnormalised",
-    below=0.2,
+    "SOFT++ bounds the spectral norm of the matrix of 400 near-identical tokens",
+    below=20.0,
     control="no normalisation",
 )
 def _() -> tuple[float, float]:
@@ -266,5 +298,4 @@ def _() -> tuple[float, float]:
     def norm(symmetric: bool) -> float:
         return float(torch.linalg.matrix_norm(attend(q, q, eye(400, 1), get("soft", symmetric=symmetric), landmarks=marks), 2))
 
-    plain = norm(False)
-    return norm(True) / plain, 1.0
+    return norm(True), norm(False)

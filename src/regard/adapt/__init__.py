@@ -1,0 +1,6 @@
+"""Changing pretrained Hugging Face models: another mechanism in place of softmax, distilled or calibrated to it."""
+
+from .linearise import distil
+from .patch import Patch, patch
+
+__all__ = ["Patch", "distil", "patch"]

@@ -1,0 +1,61 @@
+"""What a layer must own for a mechanism: the parameters, fixed tensors and projections that make the tensors it declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra import Input, Learned, Mechanism, Projected, Sizes
+from ..engine.composed import inputs_of
+from ..errors import RegardError
+from .parts import Projection
+
+
+class Inputs(nn.Module):
+    """The tensors a mechanism declares, made from parameters and from x.
+
+    dim: channels of x; None where there is no x to project from, which mechanisms with projected inputs (gates, betas) refuse.
+    """
+
+    def __init__(self, mechanism: Mechanism, sizes: Sizes, dim: int | None):
+        super().__init__()
+        self.items = tuple(item for item in inputs_of(mechanism) if item.layer is not None)
+        self.learned, self.projected = nn.ParameterDict(), nn.ModuleDict()
+        for item in self.items:
+            self.add(item, sizes, dim)
+
+    def add(self, item: Input, sizes: Sizes, dim: int | None) -> None:
+        if isinstance(item.layer, Learned):
+            value = (
+                item.layer.init(sizes)
+                if callable(item.layer.init)
+                else torch.full([sizes.letter(c) or 1 for c in item.shape], float(item.layer.init))
+            )
+            if item.shape == "h" and value.dim() == 0:
+                value = value.repeat(sizes.heads)
+            if item.layer.trainable:
+                self.learned[item.name] = nn.Parameter(value.float())
+            else:
+                self.register_buffer(f"fixed_{item.name}", value.float())
+        elif isinstance(item.layer, Projected):
+            if dim is None:
+                raise RegardError(
+                    f"input {item.name!r} is a projection of the layer's x, which there is none of here; pass {item.name}=..."
+                )
+            channels = sizes.head_dim if item.shape.endswith("d") else 1
+            self.projected[item.name] = Projection(dim, sizes.heads, channels, item.layer.rank, item.layer.bias)
+
+    def forward(self, x: Tensor | None = None) -> dict[str, Any]:
+        """x (B, L, dim) -> {name: tensor}."""
+        made: dict[str, Any] = {}
+        for item in self.items:
+            if item.name in self.projected:
+                value = self.projected[item.name](x)
+                value = value.squeeze(-1) if item.shape[-1] != "d" else value
+            else:
+                value = self.learned[item.name] if item.name in self.learned else getattr(self, f"fixed_{item.name}")
+            assert item.layer is not None
+            made[item.name] = item.layer.transform(value) if item.layer.transform is not None else value
+        return made
