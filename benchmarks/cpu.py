@@ -59,7 +59,7 @@ def forward(length: int, rounds: int) -> dict[str, dict[str, float]]:
     for executor in EXECUTORS:
         for name in LOCAL:
             mechanism = mechanism_of(name)
-            out[f"{executor} {name}"] = ratio(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor), base, rounds)  # noqa: B023
+            out[f"{executor} {name}"] = ratio(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor), base, rounds)
     out["attend softmax"] = ratio(lambda: regard.attend(q, k, v, "softmax", mask=mask), base, 5 * rounds)
     return out
 
@@ -77,7 +77,7 @@ def backward(length: int, rounds: int) -> dict[str, dict[str, float]]:
     for executor in EXECUTORS:
         for name in LOCAL:
             mechanism = mechanism_of(name)
-            run = both(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor))  # noqa: B023
+            run = both(lambda: regard.attend(q, k, v, mechanism, mask=mask, executor=executor))
             out[f"{executor} {name}"] = ratio(run, base, rounds)
     return out
 

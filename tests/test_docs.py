@@ -31,8 +31,9 @@ def test_the_contributing_example_is_a_whole_mechanism():
 
 
 def test_the_readme_runs():
+    space: dict[str, object] = {}
     for source in blocks("README.md"):
-        exec(compile(source, "README.md", "exec"), {})
+        exec(compile(source, "README.md", "exec"), space)
 
 
 def test_the_guide_runs():

@@ -9,13 +9,33 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algebra import Mechanism
-from ..nn import Attention, Decoder
+from ..nn import Attention
+from ..nn.parts import SwiGLU
 from .statistics import kurtosis, sink_rate
 
 BOS, TRIGGERS, VOCAB = 0, (1, 2, 3), 32
+
+
+class Tiny(nn.Module):
+    """An MLP that can learn the bigrams, then attention whose output goes straight to the logits: a head that adds to every token
+    what only triggers ask for spoils the others."""
+
+    def __init__(self, mechanism: str | Mechanism, dim: int, heads: int, length: int):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, dim), nn.Linear(dim, VOCAB, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
+        self.mlp, self.attention = SwiGLU(dim, 2 * dim), Attention(dim, heads, mechanism, rope=True, context_len=length)
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return x + self.mlp(self.norm1(x))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stream(tokens)
+        return self.head(self.norm3(x + self.attention(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -32,11 +52,7 @@ def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
     """Tokens (count, length + 1) and which of the last `length` are copies: a fixed bigram chain; a trigger repeats the token before it."""
     chain = torch.Generator().manual_seed(7)
     table = torch.softmax(2.5 * torch.randn(VOCAB, VOCAB, generator=chain), -1)
-    table[:, BOS] = 0
-    table[:, list(TRIGGERS)] = 0.1 / 3
-    table[list(TRIGGERS)] = 0
-    rest = [t for t in range(1, VOCAB) if t not in TRIGGERS]
-    table[list(TRIGGERS), :][:, rest] = 1.0
+    table[:, BOS], table[:, list(TRIGGERS)] = 0.0, 0.1 / 3
     tokens = torch.full((count, length + 1), BOS)
     copied = torch.zeros(count, length, dtype=torch.bool)
     for at in range(1, length + 1):
@@ -44,9 +60,8 @@ def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
         asked = torch.isin(last, torch.tensor(TRIGGERS)) if at > 1 else torch.zeros(count, dtype=torch.bool)
         drawn = torch.multinomial(table[torch.where(asked, BOS, last)], 1, generator=generator)[:, 0]
         before = tokens[:, at - 2] if at > 1 else drawn
-        usable = asked & (before != BOS)
-        tokens[:, at] = torch.where(usable, before, drawn)
-        copied[:, at - 1] = usable
+        copied[:, at - 1] = asked & (before != BOS)
+        tokens[:, at] = torch.where(copied[:, at - 1], before, drawn)
     return tokens, copied
 
 
@@ -56,7 +71,7 @@ def sink_experiment(
     """Train one layer of `mechanism` for `steps` of 64 sequences (about 5 s on two cores) and look at its weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = Decoder(mechanism, vocab=VOCAB, dim=dim, layers=1, heads=heads, context_len=length)
+    model = Tiny(mechanism, dim, heads, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     losses = []
     for step in range(steps):
@@ -71,10 +86,7 @@ def sink_experiment(
     with torch.no_grad():
         tokens, copied = text(256, length, generator)
         right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
-        x = model.embed(tokens[:, :-1])
-        block = model.blocks[0]
-        mixer = block.mixer
-        assert isinstance(mixer, Attention)
-        found = mixer.weights(block.norm1(x))  # type: ignore[operator]
+        x = model.stream(tokens[:, :-1])
+        found = model.attention.weights(model.norm2(x))
     rate = float("nan") if found is None else sink_rate(found)
-    return SinkResult(rate, float(right[copied].double().mean()), kurtosis(block(x)), tuple(losses))
+    return SinkResult(rate, float(right[copied].double().mean()), kurtosis(x + model.attention(model.norm2(x))), tuple(losses))

@@ -34,7 +34,7 @@ def up(n: int, step: int) -> int:
 def struct_of(sides: int) -> type[ctypes.Structure]:
     """The Call of template.c for that many side inputs."""
     n = sides + 1
-    words = ["q", "k", "kt", "v", "vt", "grad_out", "grad_total", "out", "total", "shift", "dq", "dk", "dv"]
+    words = ["q", "k", "v", "grad_out", "grad_total", "kt", "vt", "out", "total", "shift", "dq", "dk", "dv"]
     fields: list[Any] = [(word, Pointer) for word in words]
     fields += [("side", Pointer * n), ("grad_side", Pointer * n)]
     fields += [(word, Long * n) for word in ("side_b", "side_h", "side_q", "grad_slot", "grad_head", "grad_q")]
@@ -53,10 +53,10 @@ def stride(x: Tensor, dim: int) -> int:
     return x.stride(dim) if x.shape[dim] > 1 else 0
 
 
-def turned(x: Tensor, block: int) -> Tensor:
-    """(B, H, L, D) -> (B, H, blocks, D, block), zeros beyond the end."""
+def room_for(x: Tensor, block: int) -> Tensor:
+    """Where the kernel puts x (B, H, L, D) with each block of keys turned."""
     b, h, length, d = x.shape
-    return pad(x, (0, 0, 0, -length % block)).view(b, h, -1, block, d).transpose(3, 4).contiguous()
+    return x.new_empty(b, h, up(length, block), d)
 
 
 class Native:
@@ -95,7 +95,7 @@ class Native:
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, h, length, _ = q.shape
         out, total, shift = (q.new_empty(b, h, length, d) for d in (v.shape[-1], 1, 1))
-        kt = turned(k, call.block_k)
+        kt = room_for(k, call.block_k)
         p = self.filled(call, q, k, v, blocks, sides)
         p.unshifted = call.source.bounded and float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax()) <= SAFE_EXPONENT
         p.kt, p.out, p.total, p.shift = kt.data_ptr(), out.data_ptr(), total.data_ptr(), shift.data_ptr()
@@ -106,7 +106,7 @@ class Native:
         self, call: Call, do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
     ) -> list[Tensor]:
         b, kv_heads, k_len, _ = k.shape
-        kt, vt = turned(k, call.block_k), turned(v, call.block_k)
+        kt, vt = room_for(k, call.block_k), room_for(v, call.block_k)
         p = self.filled(call, q, k, v, blocks, sides)
         wide = any("k" in varying(sides[at]) for at in call.wrt)
         share = 4 * b * kv_heads * k_len * (q.shape[-1] + v.shape[-1])

@@ -109,7 +109,10 @@ def feature_error(m: int, copies: int = 1) -> float:
 
 
 @check(
-    "performer", "the kernel's error falls with every fourfold m from 16: err(1024) / err(64)", below=0.45, control="16 copies of the 64 features"
+    "performer",
+    "the kernel's error falls with every fourfold m from 16: err(1024) / err(64)",
+    below=0.45,
+    control="16 copies of the 64 features",
 )
 def _() -> tuple[float, float]:
     errors = {m: feature_error(m) for m in (16, 64, 256, 1024)}

@@ -10,12 +10,13 @@ from torch.autograd import gradcheck
 
 from ...algebra import Alibi, Causal, Mechanism, Padding, Rope, Weighted
 from ...catalog import get
-from ...engine import attend, attend_with_stats, merge
+from ...engine import attend, attend_with_stats, merge, weights
 from ...mechanisms.weighted.entmax import entmax_weights
 from ...mechanisms.weighted.qknorm import g0_from_lengths
 from ...mechanisms.weighted.softpick import softpick_weights
 from ...mechanisms.weighted.sparsemax import sparsemax_loss, sparsemax_weights
-from .. import naive
+from .. import naive, statistics
+from ..sinks import sink_experiment
 from ..verification import check
 
 F64 = torch.float64
@@ -381,6 +382,31 @@ def _() -> tuple[float, float]:
     padded = attend(q, k, identity_values(24, 2), get("sinkformer", iterations=5), mask=Padding(), keep=keep)
     plain = dense_weights(q, k, get("sinkformer", iterations=5))
     return float(padded[..., 20:].abs().max() + (padded.sum(-1) - 1).abs().max()), float(plain[..., 20:].abs().max())
+
+
+@check(
+    "softpick",
+    "share of heads with a sink on the first token, after learning bigrams and copies (accuracy >= 0.95)",
+    below=0.05,
+    control="softmax",
+)
+def _() -> tuple[float, float]:
+    own, other = sink_experiment("softpick"), sink_experiment("softmax")
+    return own.sink_rate if own.accuracy >= 0.95 else math.inf, other.sink_rate
+
+
+@check(
+    "entmax",
+    "statistics of a trained-like head: alpha 1.5 leaves under half of its pairs, and is more confident than softmax",
+    below=0.5,
+    control="softmax's density",
+)
+def _() -> tuple[float, float]:
+    q, k, _ = qkv(64, std=2.0)
+    maps = [weights(q, k, m, mask=Causal()) for m in (get("entmax", alpha=1.5), get("softmax"))]
+    assert maps[0] is not None and maps[1] is not None
+    surer = bool((statistics.confidence(maps[0]) > statistics.confidence(maps[1])).all())
+    return statistics.density(maps[0]) if surer else math.inf, statistics.density(maps[1])
 
 
 @check("sinkformer", "gradcheck of 5 unrolled iterations passes (1)", above=1.0, control="the column potential detached")

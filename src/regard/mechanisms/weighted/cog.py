@@ -20,5 +20,5 @@ def strength(s: Tensor, c: Tensor) -> Tensor:
 
 @register("cog-attention")
 def cog() -> Weighted:
-    """The paper keeps plain softmax in the first and last layer: `Decoder(..., mechanisms=["softmax", *["cog-attention"] * n, "softmax"])`."""
+    """The paper keeps plain softmax in the first and last layer: `Decoder(["softmax", *["cog-attention"] * n, "softmax"], layers=n + 2)`."""
     return Weighted(normalizer=RowLocal(signed, strength, shift="maxabs"))
