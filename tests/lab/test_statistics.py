@@ -7,6 +7,7 @@ import torch
 
 import regard
 from regard.lab import statistics as S
+from regard.lab.quantisation import quantised
 from regard.lab.sinks import TRIGGERS, sink_experiment, text
 
 
@@ -58,7 +59,7 @@ def test_kurtosis_and_collapse():
 
 
 def test_errors():
-    with pytest.raises(regard.RegardError, match="expected .*Lq <= Lk"):
+    with pytest.raises(regard.RegardError, match=r"expected .*Lq <= Lk"):
         S.sink_rate(torch.ones(4, 3))
     with pytest.raises(regard.RegardError, match="at least 3"):
         S.head_diversity(torch.ones(3, 3))
@@ -74,3 +75,14 @@ def test_triggers_repeat_the_token_before_them():
 def test_experiment_learns():
     result = sink_experiment("softpick", steps=60)
     assert result.loss[-1] < 0.8 * result.loss[0] and 0 <= result.sink_rate <= 1
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_stays_within_half_a_level(bits):
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    smaller = quantised(layer, bits)
+    level = layer[0].weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((smaller[0].weight - layer[0].weight).abs() <= level / 2 + 1e-6).all()
+    assert all(len(row.unique()) <= 2**bits - 1 for row in smaller[0].weight)
+    with pytest.raises(regard.RegardError, match="bits=1"):
+        quantised(layer, 1)

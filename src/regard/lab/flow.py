@@ -1,0 +1,52 @@
+"""Attention as a flow of particles (Sinkformer; Sander et al., 2022).
+
+dx_i/dt = -sum_j A_ij M x_j with scores x^T M x and tied, symmetric M. Where A is doubly stochastic (Sinkhorn's limit) this is minus half the
+gradient of W(x) = max_A <A, S> + H(A), so W falls along it and its Jacobian is symmetric; softmax's field is no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..catalog import get
+from ..engine import attend
+from ..engine.weights import weights
+from ..errors import RegardError
+
+
+@dataclass(frozen=True)
+class FlowResult:
+    """points: (steps + 1, n, d). energy: W after each step. asymmetry: |J - J^T| / |J| of the field's Jacobian at the start."""
+
+    points: Tensor
+    energy: tuple[float, ...]
+    asymmetry: float
+
+
+def attention_flow(x: Tensor, m: Tensor, *, iterations: int = 101, steps: int = 20, step_size: float = 0.1) -> FlowResult:
+    """Follow n particles x (n, d) under scores x^T M x, M (d, d) symmetric. iterations: of Sinkhorn; 1 is softmax."""
+    if x.dim() != 2 or m.shape != (x.shape[1], x.shape[1]) or not torch.allclose(m, m.T):
+        raise RegardError(f"x {tuple(x.shape)}, m {tuple(m.shape)}: expected x (n, d) and a symmetric m (d, d)")
+    mechanism = get("sinkformer", iterations=iterations)
+
+    def field(points: Tensor) -> Tensor:
+        y = points[None, None]
+        return -attend(y @ m, y, y @ m, mechanism, scale=1.0)[0, 0]
+
+    def energy(points: Tensor) -> float:
+        y = points[None, None]
+        a = weights(y @ m, y, mechanism, scale=1.0)
+        assert a is not None
+        return float((a[0, 0] * (points @ m @ points.T)).sum() - torch.special.xlogy(a, a).sum())
+
+    jacobian = torch.autograd.functional.jacobian(field, x).flatten(2).flatten(0, 1)
+    asymmetry = float((jacobian - jacobian.T).norm() / jacobian.norm())
+    path, falling = [x], [energy(x)]
+    with torch.no_grad():
+        for _ in range(steps):
+            path.append(path[-1] + step_size * field(path[-1]))
+            falling.append(energy(path[-1]))
+    return FlowResult(torch.stack(path), tuple(falling), asymmetry)
