@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import regard
 from regard.algebra import Selection
 from regard.algebra.select import Chosen
+from regard.lab.files import write_text
 from regard.lab.memory import peak_bytes
 
 HEADS, DIM = 8, 64
@@ -150,34 +151,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    report = {
+    report: dict[str, dict[str, object]] = {
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
         "shape": {"batch": 1, "heads": HEADS, "head_dim": DIM, "dtype": "float32", "causal": True},
         "ratio to SDPA": {},
     }
-    with torch.no_grad():
-        for length in chosen.lengths:
-            report["ratio to SDPA"][f"forward {length}"] = forward(length, chosen.rounds)
-        q = tensors(64)
-        report["ratio to SDPA"]["forward 64"] = {
-            "attend softmax": ratio(
-                lambda: [regard.attend(*q, "softmax", mask=MASK) for _ in range(100)],
-                lambda: [F.scaled_dot_product_attention(*q, is_causal=True) for _ in range(100)],
-                9,
-            )
-        }
-        report["ratio to SDPA"]["linear 16384"] = recurrent(16384, chosen.rounds)
-        report["ratio to SDPA"]["selected"] = selected(chosen.rounds)
-        report["decode"] = decode(chosen.rounds)
-        report["memory"] = memory()
-    for length in (2048, 8192):
-        report["ratio to SDPA"][f"forward+backward {length}"] = backward(length, max(3, chosen.rounds // 2))
-    text = json.dumps(report, indent=1)
-    if chosen.out:
-        from regard.lab.files import write_text
 
-        write_text(chosen.out, text + "\n")
-    print(text)
+    def keep(group: str, found: dict[str, object], part: str | None = None) -> None:
+        """Write what is known so far: a run that is stopped loses one part."""
+        report.setdefault(group, {}).update(found if part is None else {part: found})
+        if chosen.out:
+            write_text(chosen.out, json.dumps(report, indent=1) + "\n")
+
+    q = tensors(64)
+    with torch.no_grad():
+        short = ratio(
+            lambda: [regard.attend(*q, "softmax", mask=MASK) for _ in range(100)],
+            lambda: [F.scaled_dot_product_attention(*q, is_causal=True) for _ in range(100)],
+            9,
+        )
+        keep("ratio to SDPA", {"attend softmax": short}, "forward 64")
+        keep("ratio to SDPA", selected(chosen.rounds), "selected")
+        keep("ratio to SDPA", recurrent(16384, chosen.rounds), "linear 16384")
+        keep("decode", decode(chosen.rounds))
+        keep("memory", memory())
+        for length in chosen.lengths:
+            keep("ratio to SDPA", forward(length, chosen.rounds * max(1, 8192 // length)), f"forward {length}")  # short runs vary more
+    for length in (2048, 8192):
+        keep("ratio to SDPA", backward(length, max(3, chosen.rounds // 2)), f"forward+backward {length}")
+    print(json.dumps(report, indent=1))
 
 
 MASK = regard.Causal()

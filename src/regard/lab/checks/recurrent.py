@@ -14,6 +14,7 @@ from ...algebra import Causal, Recurrent
 from ...catalog import get
 from ...engine import attend, step
 from ...engine import recurrent as scans
+from ...mechanisms.recurrent.lightning import lightning_in_parts
 from .. import naive
 from ..verification import check
 
@@ -52,6 +53,16 @@ def _() -> tuple[float, float]:
             own = max(own, naive.gap(out, truth))
             other = max(other, naive.gap(((q @ k.transpose(-1, -2)).tril()) @ v, truth) if s else 0.0)
     return own, other
+
+
+@check("lightning-attention-2", "parts side by side, states joined by a scan, equal one pass", below=1e-10, control="parts left apart")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(101)
+    rate = -torch.tensor([0.05, 0.3], dtype=F64)
+    truth = attend(q, k, v, "lightning-attention-2", log_decay=rate)
+    own = max(naive.gap(lightning_in_parts(q, k, v, rate, parts), truth) for parts in (1, 2, 5, 8, 101))
+    apart = [attend(*(x[:, :, at : at + 20] for x in (q, k, v)), "lightning-attention-2", log_decay=rate) for at in range(0, 101, 20)]
+    return own, naive.gap(torch.cat(apart, 2), truth)
 
 
 @check("lightning-attention-2", "random segments with carried state equal one pass", below=1e-10, control="state dropped between segments")

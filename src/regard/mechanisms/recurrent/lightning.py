@@ -3,11 +3,15 @@
 S_t = e^{-s_h} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t        (no 1/sqrt(D); layers normalise the output)
 """
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...algebra import Input, Learned, Recipe, Recurrent, Sizes, bind
 from ...algebra.position import alibi_slopes
 from ...catalog.registry import register
+from ...engine import attend
+from ...errors import RegardError
 
 
 def minus_slopes(sizes: Sizes, layer_share: float = 0.0) -> Tensor:
@@ -23,3 +27,25 @@ def lightning(layer_share: float = 0.0) -> Recurrent:
     return Recurrent(
         decay="head", scaled=False, inputs=(spec,), recipe=Recipe(activation="silu", out_norm="rms", out_gate="silu", rope=False)
     )
+
+
+def lightning_in_parts(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, parts: int) -> Tensor:
+    """The same sum with the sequence cut into `parts` that run side by side, their states joined by a scan of log2(parts) steps.
+
+    q, k (B, H, L, D), v (B, H, L, Dv), log_decay (H,), <= 0 -> (B, H, L, Dv).
+    """
+    length = q.shape[2]
+    if not 1 <= parts <= length:
+        raise RegardError(f"parts={parts}; expected 1 .. {length}, the length")
+    size = -(-length // parts)
+    q, k, v = (pad(x, (0, 0, 0, parts * size - length)).unflatten(2, (parts, size)) for x in (q, k, v))
+    local = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), "lightning-attention-2", log_decay=log_decay)
+    rate, at = log_decay[:, None, None, None], torch.arange(size, device=q.device, dtype=q.dtype)[:, None]
+    state = (k * torch.exp(rate * (size - 1 - at))).transpose(-1, -2) @ v  # what each part alone would leave behind
+    step = 1
+    while step < parts:
+        state = state + torch.exp(rate * size * step) * pad(state, (0, 0, 0, 0, step, 0))[:, :, :parts]
+        step *= 2
+    before = pad(state, (0, 0, 0, 0, 1, 0))[:, :, :parts]
+    out = local.unflatten(0, (-1, parts)).transpose(1, 2) + (q * torch.exp(rate * (at + 1))) @ before
+    return out.flatten(2, 3)[:, :, :length]
