@@ -61,7 +61,8 @@ def _() -> tuple[float, float]:
     rate = -torch.tensor([0.05, 0.3], dtype=F64)
     truth = attend(q, k, v, "lightning-attention-2", log_decay=rate)
     own = max(naive.gap(lightning_in_parts(q, k, v, rate, parts), truth) for parts in (1, 2, 5, 8, 101))
-    apart = [attend(*(x[:, :, at : at + 20] for x in (q, k, v)), "lightning-attention-2", log_decay=rate) for at in range(0, 101, 20)]
+    cuts = [[x[:, :, at : at + 20] for x in (q, k, v)] for at in range(0, 101, 20)]
+    apart = [attend(a, b, c, "lightning-attention-2", log_decay=rate) for a, b, c in cuts]
     return own, naive.gap(torch.cat(apart, 2), truth)
 
 

@@ -39,7 +39,8 @@ def lightning_in_parts(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, parts
         raise RegardError(f"parts={parts}; expected 1 .. {length}, the length")
     size = -(-length // parts)
     q, k, v = (pad(x, (0, 0, 0, parts * size - length)).unflatten(2, (parts, size)) for x in (q, k, v))
-    local = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), "lightning-attention-2", log_decay=log_decay)
+    a, b, c = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    local = attend(a, b, c, "lightning-attention-2", log_decay=log_decay)
     rate, at = log_decay[:, None, None, None], torch.arange(size, device=q.device, dtype=q.dtype)[:, None]
     state = (k * torch.exp(rate * (size - 1 - at))).transpose(-1, -2) @ v  # what each part alone would leave behind
     step = 1
