@@ -79,8 +79,9 @@ def test_message(case):
     e=st.integers(1, 9),
 )
 def test_any_fitting_shape_runs(b, kv, group, q_len, k_len, d, e):
-    q, k, v = t(b, kv * group, q_len, d), t(b, kv, k_len, d), t(b, kv, k_len, e)
+    # float64: where every score of a row is near 0 softpick is a ratio of two cancelled differences
+    q, k, v = t(b, kv * group, q_len, d).double(), t(b, kv, k_len, d).double(), t(b, kv, k_len, e).double()
     for name in ("softmax", "softpick", "sparsemax"):
         out = regard.attend(q, k, v, name, mask=regard.Causal())
         assert out.shape == (b, kv * group, q_len, e) and torch.isfinite(out).all()
-        assert torch.allclose(out, regard.attend(q, k, v, name, mask=regard.Causal(), executor="reference"), atol=1e-5)
+        assert torch.allclose(out, regard.attend(q, k, v, name, mask=regard.Causal(), executor="reference"), atol=1e-9)

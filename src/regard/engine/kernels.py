@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..algebra.mechanism import Weighted
 from .problem import Problem
 
 
@@ -104,3 +105,8 @@ def sides_of(problem: Problem) -> dict[str, Tensor]:
     if problem.counts is not None:
         sides["n"] = problem.counts
     return sides
+
+
+def declared_sides(mechanism: Weighted) -> tuple[tuple[str, str], ...]:
+    """Side inputs as if each varied in every way it declares; n varies with queries."""
+    return tuple(sorted([(item.name, item.shape) for item in mechanism.declared if item.elementwise] + [("n", "q")]))

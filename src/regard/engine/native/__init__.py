@@ -8,6 +8,7 @@ from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import Sizes, asks
+from ..kernels import declared_sides
 from ..symbolic import Untraceable
 from ..tiled.stage import position_of
 from .build import problem as build_problem
@@ -40,7 +41,7 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: A
         return "its mask reads tensors"
     try:
         mask_expression(mask)
-        generate(mechanism, mask, names(mechanism))
+        generate(mechanism, mask, declared_sides(mechanism))
     except Untraceable as why:
         return str(why)
     except (AttributeError, KeyError, TypeError, IndexError):
@@ -54,11 +55,6 @@ def root_is_free(mechanism: Weighted) -> bool:
     return "j" not in wanted and not any(item.name in wanted and "k" in item.shape for item in mechanism.declared)
 
 
-def names(mechanism: Weighted) -> tuple[tuple[str, str], ...]:
-    """Side inputs as if each varied in every way it declares; n varies with queries."""
-    return tuple(sorted([(item.name, item.shape) for item in mechanism.declared if item.elementwise] + [("n", "q")]))
-
-
 def source_of(mechanism: Weighted, mask: Mask) -> str:
     """The generated kernels' source for a mechanism under a mask."""
-    return generate(mechanism, mask, names(mechanism)).text
+    return generate(mechanism, mask, declared_sides(mechanism)).text

@@ -7,6 +7,7 @@ from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import Sizes
 from ...errors import MissingDependency
+from ..kernels import declared_sides
 from ..symbolic import Untraceable
 
 try:
@@ -35,7 +36,7 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, input_grad: bool) -> 
         return "gradients of inputs other than q, k and v"
     try:
         mask_expression(mask)
-        generate(mechanism, mask, names(mechanism))
+        generate(mechanism, mask, declared_sides(mechanism))
     except Untraceable as why:
         return str(why)
     except (AttributeError, KeyError, TypeError, IndexError):
@@ -43,11 +44,6 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, input_grad: bool) -> 
     return ""
 
 
-def names(mechanism: Weighted) -> tuple[tuple[str, str], ...]:
-    """Side inputs as if each varied in every way it declares; n varies with queries."""
-    return tuple(sorted([(item.name, item.shape) for item in mechanism.declared if item.elementwise] + [("n", "q")]))
-
-
 def source_of(mechanism: Weighted, mask: Mask) -> str:
     """The generated kernels' source for a mechanism under a mask."""
-    return generate(mechanism, mask, names(mechanism)).text
+    return generate(mechanism, mask, declared_sides(mechanism)).text
