@@ -84,7 +84,7 @@ class Patch:
         """(B, H, Lq, Dv), or None where this call is not the patch's."""
         if self.when == ("prefill" if q.shape[2] == 1 else "decode"):
             return None
-        made = {**self.inputs[self.modules.index(module)](), **self.given}
+        made = {**self.inputs[self.modules.index(module)](None, {"q": q, "k": k, "v": v}), **self.given}
         options: Any = {"mask": mask if mask is not None else Causal() if causal else None}
         out = attend(q, k, v, self.mechanism, scale=self.scale(scale), **options, **made)
         if self.heads is None:

@@ -25,8 +25,9 @@ from .mask import (
 from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Recipe, Recurrent, Relayed, Weighted
 from .neighborhood import Neighborhood
 from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
-from .part import Bound, Input, Learned, Part, Projected, Sizes, bind
-from .position import Alibi, Modified, Position, RelativeBias, Rope
+from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
+from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
+from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks
 
@@ -36,6 +37,7 @@ __all__ = [
     "Both",
     "Bound",
     "Causal",
+    "Chain",
     "Chosen",
     "Clustered",
     "Columns",
@@ -48,6 +50,7 @@ __all__ = [
     "FeatureMap",
     "FixedBlock",
     "Full",
+    "Headwise",
     "Hybrid",
     "Input",
     "Learned",
@@ -70,6 +73,7 @@ __all__ = [
     "RelativeBias",
     "Rope",
     "RowLocal",
+    "RowWise",
     "Score",
     "Segments",
     "Selection",
@@ -89,6 +93,11 @@ __all__ = [
     "favor",
     "hedgehog",
     "identity",
+    "row_count",
+    "row_max",
+    "row_mean",
+    "row_softmax",
+    "row_sum",
     "softmax",
     "softmax_plus",
     "taylor",

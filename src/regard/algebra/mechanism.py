@@ -10,7 +10,7 @@ from .mask import Full, Mask, as_mask
 from .neighborhood import Neighborhood
 from .normalizer import SOFTMAX, Normalizer, RowLocal
 from .part import Function, Input, Part, described
-from .position import Modified, Position, Rope
+from .position import Chain, Modified, Position, Rope
 from .score import Dot, Pairwise, Score
 from .select import Selector
 
@@ -20,8 +20,10 @@ class Recipe(Part):
     """How the paper's layer dresses the mechanism: what `regard.nn.Attention` does around it.
 
     short_conv: width of a causal depthwise convolution on q, k, v (0: none). activation: on q and k (and v after a convolution):
-    "", "silu", "relu", "elu+1". qk_norm: "", "l2", "rms" or "layer", over head_dim. out_norm: "", "rms" or "layer", a head.
-    out_gate: "" or "silu": output times silu(x W). rope: rotate q and k when the model asks for rotary positions.
+    "", "silu", "relu", "elu+1". qk_norm: "", "l2", "rms" or "layer", over head_dim. out_norm: "", "l2", "rms" or "layer", a head.
+    merge_norm: "", "rms", "gated_rms" or "layer", over all heads' channels together; merge_activation: "" or "gelu", after it.
+    out_gate: "" or "silu": output times silu(x W); "head", "head_mlp" or "heads": each head times sigmoid(G(x)), where G reads the
+    head's own slice of x (linear or with a hidden layer) or all of x, and starts at the bias logit(gate_init). rope: rotate q and k when the model asks for rotary positions.
     key_dim: head_dim of q and k: a number of channels, a share of the layer's own head_dim (a float), or None for the same.
     kv_heads: key and value heads when the layer is not told (None: as many as query heads).
     """
@@ -30,7 +32,10 @@ class Recipe(Part):
     activation: str = ""
     qk_norm: str = ""
     out_norm: str = ""
+    merge_norm: str = ""
+    merge_activation: str = ""
     out_gate: str = ""
+    gate_init: float = 0.5
     rope: bool = True
     key_dim: int | float | None = None
     kv_heads: int | None = None
@@ -69,14 +74,16 @@ class Weighted(Mechanism):
     """s_ij = score(q_i, k_j) + position(i, j); p_i = normalizer(s_i | mask, selection); o_i = sum_j p_ij v_j.
 
     score may be a plain function (q, k) -> (..., Lq, Lk); position a plain function of s and, by name, of b, h, i, j, n or
-    declared inputs; mask a plain function of (b, h, i, j). `inputs` declares tensors that plain functions ask for.
+    declared inputs, or several positions; mask a plain function of (b, h, i, j). values: a plain function of v and of declared
+    inputs of shape "bgk", applied before anything else. `inputs` declares tensors that plain functions ask for.
     """
 
     score: Score | Function = field(default_factory=Dot)
-    position: Position | Function | None = None
+    position: Position | Function | tuple[Position, ...] | None = None
     normalizer: Normalizer = SOFTMAX
     mask: Mask | Function = field(default_factory=Full)
     select: Selector | None = None
+    values: Function | None = None
     inputs: tuple[Input, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -84,7 +91,9 @@ class Weighted(Mechanism):
         super().__post_init__()
         if not isinstance(self.score, Score):
             object.__setattr__(self, "score", Pairwise(self.score))
-        if self.position is not None and not isinstance(self.position, Position):
+        if isinstance(self.position, (tuple, list)):
+            object.__setattr__(self, "position", Chain(tuple(self.position)))
+        elif self.position is not None and not isinstance(self.position, Position):
             object.__setattr__(self, "position", Modified(self.position))
         object.__setattr__(self, "mask", as_mask(self.mask))
         if callable(self.normalizer) and not isinstance(self.normalizer, Normalizer):

@@ -175,6 +175,14 @@ class Projected(Part):
 
 
 @described
+class Headwise(Part):
+    """The layer reads it off its own heads: `transform(w_h . gelu(x_h))` with x the heads' `source`, "q", "k" or "v"; w starts at 0."""
+
+    source: str = "q"
+    transform: Function | None = None
+
+
+@described
 class Input(Part):
     """A tensor a mechanism reads beside q, k and v.
 
@@ -187,7 +195,7 @@ class Input(Part):
     name: str
     shape: str = ""
     default: float | Function | str | None = None
-    layer: Learned | Projected | None = None
+    layer: Learned | Projected | Headwise | None = None
     dtype: str = "float"
 
     @property

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .part import Function, Input, Learned, Part, Sizes, bind, call, described
+from ..errors import RegardError
+from .part import Function, Input, Learned, Part, Sizes, asks, bind, call, described
 
 
 @described
@@ -20,6 +21,11 @@ class Position(Part):
     @property
     def modify(self) -> Function | None:
         return None
+
+    @property
+    def relative(self) -> bool:
+        """Whether only i - j matters, so that a stream may forget keys and count from the first it still has."""
+        return True
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         return x
@@ -35,6 +41,35 @@ class Modified(Position):
     @property
     def modify(self) -> Function:
         return self.function
+
+    @property
+    def relative(self) -> bool:
+        return not {"i", "j", "n"} & set(asks(self.function, 1))
+
+
+@described
+class Chain(Position):
+    """Several positions, one after another, of which at most one changes scores (write two such as one function)."""
+
+    positions: tuple[Position, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(position.modify is not None for position in self.positions) > 1:
+            raise RegardError(f"{len(self.positions)} positions, of which more than one changes scores; expected one function for both")
+
+    @property
+    def modify(self) -> Function | None:
+        return next((position.modify for position in self.positions if position.modify is not None), None)
+
+    @property
+    def relative(self) -> bool:
+        return all(position.relative for position in self.positions)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        for position in self.positions:
+            x = position.rotate(x, positions)
+        return x
 
 
 @described

@@ -31,7 +31,7 @@ class Score(Part):
     @property
     def parts_beyond_dot(self) -> bool:
         """Whether `prepare` does more than scale q."""
-        return not isinstance(self, Dot) or self.row_scale is not None
+        return not isinstance(self, Dot) or self.row_scale is not None or self.unit or self.power != -0.5
 
     def prepare(self, q: Tensor, k: Tensor, scale: float, env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return q * scale, k
@@ -45,13 +45,18 @@ class Score(Part):
 class Dot(Score):
     """s_ij = scale * r_i * q_i.k_j, where r_i = row_scale(n_i, ...) is 1 unless given (Scalable-Softmax uses log n_i).
 
-    row_scale: a plain function of the visible count `n` and of declared inputs.
+    row_scale: a plain function of the visible count `n`, and by name of `head_dim` and of declared inputs. power: scale is
+    D ** power unless given. unit: q and k are brought to length one first.
     """
 
     row_scale: Function | None = None
     inputs: tuple[Input, ...] = ()
+    power: float = -0.5
+    unit: bool = False
 
     def prepare(self, q: Tensor, k: Tensor, scale: float, env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.unit:
+            q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
         if self.row_scale is None:
             return q * scale, k
         return q * (scale * call(self.row_scale, env["n"], env=env)).to(q.dtype), k

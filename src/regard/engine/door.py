@@ -13,7 +13,7 @@ from ..algebra.mask import Causal, Explicit, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.part import Function
 from ..errors import RegardError
-from . import composed, native, reference, sdpa, tiled
+from . import composed, native, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
@@ -223,7 +223,7 @@ def weighted(
         exact = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
         out, row_stats = reference.run(pose(mechanism, chosen.mask, q.double(), k.double(), v.double(), scale, exact))
         return out.to(v.dtype), row_stats
-    if chosen.executor in ("tiled", "native", "dense"):  # halves are widened before anything is computed with them
+    if chosen.executor in ("tiled", "native", "rows", "dense"):  # halves are widened before anything is computed with them
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
     problem.want_count = stats
@@ -233,6 +233,8 @@ def weighted(
         return tiled.run(problem)
     if chosen.executor == "sdpa":
         return sdpa.run(problem), None
+    if chosen.executor == "rows":
+        return rows.run(problem)
     if chosen.executor == "dense":
         return reference.run(problem, torch.promote_types(q.dtype, torch.float32))
     if chosen.executor == "flex":

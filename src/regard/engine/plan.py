@@ -12,12 +12,13 @@ from ..algebra.mask import Full, Mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import Sizes
+from ..algebra.rows import RowWise
 from ..errors import MissingDependency, RegardError
 from . import flex, native, sdpa
 from .layout import static_layout
 from .problem import check_functions, combine_masks
 
-WEIGHTED = ("sdpa", "native", "tiled", "flex", "triton", "dense", "reference")
+WEIGHTED = ("sdpa", "native", "tiled", "flex", "triton", "rows", "dense", "reference")
 RECURRENT = ("chunk", "step", "parallel", "reference")
 ELEMENT = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -156,8 +157,12 @@ def weighted(
     local = isinstance(mechanism.normalizer, RowLocal)
     root = local and mechanism.normalizer.shift == "root"  # type: ignore[attr-defined]
     if not local:
-        for name in ("sdpa", "flex", "native", "tiled", "triton"):
-            refused[name] = f"{type(mechanism.normalizer).__name__} is not row-local: a weight depends on other rows"
+        rowwise = isinstance(mechanism.normalizer, RowWise)
+        why = "is a function of whole rows" if rowwise else "is not row-local: a weight depends on other rows"
+        for name in ("sdpa", "flex", "native", "tiled", "triton", *(() if rowwise else ("rows",))):
+            refused[name] = f"{type(mechanism.normalizer).__name__} {why}"
+        if rowwise:
+            refused["dense"] = "it would hold the whole matrix of weights"
     else:
         refused.update(
             {
@@ -172,6 +177,7 @@ def weighted(
             }
         )
         refused["dense"] = "it would hold the whole matrix of weights"
+        refused["rows"] = "tiles need not hold whole rows of elementwise weights"
     refused["reference"] = "float64 and the whole matrix: for checking"
     if wanted is not None:
         if wanted not in WEIGHTED:
@@ -179,6 +185,8 @@ def weighted(
         if wanted in refused and wanted not in ("dense", "reference"):
             raise RegardError(f"executor={wanted!r} cannot run this: {refused[wanted]}")
         name, why = wanted, "asked for"
+    elif not local and "rows" not in refused:
+        name, why = "rows", "a function of whole rows: blocks of queries with all their keys"
     elif not local:
         name, why = "dense", "the normalizer needs the whole matrix"
     elif "sdpa" not in refused:
@@ -206,6 +214,7 @@ def weighted(
         "flex": 0,
         "triton": rows,
         "native": rows,
+        "rows": 6 * (1 << 20) * wide,
         "dense": 2 * whole,
         "reference": 16 * whole // wide,
     }[name]
@@ -221,7 +230,7 @@ def weighted(
         mechanism,
         given_mask,
         sdpa.form(mask, sizes) if name == "sdpa" else None,
-        name == "sdpa" and mechanism.position is None and not score.parts_beyond_dot,
+        name == "sdpa" and mechanism.position is None and mechanism.values is None and not score.parts_beyond_dot,
     )  # type: ignore[union-attr]
 
 

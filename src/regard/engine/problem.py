@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algebra.mask import Causal, Full, Mask, Window
 from ..algebra.mechanism import Mechanism, Weighted
 from ..algebra.part import Input, Sizes, asks, call, show
+from ..algebra.rows import RowWise
 from ..algebra.select import Selection
 from ..errors import RegardError, nearest
 
@@ -76,7 +77,7 @@ def fill_inputs(
             kind = torch.promote_types(like.dtype, torch.float32) if spec.dtype == "float" else None
             value = torch.tensor(value, dtype=kind, device=like.device)
         if value.dim() == 0 and spec.shape:
-            value = value.reshape([1] * len(spec.shape)) if spec.elementwise else value
+            value = value if "f" in spec.shape else value.reshape([1] * len(spec.shape))
         value = value.to(like.device)
         spec.check(value, sizes)
         if value.is_floating_point() and value.dtype != torch.float64:
@@ -177,6 +178,8 @@ def functions_of(mechanism: Weighted) -> list[tuple[Any, int]]:
     normalizer, score = mechanism.normalizer, mechanism.score
     found = [(getattr(mechanism.position, "modify", None), 1), (getattr(score, "row_scale", None), 1)]
     found += [(getattr(normalizer, name, None), 1) for name in ("weight", "mass", "divide")]
+    found += [(mechanism.values, 1)]
+    found += [(normalizer.function, 2)] if isinstance(normalizer, RowWise) else []
     found += [(normalizer.floor, 0)] if callable(getattr(normalizer, "floor", None)) else []  # type: ignore[attr-defined]
     return [(function, lead) for function, lead in found if function is not None]
 
@@ -198,7 +201,7 @@ def check_functions(mechanism: Weighted, mask: Mask) -> None:
     declared = {item.name for item in mechanism.declared} | {item.name for part in mask.parts() for item in getattr(part, "inputs", ())}
     for function, lead in functions_of(mechanism):
         for name in asks(function, lead):
-            if name not in declared | {"b", "h", "i", "j", "n", "c"}:
+            if name not in declared | {"b", "h", "i", "j", "n", "c", "head_dim", "v"}:
                 raise RegardError(
                     f"function {show(function)} asks for {name!r}, which is neither an index nor a declared input; "
                     f"declare it with inputs=(Input({name!r}, ...),) and pass it to attend"
@@ -236,14 +239,23 @@ def pose(
     if mechanism.position is not None:
         q = mechanism.position.rotate(q, torch.arange(sizes.k_len - sizes.q_len, sizes.k_len, device=q.device))  # type: ignore[union-attr]
         k = mechanism.position.rotate(k, torch.arange(sizes.k_len, device=k.device))  # type: ignore[union-attr]
-    env: dict[str, Any] = {**inputs, "n": counts}
-    scale = sizes.head_dim**-0.5 if scale is None else scale
+    if mechanism.values is not None:
+        v = scaled_values(mechanism, v, inputs)
+    env: dict[str, Any] = {**inputs, "n": counts, "head_dim": sizes.head_dim}
+    scale = sizes.head_dim ** getattr(mechanism.score, "power", -0.5) if scale is None else scale
     q, k = mechanism.score.prepare(q, k, scale, env)  # type: ignore[union-attr]
     selection = None
     if mechanism.select is not None:
         with torch.no_grad():
             selection = mechanism.select.select(q, k, sizes.k_len - sizes.q_len)
     return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
+
+
+def scaled_values(mechanism: Weighted, v: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """values(v, ...) with its per-key inputs (B, Hkv, Lk) brought to (B, Hkv, Lk, 1), in the dtype of v."""
+    assert mechanism.values is not None
+    turned = {name: inputs[name].unsqueeze(-1) for name in asks(mechanism.values, 1)}
+    return call(mechanism.values, v, env=turned).to(v.dtype)  # type: ignore[no-any-return]
 
 
 def row_env(problem: Problem, **more: Any) -> dict[str, Any]:

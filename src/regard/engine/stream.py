@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Mask
+from ..algebra.mask import Both, Causal, Mask, Window
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
+from ..algebra.part import asks
 from ..errors import RegardError
 from . import recurrent as scans
 from .door import attend, resolved
+from .problem import combine_masks, fill_inputs, scaled_values, sizes_of
 
 
 @dataclass
 class KeyValueState:
-    """All keys and values so far, in buffers that double when full; k (B, Hkv, length, D), v (B, Hkv, length, Dv)."""
+    """Keys and values so far, k (B, Hkv, n, D), v (B, Hkv, n, Dv), in buffers that grow when full.
+
+    length: tokens read. Under a causal window only the last `window` of them are kept: entries [begin, end) of the buffers.
+    """
 
     buffer_k: Tensor
     buffer_v: Tensor
     length: int
+    begin: int = 0
+    end: int = 0
 
     @property
     def k(self) -> Tensor:
-        return self.buffer_k[..., : self.length, :]
+        return self.buffer_k[..., self.begin : self.end, :]
 
     @property
     def v(self) -> Tensor:
-        return self.buffer_v[..., : self.length, :]
+        return self.buffer_v[..., self.begin : self.end, :]
 
     @property
     def bytes(self) -> int:
@@ -37,21 +44,41 @@ class KeyValueState:
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
 
     def append(self, k: Tensor, v: Tensor) -> KeyValueState:
-        length = self.length + k.shape[-2]
-        buffers = [grow(buffer, x, self.length, length) for buffer, x in ((self.buffer_k, k), (self.buffer_v, v))]
-        return KeyValueState(buffers[0], buffers[1], length)
+        new, fresh = k.shape[-2], torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self.buffer_k.requires_grad)
+        moved = fresh or self.buffer_k.shape[-2] < self.end + new
+        buffers = [grow(buffer, x, self.begin, self.end, fresh) for buffer, x in ((self.buffer_k, k), (self.buffer_v, v))]
+        begin = 0 if moved else self.begin
+        return KeyValueState(buffers[0], buffers[1], self.length + new, begin, self.end - self.begin + begin + new)
+
+    def keep(self, window: int) -> KeyValueState:
+        """The state with only its last `window` entries."""
+        return replace(self, begin=max(self.begin, self.end - window))
 
 
-def grow(buffer: Tensor, x: Tensor, have: int, need: int) -> Tensor:
-    """`buffer` with x written at [have, need), in a buffer twice as long when there is no room."""
-    if torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad):
-        return torch.cat((buffer[..., :have, :], x), -2)
-    if buffer.shape[-2] < need:
-        wider = buffer.new_empty(*buffer.shape[:-2], max(need, 2 * have), buffer.shape[-1])
-        wider[..., :have, :] = buffer[..., :have, :]
-        buffer = wider
-    buffer[..., have:need, :] = x
+def grow(buffer: Tensor, x: Tensor, begin: int, end: int, fresh: bool) -> Tensor:
+    """`buffer` with x written behind its entries [begin, end), which move to the front of a new buffer when there is no room."""
+    have = end - begin
+    if fresh:
+        return torch.cat((buffer[..., begin:end, :], x), -2)
+    if buffer.shape[-2] < end + x.shape[-2]:
+        wider = buffer.new_empty(*buffer.shape[:-2], max(have + x.shape[-2], 2 * have), buffer.shape[-1])
+        wider[..., :have, :] = buffer[..., begin:end, :]
+        buffer, end = wider, have
+    buffer[..., end : end + x.shape[-2], :] = x
     return buffer
+
+
+def reach(description: Weighted, mask: Mask) -> int | None:
+    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them."""
+    position = description.position
+    sizes = [part.size for part in conjuncts(mask) if isinstance(part, Window)]
+    if not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
+        return None
+    return min(sizes)
+
+
+def conjuncts(mask: Mask) -> list[Mask]:
+    return [*conjuncts(mask.left), *conjuncts(mask.right)] if isinstance(mask, Both) else [mask]
 
 
 @dataclass
@@ -124,8 +151,19 @@ def step(
         state = KeyValueState(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
     if not isinstance(state, KeyValueState):
         raise RegardError(f"state is {type(state).__name__}; expected a KeyValueState from an earlier step of this mechanism")
-    new = state.append(k, v)
+    if description.values is not None:  # what is kept are the values as they are weighted
+        names = asks(description.values, 1)
+        declared = {item.name: item for item in description.declared if item.name in names}
+        v = scaled_values(description, v, fill_inputs(declared, inputs, sizes_of(q, k, v), q))
+        inputs = {name: x for name, x in inputs.items() if name not in names}
+        description = replace(description, values=None, inputs=tuple(x for x in description.inputs if x.name not in names))
     full: Mask | None = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
+    seen = reach(description, combine_masks(description, full))  # type: ignore[arg-type]
+    new = state.append(k, v)
+    if seen is not None:
+        new = new.keep(seen + q.shape[-2] - 1)
+        out = attend(q, new.k, new.v, description, mask=full, scale=scale, **inputs)
+        return out, new.keep(seen)
     if q.shape[-2] == 1 and isinstance(full, Causal):
         full = None  # the newest token sees everything: no mask to plan for at every new length
     return attend(q, new.k, new.v, description, mask=full, scale=scale, **inputs), new

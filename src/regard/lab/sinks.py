@@ -5,6 +5,7 @@ Where nothing is asked of attention, rows that must sum to one park their weight
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,13 @@ class Tiny(nn.Module):
 
 @dataclass(frozen=True)
 class SinkResult:
-    """sink_rate: share of heads and samples whose first token gets over 0.3. accuracy: of copies. kurtosis: of the stream. loss: of training."""
+    """sink_rate: share of heads and samples whose first token gets over 0.3. accuracy: of copies. kurtosis: of the stream.
+    logit_range: mean over rows of the largest minus the smallest visible logit. loss: of training."""
 
     sink_rate: float
     accuracy: float
     kurtosis: float
+    logit_range: float
     loss: tuple[float, ...]
 
 
@@ -88,5 +91,21 @@ def sink_experiment(
         right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
         x = model.stream(tokens[:, :-1])
         found = model.attention.weights(model.norm2(x))
+        spread = logit_range(model.attention, model.norm2(x))
     rate = float("nan") if found is None else sink_rate(found)
-    return SinkResult(rate, float(right[copied].double().mean()), kurtosis(x + model.attention(model.norm2(x))), tuple(losses))
+    accuracy = float(right[copied].double().mean())
+    return SinkResult(rate, accuracy, kurtosis(x + model.attention(model.norm2(x))), spread, tuple(losses))
+
+
+@functools.cache
+def trained(mechanism: str | Mechanism, seed: int = 0) -> SinkResult:
+    """`sink_experiment` with its defaults, run once a process for all that look at its result."""
+    return sink_experiment(mechanism, seed=seed)
+
+
+def logit_range(attention: Attention, x: Tensor) -> float:
+    """Mean over rows of max - min of the causally visible scaled dot products."""
+    q, k, _, _ = attention.heads_of(x, x, 0, None)
+    s = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    seen = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    return float((s.masked_fill(~seen, -torch.inf).amax(-1) - s.masked_fill(~seen, torch.inf).amin(-1)).mean())

@@ -3,6 +3,7 @@
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .decoder import Block, Decoder
+from .memory import KeyValueMemory
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prototypes import IDWClassifier
 from .routing import RoutingAttention
@@ -18,6 +19,7 @@ __all__ = [
     "GatedConv",
     "IDWClassifier",
     "ISAB",
+    "KeyValueMemory",
     "LayerScale",
     "LayerState",
     "MAB",

@@ -14,9 +14,9 @@ from ..catalog import get
 from ..engine import State, attend, step, weights
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import ShortConv, head_norm
+from .parts import HeadGate, ShortConv, head_norm
 
-ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "elu+1": lambda x: F.elu(x) + 1}
+ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "elu+1": lambda x: F.elu(x) + 1}
 
 
 @dataclass
@@ -75,7 +75,10 @@ class Attention(nn.Module):
         self.convs = nn.ModuleList([ShortConv(width, recipe.short_conv) for width in widths] if recipe.short_conv else [])
         self.q_norm, self.k_norm = head_norm(recipe.qk_norm, self.key_dim), head_norm(recipe.qk_norm, self.key_dim)
         self.out_norm = head_norm(recipe.out_norm, self.value_dim)
-        self.gate = nn.Linear(dim, heads * self.value_dim, bias) if recipe.out_gate else None
+        self.merge_norm = head_norm(recipe.merge_norm, heads * self.value_dim)
+        self.gate = nn.Linear(dim, heads * self.value_dim, bias) if recipe.out_gate == "silu" else None
+        by_head = recipe.out_gate not in ("", "silu")
+        self.head_gate = HeadGate(dim, heads, recipe.out_gate, recipe.gate_init) if by_head else None
         sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
         self.inputs = Inputs(self.mechanism, sizes, dim)
 
@@ -100,7 +103,9 @@ class Attention(nn.Module):
         return q, k, v, tuple(tails)
 
     def close(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.out_norm(o).transpose(1, 2).flatten(-2)
+        o = self.out_norm(o)
+        o = o if self.head_gate is None else o * self.head_gate(x)
+        o = ACTIVATION[self.recipe.merge_activation](self.merge_norm(o.transpose(1, 2).flatten(-2)))
         return self.out(o if self.gate is None else o * F.silu(self.gate(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
@@ -109,14 +114,14 @@ class Attention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
         q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
-        made = {**self.inputs(x if context is None else context), **inputs}
+        made = {**self.inputs(x if context is None else context, {"q": q, "k": k, "v": v}), **inputs}
         return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
         """The layer's weights on x, (B, heads, L, L), or None where the mechanism has no such matrix."""
-        q, k, _, _ = self.heads_of(x, x, 0, None)
-        return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x))
+        q, k, v, _ = self.heads_of(x, x, 0, None)
+        return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x, {"q": q, "k": k, "v": v}))
 
     def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
         if isinstance(mask, Tensor):
@@ -132,7 +137,7 @@ class Attention(nn.Module):
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
         state = state or LayerState(None, (), 0)
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
-        o, inner = step(q, k, v, self.mechanism, state.inner, **self.inputs(x), **inputs)
+        o, inner = step(q, k, v, self.mechanism, state.inner, **self.inputs(x, {"q": q, "k": k, "v": v}), **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
 
     def extra_repr(self) -> str:

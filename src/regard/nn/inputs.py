@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Input, Learned, Mechanism, Projected, Sizes
+from ..algebra import Headwise, Input, Learned, Mechanism, Projected, Sizes
 from ..engine.composed import inputs_of
 from ..errors import RegardError
 from .parts import Projection
@@ -39,6 +41,13 @@ class Inputs(nn.Module):
                 self.learned[item.name] = nn.Parameter(value.float())
             else:
                 self.register_buffer(f"fixed_{item.name}", value.float())
+        elif isinstance(item.layer, Headwise):
+            owners, width = {
+                "q": (sizes.heads, sizes.head_dim),
+                "k": (sizes.kv_heads, sizes.head_dim),
+                "v": (sizes.kv_heads, sizes.value_dim),
+            }[item.layer.source]
+            self.learned[item.name] = nn.Parameter(torch.zeros(owners, width))
         elif isinstance(item.layer, Projected):
             if dim is None:
                 raise RegardError(
@@ -47,11 +56,17 @@ class Inputs(nn.Module):
             channels = sizes.head_dim if item.shape.endswith("d") else 1
             self.projected[item.name] = Projection(dim, sizes.heads, channels, item.layer.rank, item.layer.bias)
 
-    def forward(self, x: Tensor | None = None) -> dict[str, Any]:
-        """x (B, L, dim) -> {name: tensor}."""
+    def forward(self, x: Tensor | None = None, heads: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """x (B, L, dim), and the layer's q, k, v (B, heads, L, D) for inputs read off them -> {name: tensor}."""
         made: dict[str, Any] = {}
         for item in self.items:
-            if item.name in self.projected:
+            if isinstance(item.layer, Headwise):
+                if heads is None:
+                    raise RegardError(
+                        f"input {item.name!r} is read off the heads' {item.layer.source}, which is not at hand; pass {item.name}=..."
+                    )
+                value = (F.gelu(heads[item.layer.source]) * self.learned[item.name].unsqueeze(-2)).sum(-1)
+            elif item.name in self.projected:
                 value = self.projected[item.name](x)
                 value = value.squeeze(-1) if item.shape[-1] != "d" else value
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,16 +20,57 @@ class UnitNorm(nn.Module):
 
 
 def head_norm(kind: str, width: int) -> nn.Module:
-    """A norm over a head's channels: "" none, "l2", "rms" or "layer"."""
+    """A norm over a head's channels: "" none, "l2", "rms", "gated_rms" or "layer"."""
     known: dict[str, Callable[[], nn.Module]] = {
         "": nn.Identity,
         "l2": UnitNorm,
         "rms": lambda: nn.RMSNorm(width, eps=1e-6),
         "layer": lambda: nn.LayerNorm(width),
+        "gated_rms": lambda: GatedRMSNorm(width),
     }
     if kind not in known:
         raise RegardError(f"norm {kind!r}; expected one of {', '.join(map(repr, known))}")
     return known[kind]()
+
+
+class GatedRMSNorm(nn.Module):
+    """y = scale * x / rms(x) * sigmoid(gate * x), elementwise scale and gate (ReLA's)."""
+
+    def __init__(self, width: int, eps: float = 1e-8):
+        super().__init__()
+        self.eps, self.scale, self.gate = eps, nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * torch.sigmoid(self.gate * x)
+
+
+class HeadGate(nn.Module):
+    """x (B, L, dim) -> sigmoid(G_h(x)) (B, H, L, 1), times `factor`.
+
+    kind: "head": linear on the head's own slice of x; "head_mlp": with a hidden layer a quarter as wide; "heads": linear on all of x.
+    init: the gate's start. factor: 1 / init makes the gated layer start as the ungated one.
+    """
+
+    def __init__(self, dim: int, heads: int, kind: str, init: float = 0.5, factor: float = 1.0, std: float | None = None):
+        super().__init__()
+        if not 0 < init < 1:
+            raise RegardError(f"gate_init={init}; expected a number between 0 and 1")
+        if kind != "heads" and dim % heads:
+            raise RegardError(f"out_gate={kind!r} cuts dim={dim} into heads={heads} slices; expected a multiple, or out_gate='heads'")
+        self.kind, self.heads, self.factor = kind, heads, factor
+        own = dim if kind == "heads" else dim // heads
+        hidden = max(1, own // 4)
+        self.hidden = nn.Parameter(torch.randn(heads, own, hidden) / own**0.5) if kind == "head_mlp" else None
+        width = hidden if kind == "head_mlp" else own
+        self.weight = nn.Parameter(torch.randn(heads, width) * (width**-0.5 if std is None else std))
+        self.bias = nn.Parameter(torch.full((heads,), math.log(init / (1 - init))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unsqueeze(-2).expand(*x.shape[:-1], self.heads, -1) if self.kind == "heads" else x.unflatten(-1, (self.heads, -1))
+        if self.hidden is not None:
+            parts = torch.relu(torch.einsum("blhd,hdf->blhf", parts, self.hidden))
+        logits = (parts * self.weight).sum(-1) + self.bias
+        return self.factor * torch.sigmoid(logits).transpose(1, 2).unsqueeze(-1)
 
 
 class ShortConv(nn.Module):

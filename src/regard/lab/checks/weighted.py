@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ...algebra import Alibi, Causal, Mechanism, Rope, Weighted
+from ...algebra import Alibi, Causal, Mechanism, Rope, RowWise, Weighted
 from ...catalog import get
 from ...engine import attend, attend_with_stats, merge
 from ...mechanisms.weighted.qknorm import g0_from_lengths
 from ...mechanisms.weighted.softpick import softpick_weights
 from .. import naive
-from ..sinks import sink_experiment
+from ..sinks import trained
 from ..verification import check
 
 F64 = torch.float64
@@ -31,7 +31,9 @@ def identity_values(n: int, heads: int = 1) -> Tensor:
 def weights_of(s: Tensor, mechanism: str | Mechanism, mask: Causal | None = None, **inputs: Tensor) -> Tensor:
     """Weights of given scores (n, m): q carries the scores, k and v are identities."""
     m = s.shape[1]
-    return attend(s[None, None], identity_values(m), identity_values(m), mechanism, scale=1.0, mask=mask, executor="tiled", **inputs)[0, 0]
+    found = get(mechanism) if isinstance(mechanism, str) else mechanism
+    executor = "rows" if isinstance(getattr(found, "normalizer", None), RowWise) else "tiled"
+    return attend(s[None, None], identity_values(m), identity_values(m), found, scale=1.0, mask=mask, executor=executor, **inputs)[0, 0]
 
 
 @check("sigmoid", "tiled == sigmoid(q.k/sqrt(d) + b) v, causal, n = 37", below=1e-10, control="softmax in its place")
@@ -257,7 +259,7 @@ def _() -> tuple[float, float]:
     control="softmax",
 )
 def _() -> tuple[float, float]:
-    own, other = sink_experiment("softpick"), sink_experiment("softmax")
+    own, other = trained("softpick"), trained("softmax")
     return own.sink_rate if own.accuracy >= 0.95 else math.inf, other.sink_rate
 
 
