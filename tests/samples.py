@@ -21,6 +21,7 @@ SMALL = {
     "soft": {"landmarks": 6},
     "routing-transformer": {"clusters": 3},
     "qknorm": {"init": 5.0},
+    "neural-attention": {"width": 6},
 }
 
 

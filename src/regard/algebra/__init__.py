@@ -28,7 +28,7 @@ from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
-from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
+from .score import Additive, Cosine, Distance, Dot, Network, Pairwise, Phase, Score
 from .select import Chosen, Selection, Selector, TopBlocks
 
 __all__ = [
@@ -58,12 +58,14 @@ __all__ = [
     "Mechanism",
     "Modified",
     "Neighborhood",
+    "Network",
     "Normalizer",
     "Nystrom",
     "Padding",
     "Pairwise",
     "Part",
     "PerHead",
+    "Phase",
     "Position",
     "Prefix",
     "Projected",

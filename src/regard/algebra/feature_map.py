@@ -14,7 +14,9 @@ from .part import Function, Input, Learned, Part, Sizes, bind, call, described
 
 @described
 class FeatureMap(Part):
-    """query and key: plain functions x (B, H, L, D) -> (B, H, L, F), and by name any of: position (L,), horizon, inputs.
+    """query and key: plain functions x (B, H, L, D) -> (B, H, L, F), and by name any of: position (L,), n, inputs.
+
+    n (B|1, 1, L|1, 1) is how many tokens are visible to a query, or stand up to a key.
 
     key None: the same function as query. pre: a power of D multiplying q and k before the map (Performer: -1/4).
     """

@@ -86,6 +86,11 @@ class Both(Mask):
         return self.left.relative and self.right.relative
 
 
+def conjuncts(mask: Mask) -> list[Mask]:
+    """The masks that must all hold."""
+    return [*conjuncts(mask.left), *conjuncts(mask.right)] if isinstance(mask, Both) else [mask]
+
+
 @described
 class Either(Mask):
     left: Mask

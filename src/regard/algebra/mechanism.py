@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
+import torch
+from torch import Tensor
+
 from ..errors import RegardError
 from .feature_map import FeatureMap, identity
 from .mask import Full, Mask, as_mask
 from .neighborhood import Neighborhood
 from .normalizer import SOFTMAX, Normalizer, RowLocal
-from .part import Function, Input, Part, described
+from .part import Function, Input, Learned, Part, Sizes, bind, described
 from .position import Chain, Modified, Position, Rope
 from .score import Dot, Pairwise, Score
 from .select import Selector
@@ -218,25 +221,32 @@ class Clustered(Mechanism):
         return False  # the choice of members reads the whole sequence
 
 
+def constants(sizes: Sizes, values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)
+
+
 @described
 class Hybrid(Mechanism):
-    """Several mechanisms on the same q, k, v. how: "sum", "head" (heads split in `shares`), or "gate": sum_m gate_m o_m with
-    input `gate` (B, H, Lq, M)."""
+    """Several mechanisms on the same q, k, v. how: "sum", "head" (heads split in `shares`), "gate": sum_m gate_m o_m with input
+    `gate` (B, H, Lq, M), or "blend": sum_m blend_m o_m with input `blend` (M,), by default `shares`."""
 
     members: tuple[Mechanism, ...] = ()
     how: str = "sum"
-    shares: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
     inputs: tuple[Input, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.how not in ("sum", "head", "gate"):
-            raise RegardError(f"Hybrid(how={self.how!r}): expected sum, head or gate")
+        if self.how not in ("sum", "head", "gate", "blend"):
+            raise RegardError(f"Hybrid(how={self.how!r}): expected sum, head, gate or blend")
+        if self.how == "blend" and not self.inputs:
+            start = bind(constants, values=self.shares)
+            object.__setattr__(self, "inputs", (Input("blend", "f", default=start, layer=Learned(start, trainable=False)),))
         if self.how == "gate" and not self.inputs:
             object.__setattr__(self, "inputs", (Input("gate", "bhqf"),))
-        if self.how == "head" and len(self.shares) != len(self.members):
-            raise RegardError(f"Hybrid(shares={self.shares}): expected one number of heads for each of {len(self.members)} members")
+        if self.how in ("head", "blend") and len(self.shares) != len(self.members):
+            raise RegardError(f"Hybrid(shares={self.shares}): expected one number for each of {len(self.members)} members")
 
     @property
     def causal_only(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,11 +144,12 @@ def hybrid(
     mechanism: Hybrid, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
 ) -> Tensor:
     declared = {item.name: item for item in mechanism.declared}
-    check_names(given, {**declared, **{i.name: i for m in mechanism.members for i in inputs_of(m)}}, mechanism)
+    of_mask = [item for part in mask.parts() for item in getattr(part, "inputs", ())]
+    check_names(given, {**declared, **{i.name: i for i in (*of_mask, *[i for m in mechanism.members for i in inputs_of(m)])}}, mechanism)
 
     def part(member: Mechanism, q: Tensor, k: Tensor, v: Tensor, heads: slice | None = None) -> Tensor:
         mine: dict[str, Any] = {}
-        for item in inputs_of(member):
+        for item in (*inputs_of(member), *of_mask):
             if item.name in given:
                 x = given[item.name]
                 at = item.shape.find("h")
@@ -162,17 +163,28 @@ def hybrid(
         k, v = repeat_heads(k, q_heads), repeat_heads(v, q_heads)
         outs, start = [], 0
         for member, share in zip(mechanism.members, mechanism.shares, strict=True):
-            at = slice(start, start + share)
+            at = slice(start, start + int(share))
             outs.append(part(member, q[:, at], k[:, at], v[:, at], at))
-            start += share
+            start += int(share)
         return torch.cat(outs, 1)
     outs = [part(member, q, k, v) for member in mechanism.members]
-    if mechanism.how == "sum":
-        return torch.stack(outs).sum(0)
+    if mechanism.how in ("sum", "blend"):
+        return blended(mechanism, outs, given)
     gate = given.get("gate")
     if gate is None or gate.shape[-1] != len(outs):
         raise RegardError(f"input 'gate': expected (B, H, Lq, {len(outs)}), got {None if gate is None else tuple(gate.shape)}")
     return (torch.stack(outs, -1) * gate[..., None, :].to(outs[0].dtype)).sum(-1)
+
+
+def blended(mechanism: Hybrid, outs: Sequence[Tensor], given: Mapping[str, Any]) -> Tensor:
+    """The members' sum, each times its part of `blend` where there is one."""
+    if mechanism.how == "sum":
+        return torch.stack(tuple(outs)).sum(0)
+    blend = given.get("blend")
+    factors = torch.tensor(mechanism.shares) if blend is None else blend
+    if factors.shape != (len(outs),):
+        raise RegardError(f"input 'blend' has shape {tuple(factors.shape)}; expected ({len(outs)},), one number a member")
+    return sum((o * factor.to(o) for o, factor in zip(outs, factors, strict=True)), torch.zeros_like(outs[0]))
 
 
 def inputs_of(mechanism: Mechanism) -> Any:

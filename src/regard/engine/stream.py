@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Both, Causal, Mask, Window
+from ..algebra.mask import Causal, Mask, Window, conjuncts
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
 from ..algebra.part import asks
 from ..errors import RegardError
 from . import recurrent as scans
+from .composed import blended
 from .door import attend, resolved
 from .problem import combine_masks, fill_inputs, scaled_values, sizes_of
 
@@ -77,10 +78,6 @@ def reach(description: Weighted, mask: Mask) -> int | None:
     return min(sizes)
 
 
-def conjuncts(mask: Mask) -> list[Mask]:
-    return [*conjuncts(mask.left), *conjuncts(mask.right)] if isinstance(mask, Both) else [mask]
-
-
 @dataclass
 class ScanState:
     """A recurrence's running state S (B, H, F, E) and how many tokens it has read."""
@@ -134,14 +131,17 @@ def step(
             raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs)
-    if isinstance(description, Hybrid) and description.how in ("sum", "gate"):
+    if isinstance(description, Hybrid) and description.how != "head":
         states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)
         stepped = [
             step(q, k, v, member, old, mask=mask, scale=scale, **{i.name: inputs[i.name] for i in member.declared if i.name in inputs})
             for member, old in zip(description.members, states, strict=True)
         ]
-        outs = torch.stack([out for out, _ in stepped], -1)
-        out = outs.sum(-1) if description.how == "sum" else (outs * inputs["gate"][..., None, :]).sum(-1)
+        outs = [out for out, _ in stepped]
+        if description.how == "gate":
+            out = (torch.stack(outs, -1) * inputs["gate"][..., None, :]).sum(-1)
+        else:
+            out = blended(description, outs, inputs)
         return out, ManyStates(tuple(new for _, new in stepped))
     if not isinstance(description, Weighted) or not description.can_be_causal:
         raise RegardError(

@@ -6,9 +6,11 @@ from .decoder import Block, Decoder
 from .memory import KeyValueMemory
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prototypes import IDWClassifier
+from .relaxed import RelaxedAttention
 from .routing import RoutingAttention
 from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from .sparse_block import SparseBlock, position_embedding
+from .taylorshift import TaylorShiftAttention
 from .vision import AgentAttention, SoftmaxFreeAttention
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "LayerState",
     "MAB",
     "PMA",
+    "RelaxedAttention",
     "RoutingAttention",
     "SAB",
     "SetTransformer",
@@ -31,6 +34,7 @@ __all__ = [
     "SoftmaxFreeAttention",
     "SparseBlock",
     "SwiGLU",
+    "TaylorShiftAttention",
     "based_mixers",
     "position_embedding",
 ]

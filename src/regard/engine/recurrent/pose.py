@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.mask import Causal, Full, Mask
+from ...algebra.mask import Causal, Full, Mask, Padding, conjuncts
 from ...algebra.mechanism import Recurrent
-from ...algebra.part import Input
+from ...algebra.part import Input, Sizes
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import repeat_heads
@@ -55,10 +55,31 @@ def declared_of(mechanism: Recurrent) -> dict[str, Input]:
 
 
 def check_mask(mechanism: Recurrent, mask: Mask) -> bool:
-    """Whether the call is causal; a recurrence knows no other masks than Full and Causal."""
-    if not isinstance(mask, (Full, Causal)):
-        raise RegardError(f"mask={mask!r}: a recurrence keeps one running state, so it runs under Causal() or no mask")
-    return isinstance(mask, Causal) or mechanism.causal_only
+    """Whether the call is causal; a recurrence knows no other masks than Full, Causal and Padding."""
+    parts = conjuncts(mask)
+    if not all(isinstance(part, (Full, Causal, Padding)) for part in parts):
+        raise RegardError(f"mask={mask!r}: a recurrence keeps one running state, so it runs under Causal(), Padding(), both or no mask")
+    return mechanism.causal_only or any(isinstance(part, Causal) for part in parts)
+
+
+def kept_keys(mask: Mask, given: Mapping[str, Any], sizes: Sizes) -> tuple[Tensor | None, dict[str, Any]]:
+    """(B, Lk) bool of keys that are no padding, or None; and the inputs that are not the mask's."""
+    specs = [item for part in mask.parts() for item in getattr(part, "inputs", ())]
+    if not specs:
+        return None, dict(given)
+    keep = given.get(specs[0].name)
+    if not isinstance(keep, Tensor):
+        raise RegardError(f"mask={mask!r} needs the input {specs[0].name!r}, a bool tensor (B, Lk)")
+    specs[0].check(keep, sizes)
+    return keep, {name: x for name, x in given.items() if name != specs[0].name}
+
+
+def visible_tokens(at: Tensor, q_at: Tensor, keep: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """How many keys each query sees, and how many tokens there are up to each key, itself included (all of them when not causal):
+    (B or 1, 1, L, 1). Tokens before a stream's first count, as there is no padding in a stream."""
+    every = (at + 1)[None] if keep is None else keep.cumsum(-1)
+    every = (every if causal else every[:, -1:]).clamp_min(1)[:, None, :, None]
+    return (every[:, :, at.numel() - q_at.numel() :] if causal else every), every
 
 
 def pose(
@@ -80,6 +101,7 @@ def pose(
     if scale is not None and not mechanism.scaled:
         raise RegardError(f"scale={scale}: this mechanism's feature map fixes its own scale; expected None")
     wide = dtype or torch.promote_types(q.dtype, torch.float32)
+    keep, given = kept_keys(mask, given, sizes)
     declared = declared_of(mechanism)
     check_names(given, declared, mechanism)
     inputs = {name: x.to(wide) if x.is_floating_point() else x for name, x in fill_inputs(declared, given, sizes, q).items()}
@@ -95,7 +117,11 @@ def pose(
         for name, x in inputs.items()
     }
     plain = {name: x.expand(sizes.heads) if declared[name].shape == "h" else x for name, x in plain.items()}
-    q, k = mechanism.feature(q, k, {**plain, "position": q_at}, {**plain, "position": at})
+    if keep is not None:  # what stands in padding, NaN even, must reach nothing
+        k, v = (torch.where(keep[:, None, :, None], x, 0.0) for x in (k, v))
+    seen = visible_tokens(at, q_at, keep, causal)
+    q, k = mechanism.feature(q, k, {**plain, "position": q_at, "n": seen[0]}, {**plain, "position": at, "n": seen[1]})
+    k = k if keep is None else k * keep[:, None, :, None]
     v = repeat_heads(v, sizes.heads)
     if mechanism.readout == "sum":
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
@@ -109,6 +135,8 @@ def pose(
         if bool((decay > 0).any()):
             raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
         decay = decay.clamp_min(CLAMP)
+        if keep is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes
+            decay = decay * keep[:, None, :, None]
         if decay.shape[-2] != 1 or mechanism.decay == "channel":
             decay = decay.expand(sizes.batch, sizes.heads, sizes.k_len, k.shape[-1] if mechanism.decay == "channel" else 1)
     if beta is not None:

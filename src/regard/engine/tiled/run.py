@@ -116,7 +116,8 @@ class Work:
             return self.product("scores", q, self.turned_columns("k", self.k, span, tile.columns.index))
         n, rows, group = q.shape[0], q.shape[1] // self.group, self.group
         parted = q.view(n, rows, group, -1).transpose(1, 2)
-        s = score.pair(parted, k[:, None], {**env, "h": span.heads[:, :, None, None]})
+        places = {"h": span.heads[:, :, None, None]} | ({"i": env["i"].reshape(-1, 1)} if "i" in env else {})
+        s = score.pair(parted, k[:, None], {**env, **places})
         return s.transpose(1, 2).reshape(n, rows * group, -1)  # type: ignore[no-any-return]
 
     def hidden(self, span: Span, tile: Tile) -> Tensor | None:
@@ -224,7 +225,7 @@ def score_inputs(problem: Problem) -> set[str]:
     score: Any = problem.mechanism.score
     if score.dot:
         return set()
-    declared = {item.name for item in getattr(score, "inputs", ())}
+    declared = {item.name for item in getattr(score, "inputs", ())} | ({"i", "j"} if score.placed else set())
     return declared | set(asks(score.function, 2) if hasattr(score, "function") else ())
 
 

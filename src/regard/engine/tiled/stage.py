@@ -49,11 +49,13 @@ class Traced:
 
     def weights(self, s: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
         out = self.weigh({**env, "s": s})
-        return out[0], out[1] if len(out) > 1 else None
+        w = as_tensor(out[0], s)  # a function may turn out to be constant
+        return w, (w if out[1] is out[0] else as_tensor(out[1], s)) if len(out) > 1 else None
 
     def pullback(self, s: Tensor, env: Env, gw: Tensor, gh: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(w, ds, d inputs) from raw scores, zero where hidden; s and gw are used up."""
         w, *rest = self.back({**env, "s": s, "gw": gw, "gh": gh})
+        w = as_tensor(w, s)
         rest = [as_tensor(r, s) for r in rest]
         if hidden is not None:
             if any(r is w for r in rest):
