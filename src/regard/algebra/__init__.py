@@ -30,8 +30,10 @@ from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Network, Pairwise, Phase, Score
 from .select import Chosen, Selection, Selector, TopBlocks
+from .thresholds import ActiveTiles
 
 __all__ = [
+    "ActiveTiles",
     "Additive",
     "Alibi",
     "Both",

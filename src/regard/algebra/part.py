@@ -176,10 +176,15 @@ class Projected(Part):
 
 @described
 class Headwise(Part):
-    """The layer reads it off its own heads: `transform(w_h . gelu(x_h))` with x the heads' `source`, "q", "k" or "v"; w starts at 0."""
+    """The layer reads it off its own heads: `transform(w_h . act(x_h))` with x the heads' `source`, "q", "k" or "v".
+
+    act: a plain function, or None for x itself. w starts at N(0, std^2).
+    """
 
     source: str = "q"
     transform: Function | None = None
+    act: Function | None = torch.nn.functional.gelu
+    std: float = 0.0
 
 
 @described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import positive
-from .part import Function, Part, described
+from .part import Function, Part, asks, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +32,13 @@ class Selection:
 
 @described
 class Selector(Part):
-    """`select(q, k, first)` -> Selection; `first` is the absolute position of the first query. No gradient passes through."""
+    """`select(q, k, first, visible)` -> Selection, without gradient, from q and k as they are scored.
 
-    def select(self, q: Tensor, k: Tensor, first: int) -> Selection:
+    first: the absolute position of the first query. visible: absolute positions of queries (n,) -> what the mask shows them,
+    (B or 1, H or 1, n, Lk).
+    """
+
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
         raise NotImplementedError
 
 
@@ -47,7 +52,7 @@ class TopBlocks(Selector):
     def __post_init__(self) -> None:
         positive(self, "block_size", "top_k")
 
-    def select(self, q: Tensor, k: Tensor, first: int) -> Selection:
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
         size, heads = self.block_size, q.shape[1]
         k_len = k.shape[-2]
         complete = k_len // size
@@ -75,9 +80,9 @@ class TopBlocks(Selector):
 
 @described
 class Chosen(Selector):
-    """A user's selector: `function(q, k, first) -> Selection`."""
+    """A user's selector: `function(q, k, first) -> Selection`, or `function(q, k, first, visible)` where it looks at the mask."""
 
     function: Function = lambda q, k, first: None  # replaced by the user's
 
-    def select(self, q: Tensor, k: Tensor, first: int) -> Any:
-        return self.function(q, k, first)
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Any:
+        return self.function(q, k, first, visible) if asks(self.function, 3) else self.function(q, k, first)

@@ -181,7 +181,7 @@ def blended(mechanism: Hybrid, outs: Sequence[Tensor], given: Mapping[str, Any])
     if mechanism.how == "sum":
         return torch.stack(tuple(outs)).sum(0)
     blend = given.get("blend")
-    factors = torch.tensor(mechanism.shares) if blend is None else blend
+    factors = torch.tensor(mechanism.shares, dtype=torch.float64) if blend is None else blend
     if factors.shape != (len(outs),):
         raise RegardError(f"input 'blend' has shape {tuple(factors.shape)}; expected ({len(outs)},), one number a member")
     return sum((o * factor.to(o) for o, factor in zip(outs, factors, strict=True)), torch.zeros_like(outs[0]))

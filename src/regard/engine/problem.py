@@ -246,8 +246,11 @@ def pose(
     q, k = mechanism.score.prepare(q, k, scale, env)  # type: ignore[union-attr]
     selection = None
     if mechanism.select is not None:
+        at, around = indices(sizes, q.device), {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
         with torch.no_grad():
-            selection = mechanism.select.select(q, k, sizes.k_len - sizes.q_len)
+            selection = mechanism.select.select(
+                q, k, sizes.k_len - sizes.q_len, lambda i: visible(mask, at["b"], at["h"], i[:, None], at["j"], around)
+            )
     return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
 
 

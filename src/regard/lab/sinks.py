@@ -12,12 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Mechanism
+from ..algebra import FeatureMap, Headwise, Input, Mechanism, Recurrent, RowLocal, Weighted, elu_plus_one, identity
+from ..algebra.normalizer import exp_shifted, with_sink
+from ..catalog import get
+from ..catalog.registry import register
+from ..errors import RegardError, nearest
 from ..nn import Attention
 from ..nn.parts import SwiGLU
-from .statistics import kurtosis, sink_rate
+from .statistics import importance, kurtosis, sink_rate
 
 BOS, TRIGGERS, VOCAB = 0, (1, 2, 3), 32
+
+
+def sink_metric(weights: Tensor, eps: float = 0.3) -> Tensor:
+    """Sink_k^eps (L,), in percent: for each position k the share of maps (samples, layers, heads, L, L) whose importance
+    alpha_k = mean_{i >= k} A_ik exceeds eps. The paper reports k = 0, L = 64, eps = 0.3."""
+    return 100 * (importance(weights) > eps).double().flatten(0, -2).mean(0)
+
+
+def studied(name: str) -> Mechanism:
+    """The study's ways to weigh: "softmax", "sigmoid" and "elu" (phi(q).phi(k) of elu + 1), the latter two also "-normalised" by their
+    sums, "linear-normalised" (dot products over their absolute sum), and "k-bias": softmax with a learned null logit q.k*."""
+    sink = Input("sink", "bhq", default=float("-inf"), layer=Headwise("q", act=None, std=0.02))
+    known: dict[str, Mechanism] = {
+        "softmax": Weighted(),
+        "sigmoid": get("sigmoid"),
+        "sigmoid-normalised": Weighted(normalizer=RowLocal(torch.sigmoid, torch.sigmoid)),
+        "elu": Recurrent(FeatureMap(elu_plus_one)),
+        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum"),
+        "linear-normalised": Weighted(normalizer=RowLocal(identity, torch.abs)),
+        "k-bias": Weighted(normalizer=RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=(sink,))),
+    }
+    if name not in known:
+        raise RegardError(f"name={name!r}; expected one of {', '.join(known)}.{nearest(name, known)}")
+    return known[name]
 
 
 class Tiny(nn.Module):
@@ -68,6 +96,7 @@ def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
     return tokens, copied
 
 
+@register("attention-sink", kind="experiment")
 def sink_experiment(
     mechanism: str | Mechanism, *, steps: int = 300, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 3e-3, seed: int = 0
 ) -> SinkResult:

@@ -3,10 +3,14 @@
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .decoder import Block, Decoder
+from .frugal import FrugalAttention
+from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
+from .key_bias import KeyValueBias
 from .memory import KeyValueMemory
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prototypes import IDWClassifier
 from .relaxed import RelaxedAttention
+from .rnope import attention_mass, rnope_layers
 from .routing import RoutingAttention
 from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from .sparse_block import SparseBlock, position_embedding
@@ -18,9 +22,13 @@ __all__ = [
     "Attention",
     "Block",
     "Decoder",
+    "FrugalAttention",
     "GatedConv",
+    "GaussianAdaptiveAttention",
+    "GaussianBlock",
     "IDWClassifier",
     "ISAB",
+    "KeyValueBias",
     "KeyValueMemory",
     "LayerScale",
     "LayerState",
@@ -35,6 +43,9 @@ __all__ = [
     "SparseBlock",
     "SwiGLU",
     "TaylorShiftAttention",
+    "attention_mass",
     "based_mixers",
+    "importance_factor",
     "position_embedding",
+    "rnope_layers",
 ]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algebra import Headwise, Input, Learned, Mechanism, Projected, Sizes
@@ -47,7 +46,7 @@ class Inputs(nn.Module):
                 "k": (sizes.kv_heads, sizes.head_dim),
                 "v": (sizes.kv_heads, sizes.value_dim),
             }[item.layer.source]
-            self.learned[item.name] = nn.Parameter(torch.zeros(owners, width))
+            self.learned[item.name] = nn.Parameter(torch.randn(owners, width) * item.layer.std)
         elif isinstance(item.layer, Projected):
             if dim is None:
                 raise RegardError(
@@ -65,7 +64,8 @@ class Inputs(nn.Module):
                     raise RegardError(
                         f"input {item.name!r} is read off the heads' {item.layer.source}, which is not at hand; pass {item.name}=..."
                     )
-                value = (F.gelu(heads[item.layer.source]) * self.learned[item.name].unsqueeze(-2)).sum(-1)
+                of = heads[item.layer.source]
+                value = ((of if item.layer.act is None else item.layer.act(of)) * self.learned[item.name].unsqueeze(-2)).sum(-1)
             elif item.name in self.projected:
                 value = self.projected[item.name](x)
                 value = value.squeeze(-1) if item.shape[-1] != "d" else value

@@ -1,0 +1,67 @@
+"""Thresholds of alpha-entmax by Halley's method kept inside a bisection bracket, and the tiles that lie above them (AdaSplash)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .mask import positive
+from .part import described
+from .rows import row_count, row_max
+from .select import Selection, Selector
+
+MARGIN = 1e-6  # a converged iterate lies on the bracket's edge: with strict bounds it would be thrown away
+
+
+def halley(s: Tensor, seen: Tensor, alpha: float | Tensor, iterations: int) -> Tensor:
+    """tau (..., 1) with sum_j ((alpha - 1) s_j - tau)_+^(1 / (alpha - 1)) = 1 over the seen entries of each row; no gradient.
+
+    From the middle of [max - 1, max - n^(1 - alpha)]; each step takes f, f', f'' from sums of powers c, c - 1, c - 2, c = 1 / (alpha - 1).
+    """
+    with torch.no_grad():
+        x = (alpha - 1) * s.detach()
+        c = 1 / (alpha - 1)
+        top = row_max(x, seen)
+        high, low = top - row_count(seen, x) ** (1 - alpha), top - 1
+        tau = (high + low) / 2
+        for _ in range(iterations):
+            above = seen & (x > tau)
+            gap = torch.where(above, x - tau, 1.0)
+            sums = [torch.where(above, gap**power, 0.0).sum(-1, keepdim=True) for power in (c, c - 1, c - 2)]
+            f, slope, bend = sums[0] - 1, -c * sums[1], c * (c - 1) * sums[2]
+            low, high = torch.where(f > 0, tau, low), torch.where(f > 0, high, tau)
+            step = tau - 2 * f * slope / (2 * slope * slope - f * bend)
+            inside = (step > low - MARGIN) & (step < high + MARGIN)
+            tau = torch.where(inside, step, (low + high) / 2)
+        return tau
+
+
+@described
+class ActiveTiles(Selector):
+    """The tiles of block_size x block_size that hold a weight above zero under alpha-entmax; the others change nothing when left out.
+
+    iterations: Halley steps for each row's threshold; `slack` below it a tile still counts, for the error that is left.
+    """
+
+    alpha: float = 1.5
+    block_size: int = 64
+    iterations: int = 8
+    slack: float = 1e-5
+
+    def __post_init__(self) -> None:
+        positive(self, "block_size", "iterations")
+
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
+        size, k = self.block_size, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        rows = []
+        for start in range(0, q.shape[-2], size):
+            part = q[..., start : start + size, :]
+            s = part @ k.transpose(-1, -2)
+            seen = visible(torch.arange(start, start + part.shape[-2], device=q.device) + first).expand_as(s)
+            tau = halley(s, seen, self.alpha, self.iterations)
+            on = seen & ((self.alpha - 1) * s > tau - self.slack)
+            padded = torch.nn.functional.pad(on, (0, -on.shape[-1] % size))
+            rows.append(padded.unflatten(-1, (-1, size)).any(-1).any(-2))
+        return Selection(torch.stack(rows, -2), size, size)
