@@ -28,7 +28,7 @@ from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
-from .score import Additive, Cosine, Distance, Dot, Network, Pairwise, Phase, Score
+from .score import Additive, Cosine, Distance, Dot, Network, Pairwise, Phase, Relative, Score
 from .select import Chosen, Selection, Selector, TopBlocks
 from .thresholds import ActiveTiles
 
@@ -74,6 +74,7 @@ __all__ = [
     "Recipe",
     "Recurrent",
     "Relayed",
+    "Relative",
     "RelativeBias",
     "Rope",
     "RowLocal",

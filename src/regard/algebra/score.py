@@ -240,6 +240,53 @@ class Network(Score):
         return hidden @ env["w3"].to(q.dtype) + env["b3"].reshape(()).to(q.dtype)
 
 
+def far(sizes: Sizes, reach: int, channels: bool) -> Tensor:
+    return torch.zeros(2 * reach, sizes.heads, sizes.head_dim) if channels else torch.zeros(2 * reach, sizes.heads)
+
+
+@described
+class Relative(Score):
+    """s_ij = D^-1/2 ((q_i + u_h).k_j + q_i.E_(i-j),h + b_(i-j),h): content and position of Transformer-XL, with learned tables.
+
+    Inputs `content` u (H, D), `table` E (2 reach, H, D) and `offset` b (2 reach, H), all from 0; row i - j + reach is offset i - j, which
+    must lie in [-reach, reach).
+    """
+
+    reach: int = 4096
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        table, offset = (bind(far, reach=self.reach, channels=channels) for channels in (True, False))
+        return (
+            Input("content", "hd", layer=Learned(0.0)),
+            Input("table", "fhd", layer=Learned(table)),
+            Input("offset", "fh", layer=Learned(offset)),
+        )
+
+    @property
+    def dot(self) -> bool:
+        return False
+
+    @property
+    def placed(self) -> bool:
+        return True
+
+    def prepare(self, q: Tensor, k: Tensor, scale: float, env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def pair(self, q: Tensor, k: Tensor, env: Mapping[str, Any]) -> Tensor:
+        heads, apart = env["h"][..., 0, 0], env["i"] - env["j"]
+        low, high = int(apart.min()), int(apart.max())
+        if low < -self.reach or high >= self.reach:
+            raise RegardError(f"offsets {low}..{high} lie outside the table's [-{self.reach}, {self.reach}); expected a larger reach")
+        near = slice(low + self.reach, high + self.reach + 1)
+        content = (q + env["content"].to(q.dtype)[heads].unsqueeze(-2)) @ k.transpose(-1, -2)
+        table = env["table"].to(q.dtype)[near][:, heads].movedim(0, -1)  # (..., g, D, offsets)
+        position = q @ table + env["offset"].to(q.dtype)[near][:, heads].movedim(0, -1).unsqueeze(-2)
+        place = (apart - low).expand(content.shape)
+        return q.shape[-1] ** -0.5 * (content + position.expand(*content.shape[:-1], -1).gather(-1, place))
+
+
 def zeros(sizes: Sizes, size: int) -> Tensor:
     return torch.zeros(size)
 

@@ -98,7 +98,7 @@ def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
 
 @register("attention-sink", kind="experiment")
 def sink_experiment(
-    mechanism: str | Mechanism, *, steps: int = 300, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 3e-3, seed: int = 0
+    mechanism: str | Mechanism, *, steps: int = 300, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 6e-3, seed: int = 0
 ) -> SinkResult:
     """Train one layer of `mechanism` for `steps` of 64 sequences (about 5 s on two cores) and look at its weights."""
     torch.manual_seed(seed)

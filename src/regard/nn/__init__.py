@@ -5,16 +5,22 @@ from .based import GatedConv, based_mixers
 from .decoder import Block, Decoder
 from .frugal import FrugalAttention
 from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
+from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
+from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
 from .memory import KeyValueMemory
+from .multi_token import MultiTokenAttention
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prototypes import IDWClassifier
+from .relational import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols, SymbolicAttention
+from .relative_conv import RelativeConvMHA
 from .relaxed import RelaxedAttention
 from .rnope import attention_mass, rnope_layers
 from .routing import RoutingAttention
 from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from .sparse_block import SparseBlock, position_embedding
 from .taylorshift import TaylorShiftAttention
+from .tropical import TropicalAttention, TropicalLinear, maxplus_matmul
 from .vision import AgentAttention, SoftmaxFreeAttention
 
 __all__ = [
@@ -22,10 +28,14 @@ __all__ = [
     "Attention",
     "Block",
     "Decoder",
+    "DualAttention",
     "FrugalAttention",
+    "GINAttention",
     "GatedConv",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GraphTransformer",
+    "GraphTransformerLayer",
     "IDWClassifier",
     "ISAB",
     "KeyValueBias",
@@ -33,7 +43,13 @@ __all__ = [
     "LayerScale",
     "LayerState",
     "MAB",
+    "MultiTokenAttention",
     "PMA",
+    "PNAAttention",
+    "PositionalSymbols",
+    "RelationalAttention",
+    "RelativeConvMHA",
+    "RelativeSymbols",
     "RelaxedAttention",
     "RoutingAttention",
     "SAB",
@@ -41,11 +57,17 @@ __all__ = [
     "ShortConv",
     "SoftmaxFreeAttention",
     "SparseBlock",
+    "SparseGINAdapter",
     "SwiGLU",
+    "SymbolicAttention",
     "TaylorShiftAttention",
+    "TropicalAttention",
+    "TropicalLinear",
     "attention_mass",
     "based_mixers",
     "importance_factor",
+    "laplacian_positions",
+    "maxplus_matmul",
     "position_embedding",
     "rnope_layers",
 ]

@@ -1,0 +1,163 @@
+"""Multi-token attention: convolutions over queries, keys and heads of logits and of weights (id 11; Golovneva et al., 2025).
+
+C_ij = sum_{a, b} theta_ab S_(i-a)(j+b),  p = softmax(C),  then the same kind of convolution on p; future entries count as 0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..algebra import Rope, row_softmax
+from ..catalog.registry import register
+from ..errors import RegardError
+
+ROWS = 256  # queries worked on at once
+
+
+@dataclass
+class TokenCache:
+    """Keys and values so far, and the last queries that convolutions still reach, (B, H, n, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    length: int
+
+
+class KeyQueryConv(nn.Module):
+    """Depthwise convolution of (B, H, rows, keys) over the last `queries` rows and `keys` centred columns; it starts as the identity."""
+
+    def __init__(self, heads: int, queries: int, keys: int):
+        super().__init__()
+        if queries < 1 or keys < 1 or keys % 2 == 0:
+            raise RegardError(f"queries={queries}, keys={keys}: expected positive sizes, the second odd")
+        self.weight = nn.Parameter(torch.zeros(heads, 1, queries, keys))
+        self.weight.data[:, :, -1, keys // 2] = 1
+
+    def forward(self, s: Tensor) -> Tensor:
+        heads, _, queries, keys = self.weight.shape
+        return F.conv2d(F.pad(s, (keys // 2, keys // 2, queries - 1, 0)), self.weight, groups=heads)
+
+
+class HeadMix(nn.Module):
+    """Heads in groups of `group` mixed by a matrix each, from the identity."""
+
+    def __init__(self, heads: int, group: int):
+        super().__init__()
+        if heads % group:
+            raise RegardError(f"heads={heads} is not a multiple of head groups of {group}")
+        self.weight = nn.Parameter(torch.eye(group).repeat(heads // group, 1, 1))
+
+    def forward(self, s: Tensor) -> Tensor:
+        parts = s.unflatten(1, (self.weight.shape[0], -1))
+        return torch.einsum("bghqk,gfh->bgfqk", parts, self.weight).flatten(1, 2)
+
+
+@register("mta", kind="module")
+class MultiTokenAttention(nn.Module):
+    """Causal, x (B, L, dim) -> (B, L, dim). queries, keys: sizes of the convolutions on logits (pre) and weights (post); 0 heads in
+    pre_mix or post_mix: no mixing. norm: RMSNorm a head, times 1 - lambda_init = 0.2 + 0.6 exp(-0.3 depth) where `depth` is given.
+    gate: times sigmoid(o . w) a head. convolve=False leaves both convolutions out (the published model has them in every 4th layer).
+
+    Rows of weights are formed a block at a time and recomputed in the backward pass: memory is blocks of rows, not L x L.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        queries: int = 6,
+        keys: int = 11,
+        pre_mix: int | None = None,
+        post_mix: int | None = None,
+        norm: bool = True,
+        depth: int | None = None,
+        gate: bool = True,
+        convolve: bool = True,
+        rope: bool = False,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
+        self.heads, width = heads, dim // heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.reach = queries - 1 if convolve else 0
+        self.pre, self.post = (KeyQueryConv(heads, queries, keys) if convolve else nn.Identity() for _ in range(2))
+        self.pre_mix, self.post_mix = (HeadMix(heads, heads if n is None else n) if n != 0 else nn.Identity() for n in (pre_mix, post_mix))
+        self.norm = nn.RMSNorm(width, eps=1e-6) if norm else nn.Identity()
+        self.factor = 1.0 if depth is None else 0.2 + 0.6 * 2.718281828459045 ** (-0.3 * depth)
+        self.gate = nn.Linear(width, 1) if gate else None
+        self.rope = Rope() if rope else None
+
+    def heads_of(self, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.rope is not None:
+            at = torch.arange(position, position + x.shape[1], device=x.device)
+            q, k = self.rope.rotate(q, at), self.rope.rotate(k, at)
+        return q, k, v
+
+    def rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, drop: int) -> Tensor:
+        """Outputs of the queries after the first `drop` of q, which stand at `first`, first + 1, ...; those dropped feed convolutions."""
+        at = torch.arange(first, first + q.shape[2], device=q.device)
+        seen = (at[:, None] >= torch.arange(k.shape[2], device=q.device))[None, None]
+        s = torch.where(seen, q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, 0.0)
+        s = self.pre_mix(self.pre(s))
+        p = row_softmax(s, seen.expand_as(s))
+        p = torch.where(seen, self.post(p), 0.0)
+        return self.post_mix(p)[:, :, drop:] @ v  # type: ignore[no-any-return]
+
+    def close(self, o: Tensor) -> Tensor:
+        o = self.norm(o) * self.factor
+        o = o if self.gate is None else torch.sigmoid(self.gate(o)) * o
+        return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """documents (B, L): ids of packed documents, one after another; convolutions and attention stay inside each."""
+        q, k, v = self.heads_of(x, 0)
+        if documents is None:
+            return self.close(self.blocks(q, k, v))
+        samples = []
+        for b in range(x.shape[0]):
+            lengths = documents[b].unique_consecutive(return_counts=True)[1].tolist()
+            parts = zip(*(y[b : b + 1].split(lengths, 2) for y in (q, k, v)), strict=True)
+            samples.append(torch.cat([self.blocks(*part) for part in parts], 2))
+        return self.close(torch.cat(samples))
+
+    def blocks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A document's outputs, a block of rows at a time."""
+        outs = []
+        for start in range(0, q.shape[2], ROWS):
+            stop, first = min(start + ROWS, q.shape[2]), max(0, start - 2 * self.reach)
+            given = (q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], first, start - first)
+            outs.append(checkpoint(self.rows, *given, use_reentrant=False) if torch.is_grad_enabled() else self.rows(*given))
+        return torch.cat(outs, 2)
+
+    def step(self, x: Tensor, state: TokenCache | None = None) -> tuple[Tensor, TokenCache]:
+        """New tokens x (B, n, dim) after those in `state`; equal to `forward` over all of them."""
+        q, k, v = self.heads_of(x, 0 if state is None else state.length)
+        old = TokenCache(q[:, :, :0], k[:, :, :0], v[:, :, :0], 0) if state is None else state
+        new = TokenCache(torch.cat((old.q, q), 2), torch.cat((old.k, k), 2), torch.cat((old.v, v), 2), old.length + x.shape[1])
+        o = self.rows(new.q, new.k, new.v, new.length - new.q.shape[2], old.q.shape[2])
+        return self.close(o), replace(new, q=new.q[:, :, max(0, new.q.shape[2] - 2 * self.reach) :])
+
+
+def find_block(count: int, blocks: int = 6, size: int = 5, asked: int = 2, letters: int = 26, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The toy task: tokens (count, blocks * (size + 1) + asked), blocks of random letters each closed by a separator, then `asked` letters;
+    the answer (count,) is the only block that holds all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[Tensor] = []
+    answers: list[int] = []
+    while len(tokens) < count:
+        text = torch.randint(letters, (blocks, size), generator=generator)
+        answer = int(torch.randint(blocks, (1,), generator=generator))
+        query = text[answer, torch.randperm(size, generator=generator)[:asked]]
+        holds = (text[:, :, None] == query).any(1).all(-1)
+        if int(holds.sum()) == 1 and query.unique().numel() == asked:
+            tokens.append(torch.cat((F.pad(text, (0, 1), value=letters).flatten(), query)))
+            answers.append(answer)
+    return torch.stack(tokens), torch.tensor(answers)
