@@ -59,7 +59,7 @@ def entries() -> dict[str, Entry]:
         package = importlib.import_module("regard.mechanisms")
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
-        for home in ("regard.nn", "regard.lab.sinks"):  # systems that are layers or experiments of their own
+        for home in ("regard.nn", "regard.lab.sinks", "regard.lab.limits"):  # systems that are layers or experiments of their own
             importlib.import_module(home)
     return _entries
 

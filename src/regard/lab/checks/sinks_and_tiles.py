@@ -53,7 +53,7 @@ def _() -> tuple[float, float]:
 @check(
     "attention-sink",
     "tiny task: sink rate of softmax on the first token, mean of two seeds, copies right in >= 95%",
-    above=0.5,
+    above=0.3,
     control="sigmoid",
 )
 def _() -> tuple[float, float]:
