@@ -56,11 +56,11 @@ def entries() -> dict[str, Entry]:
     global _loaded
     if not _loaded:
         _loaded = True
-        package = importlib.import_module("regard.mechanisms")
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
-        for home in ("regard.nn", "regard.lab.sinks", "regard.lab.limits"):  # systems that are layers or experiments of their own
-            importlib.import_module(home)
+        for home in ("regard.mechanisms", "regard.lab.experiments"):
+            package = importlib.import_module(home)
+            for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+                importlib.import_module(module.name)
+        importlib.import_module("regard.nn")  # systems that are layers of their own
     return _entries
 
 

@@ -1,7 +1,7 @@
 """Latent alignments: attention as a random variable, trained exactly, by bounds or by sampling (id 45; Deng et al., 2018).
 
-    z ~ p(z | x, h) = softmax(score),  y ~ p(y | x_z, h);   log p(y) = log sum_z p(z) p(y | x_z)
-    ELBO = E_q[log p(y | x_z)] - KL(q || p) <= log p(y),   q(z | x, h, y) from an inference network
+z ~ p(z | x, h) = softmax(score),  y ~ p(y | x_z, h);   log p(y) = log sum_z p(z) p(y | x_z)
+ELBO = E_q[log p(y | x_z)] - KL(q || p) <= log p(y),   q(z | x, h, y) from an inference network
 """
 
 from __future__ import annotations

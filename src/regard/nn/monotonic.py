@@ -1,7 +1,7 @@
 """Latent monotonic attention: positions that only move forward, summed over or aligned (id 51; Zeyer et al., 2021).
 
-    p(y, t | x) = prod_s p(t_s | t_{s-1}, x) p(y_s | c_s),   t_1 < t_2 < ... < t_S
-    p(t_s = t | t_{s-1}) = sigma(u_t) prod_{t_{s-1} < t' < t} (1 - sigma(u_t')),   c_s: the frame at t_s, a window, or a segment
+p(y, t | x) = prod_s p(t_s | t_{s-1}, x) p(y_s | c_s),   t_1 < t_2 < ... < t_S
+p(t_s = t | t_{s-1}) = sigma(u_t) prod_{t_{s-1} < t' < t} (1 - sigma(u_t')),   c_s: the frame at t_s, a window, or a segment
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ from ..algebra import row_softmax
 from ..catalog.registry import register
 from ..errors import RegardError
 
+NEVER = -1e30  # a finite stand-in for log 0: a sum over impossible pasts then has a gradient
+
 
 def jump_scores(u: Tensor) -> Tensor:
-    """u (..., T) stop logits -> log p(t | t') (..., T + 1, T) for t' = -1..T - 1 (row t' + 1), -inf unless t > t'."""
+    """u (..., T) stop logits -> log p(t | t') (..., T + 1, T) for t' = -1..T - 1 (row t' + 1), NEVER unless t > t'."""
     stop, go = F.logsigmoid(u), F.logsigmoid(-u)
     passed = F.pad(go.cumsum(-1), (1, 0))  # passed[t]: sum of go before t
     score = stop.unsqueeze(-2) + passed[..., None, :-1] - passed[..., :, None]
     later = torch.ones(u.shape[-1] + 1, u.shape[-1], dtype=torch.bool, device=u.device).triu()
-    return score.masked_fill(~later, float("-inf"))
+    return score.masked_fill(~later, NEVER)
+
+
+def moves(jumps: Tensor, labels: Tensor) -> list[Tensor]:
+    """For each label s log p(t | t') p(y_s | t', t), (..., T + 1, T): labels (..., S, T), of t alone, or (..., S, T + 1, T)."""
+    paired = labels.dim() > jumps.dim()
+    return [jumps + (one if paired else one.unsqueeze(-2)) for one in labels.unbind(-3 if paired else -2)]
 
 
 def full_sum(jumps: Tensor, labels: Tensor) -> Tensor:
-    """log sum over t_1 < .. < t_S of prod p(t_s | t_{s-1}) p(y_s | t_s): jumps (..., T + 1, T), labels (..., S, T) log p(y_s | t)."""
-    alpha = jumps[..., 0, :] + labels[..., 0, :]
-    for s in range(1, labels.shape[-2]):
-        alpha = torch.logsumexp(alpha.unsqueeze(-1) + jumps[..., 1:, :], -2) + labels[..., s, :]
+    """log sum over t_1 < .. < t_S of prod p(t_s | t_{s-1}) p(y_s | t_{s-1}, t_s); shapes as `moves`."""
+    first, *rest = moves(jumps, labels)
+    alpha = first[..., 0, :]
+    for one in rest:
+        alpha = torch.logsumexp(alpha.unsqueeze(-1) + one[..., 1:, :], -2)
     return torch.logsumexp(alpha, -1)
 
 
 def viterbi(jumps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The best alignment t (..., S) and its log probability (...,)."""
-    alpha, back = jumps[..., 0, :] + labels[..., 0, :], []
-    for s in range(1, labels.shape[-2]):
-        best = (alpha.unsqueeze(-1) + jumps[..., 1:, :]).max(-2)
-        alpha = best.values + labels[..., s, :]
+    first, *rest = moves(jumps, labels)
+    alpha, back = first[..., 0, :], []
+    for one in rest:
+        best = (alpha.unsqueeze(-1) + one[..., 1:, :]).max(-2)
+        alpha = best.values
         back.append(best.indices)
     last = alpha.max(-1)
     path = [last.indices]
@@ -63,7 +73,7 @@ class MonotonicDecoder(nn.Module):
     """Frames x (B, T, inputs), labels y (B, S) -> log-likelihoods, alignments and hypotheses.
 
     context: "hard" the frame at t_s; "window" softmax over t_s - width..t_s + width; "segment" over t_{s-1} + 1..t_s; "global" over all frames.
-    Labels do not depend on earlier labels but through the position, so that alignments can be summed over exactly for "hard" and "window".
+    Labels depend on earlier labels only through positions, so alignments are summed over exactly: O(S T^2), for "segment" with T^2 contexts.
     """
 
     def __init__(self, inputs: int, classes: int, dim: int = 64, context: str = "segment", width: int = 5):
@@ -71,13 +81,14 @@ class MonotonicDecoder(nn.Module):
         if context not in ("hard", "window", "segment", "global"):
             raise RegardError(f"context={context!r}; expected hard, window, segment or global")
         self.context, self.width = context, width
-        self.encoder = nn.GRU(inputs, dim // 2, bidirectional=True, batch_first=True)
+        # Frames see two neighbours on each side: an encoder of long reach would let any frame tell any label, and alignments mean nothing.
+        self.encoder = nn.Sequential(nn.Conv1d(inputs, dim, 3, padding=1), nn.ReLU(), nn.Conv1d(dim, dim, 3, padding=1))
         self.stop, self.energy = nn.Linear(dim, 1), nn.Linear(dim, 1)
         self.label = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, classes))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Frames h (B, T, dim) and stop logits u (B, T)."""
-        h = self.encoder(x)[0]
+        h = self.encoder(x.transpose(1, 2)).transpose(1, 2)
         return h, self.stop(h).squeeze(-1)
 
     def contexts(self, h: Tensor, before: Tensor, at: Tensor) -> Tensor:
@@ -97,18 +108,22 @@ class MonotonicDecoder(nn.Module):
         return self.label(self.contexts(h, before, at)).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)  # type: ignore[no-any-return]
 
     def emissions(self, h: Tensor, y: Tensor) -> Tensor:
-        """log p(y_s | t) (B, S, T); for "segment" the segment is taken to be the frame alone, as alignment search needs."""
-        at = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
-        scores = self.label(self.contexts(h, at - 1, at)).log_softmax(-1)
-        return scores.gather(-1, y[:, None].expand(-1, h.shape[1], -1)).transpose(1, 2)  # type: ignore[no-any-return]
+        """log p(y_s | t) (B, S, T), or for "segment" log p(y_s | t', t) (B, S, T + 1, T)."""
+        batch, frames = h.shape[:2]
+        at = torch.arange(frames, device=h.device)
+        if self.context != "segment":
+            scores = self.label(self.contexts(h, at.expand(batch, -1) - 1, at.expand(batch, -1))).log_softmax(-1)
+            return scores.gather(-1, y[:, None].expand(-1, frames, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+        before = torch.arange(-1, frames, device=h.device).repeat_interleave(frames).expand(batch, -1)
+        context = self.contexts(h, before, at.repeat(frames + 1).expand(batch, -1))
+        scores = self.label(context).log_softmax(-1).gather(-1, y[:, None].expand(-1, context.shape[1], -1))
+        return scores.transpose(1, 2).unflatten(-1, (frames + 1, frames))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, y: Tensor, alignment: Tensor | None = None) -> Tensor:
-        """log p (B,): summed over alignments (not for "segment"), or of one alignment t (B, S)."""
+        """log p (B,): summed over all alignments, or of one alignment t (B, S)."""
         h, u = self.encode(x)
         jumps = jump_scores(u)
         if alignment is None:
-            if self.context == "segment":
-                raise RegardError("context='segment' has no sum over alignments: a label depends on two positions; pass alignment=...")
             return full_sum(jumps, self.emissions(h, y))
         before = F.pad(alignment[:, :-1], (1, 0), value=-1)
         batch = torch.arange(len(y))[:, None]
@@ -148,7 +163,9 @@ def linear_alignment(count: int, frames: int, batch: int) -> Tensor:
     return (torch.arange(1, count + 1) * frames / count).round().long().sub(1).expand(batch, -1)
 
 
-def stretched(count: int, symbols: int = 5, labels: int = 4, least: int = 2, most: int = 5, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def stretched(
+    count: int, symbols: int = 5, labels: int = 4, least: int = 2, most: int = 5, noise: float = 0.2, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The synthetic task: frames (count, labels * most, symbols + 1), each label's one-hot for a random number of frames with noise, the rest of
     the frames marked by the last channel; labels (count, labels), no two alike in a row; and each label's last frame."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from ...engine import attend, step, weights
 from ...nn import Attention
 from ...nn.parts import HeadGate
 from .. import naive
-from ..sinks import trained
+from ..experiments.sinks import trained
 from ..verification import check
 from .weighted import identity_values, qkv, weights_of
 

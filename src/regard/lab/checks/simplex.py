@@ -15,7 +15,7 @@ from ...engine import attend, weights
 from ...mechanisms.weighted.entmax import entmax_weights
 from ...mechanisms.weighted.sparsemax import sparsemax_loss, sparsemax_weights
 from .. import naive, statistics
-from ..flow import attention_flow
+from ..experiments.flow import attention_flow
 from ..verification import check
 from .weighted import identity_values, qkv, weights_of
 

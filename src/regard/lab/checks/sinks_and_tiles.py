@@ -16,7 +16,7 @@ from ...mechanisms.weighted.adasplash import entmax_halley
 from ...mechanisms.weighted.entmax import entmax_weights
 from ...nn import KeyValueBias
 from .. import naive
-from ..sinks import sink_metric, studied, trained
+from ..experiments.sinks import sink_metric, studied, trained
 from ..verification import check
 from .weighted import qkv
 

@@ -14,7 +14,8 @@ from ...catalog import get
 from ...engine import attend, weights
 from ...mechanisms.recurrent.softmax_as_rnn import stabilised, taylor_recurrent_attention
 from ...nn import Attention
-from .. import limits, localist, naive, shaped
+from .. import naive
+from ..experiments import limits, localist, shaped
 from ..verification import check
 from .weighted import qkv
 

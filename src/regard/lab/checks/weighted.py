@@ -13,7 +13,7 @@ from ...engine import attend, attend_with_stats, merge
 from ...mechanisms.weighted.qknorm import g0_from_lengths
 from ...mechanisms.weighted.softpick import softpick_weights
 from .. import naive
-from ..sinks import trained
+from ..experiments.sinks import trained
 from ..verification import check
 
 F64 = torch.float64

@@ -20,7 +20,7 @@ def dialled(s: Tensor, query_block: Tensor, key_block: Tensor, dial: Tensor, rul
 def localist_dial() -> Weighted:
     """Inputs: `query_block` (B, Lq), `key_block` (B, Lk), ids of blocks as numbers (default: one block); `dial`, broadcasting to (B, H, Lq, 1), 0
     free .. 1 confined (a token may have its own; just below 1 stays finite); `rules` (B, H, Lq, Lk), logits of injected rules and anchors.
-    Nothing is retrained when it turns. `regard.lab.localist` has penalties, anchors, bounds and measures."""
+    Nothing is retrained when it turns. `regard.lab.experiments.localist` has penalties, anchors, bounds and measures."""
     inputs = (
         Input("query_block", "bq", default=0.0),
         Input("key_block", "bk", default=0.0),

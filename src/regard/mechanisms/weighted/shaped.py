@@ -22,7 +22,7 @@ def cooled(n: Tensor, factor: float) -> Tensor:
 @register("shaped-transformer")
 def shaped_attention(width: int = 128, tau0: float = 1.0) -> Weighted:
     """width: channels of the model, whose square root the logits are divided by once more. The layer's residual branch should be weighted:
-    lambda x + gamma A x W with lambda^2 + gamma^2 = 1 (`regard.lab.shaped`)."""
+    lambda x + gamma A x W with lambda^2 + gamma^2 = 1 (`regard.lab.experiments.shaped`)."""
     if width < 1 or tau0 <= 0:
         raise RegardError(f"width={width}, tau0={tau0}: expected positive numbers")
     return Weighted(score=Dot(bind(cooled, factor=1 / (tau0 * width**0.5))), normalizer=RowWise(shaped))

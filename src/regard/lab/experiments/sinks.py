@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import FeatureMap, Headwise, Input, Mechanism, Recurrent, RowLocal, Weighted, elu_plus_one, identity
-from ..algebra.normalizer import exp_shifted, with_sink
-from ..catalog import get
-from ..catalog.registry import register
-from ..errors import RegardError, nearest
-from ..nn import Attention
-from ..nn.parts import SwiGLU
-from .statistics import importance, kurtosis, sink_rate
+from ...algebra import FeatureMap, Headwise, Input, Mechanism, Recurrent, RowLocal, Weighted, elu_plus_one, identity
+from ...algebra.normalizer import exp_shifted, with_sink
+from ...catalog import get
+from ...catalog.registry import register
+from ...errors import RegardError, nearest
+from ...nn import Attention
+from ...nn.parts import SwiGLU
+from ..statistics import importance, kurtosis, sink_rate
 
 BOS, TRIGGERS, VOCAB = 0, (1, 2, 3), 32
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..catalog.registry import register
-from ..errors import RegardError
+from ...catalog.registry import register
+from ...errors import RegardError
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def recruit(
     return state
 
 
-def try_change(state: Recruitment, what: str, block: int, means: Tensor, total: Callable[[Tensor], tuple[float, float, Tensor]], margin: float) -> bool:
+def try_change(
+    state: Recruitment, what: str, block: int, means: Tensor, total: Callable[[Tensor], tuple[float, float, Tensor]], margin: float
+) -> bool:
     """Accept the new means if J falls by more than the margin; either way the decision is kept."""
     old_bits, old_price, _ = total(state.means)
     bits, price, labels = total(means)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra import Weighted
-from ..engine import attend
-from ..mechanisms.weighted.shaped import shaped_attention
+from ...algebra import Weighted
+from ...engine import attend
+from ...mechanisms.weighted.shaped import shaped_attention
 
 
 def moments(v: Tensor) -> tuple[Tensor, Tensor]:

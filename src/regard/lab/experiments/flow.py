@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..catalog import get
-from ..engine import attend
-from ..engine.weights import weights
-from ..errors import RegardError
+from ...catalog import get
+from ...engine import attend
+from ...engine.weights import weights
+from ...errors import RegardError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..catalog.registry import register
-from ..errors import RegardError
+from ...catalog.registry import register
+from ...errors import RegardError
 
 ENUMERABLE = 1 << 18
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import RegardError
+from ...errors import RegardError
 
 
 def group_penalty(groups: list[Tensor]) -> Tensor:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra import Weighted
-from ..catalog import get
-from ..catalog.registry import register
-from ..engine import attend
-from ..errors import RegardError
+from ...algebra import Weighted
+from ...catalog import get
+from ...catalog.registry import register
+from ...engine import attend
+from ...errors import RegardError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Findings as experiments: functions with parameters that return what they measured."""
