@@ -1,5 +1,6 @@
 """Layers and small models around the mechanisms."""
 
+from .alignment import LatentAlignment
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .decoder import Block, Decoder
@@ -9,6 +10,7 @@ from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacia
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
 from .memory import KeyValueMemory
+from .monotonic import MonotonicDecoder
 from .multi_token import MultiTokenAttention
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prototypes import IDWClassifier
@@ -40,9 +42,11 @@ __all__ = [
     "ISAB",
     "KeyValueBias",
     "KeyValueMemory",
+    "LatentAlignment",
     "LayerScale",
     "LayerState",
     "MAB",
+    "MonotonicDecoder",
     "MultiTokenAttention",
     "PMA",
     "PNAAttention",
