@@ -7,8 +7,8 @@ import torch
 
 import regard
 from regard.lab import statistics as S
-from regard.lab.quantisation import quantised
 from regard.lab.experiments.sinks import TRIGGERS, sink_experiment, text
+from regard.lab.quantisation import quantised
 
 
 def maps(*shape, k_len=None):

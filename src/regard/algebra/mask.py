@@ -29,6 +29,10 @@ class Mask(Part):
         """(some pair visible, every pair visible) for blocks i0..i1, j0..j1, both ends included; None: look at the pairs."""
         return None
 
+    def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """(B or 1, Lk or 1) bool: keys that some query may see, where a tensor of the mask says so; None: look at the pairs."""
+        return None
+
     @property
     def depends(self) -> str:
         """Which of "b", "h" the mask looks at."""
@@ -310,6 +314,9 @@ class Padding(Mask):
         keep = env["keep"].flatten(0, -2) if env["keep"].dim() > 2 else env["keep"]
         return keep[b if keep.shape[0] > 1 else torch.zeros_like(b), j] & (i == i)
 
+    def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return inputs["keep"].flatten(0, -2) if inputs["keep"].dim() > 2 else inputs["keep"]
+
     @property
     def depends(self) -> str:
         return "b"
@@ -325,6 +332,9 @@ class Explicit(Mask):
         table = env["visible"]
         at = [index if size > 1 else torch.zeros_like(index) for index, size in zip((b, h, i - env["offset"], j), table.shape, strict=True)]
         return table[tuple(at)]
+
+    def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return inputs["visible"].any(2).any(1)
 
     @property
     def depends(self) -> str:

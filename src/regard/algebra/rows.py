@@ -15,7 +15,7 @@ from .part import Function, Input, call, described
 class RowWise(Normalizer):
     """p_i = function(s_i, seen_i): any plain function of whole rows of scores.
 
-    function(s, seen, ...) gets scores (..., Lq, Lk), 0 where hidden, the bool tensor of visible pairs, and by name any of n (visible
+    function(s, seen, ...) gets scores (..., Lq, Lk), 0 where hidden (by the mask, or by a score of -inf), the bool tensor of visible pairs, and by name any of n (visible
     count), i, j, h, b and declared inputs; it returns weights, of which hidden ones are set to 0. Runs in blocks of rows, each with
     all the keys it sees, and is recomputed in the backward pass: memory is one block, never Lq x Lk.
     """
@@ -28,7 +28,7 @@ class RowWise(Normalizer):
         return True
 
     def weights(self, s: Tensor, visible: Tensor, env: Any) -> Tensor:
-        visible = visible.expand_as(s)
+        visible = visible.expand_as(s) & (s > float("-inf"))
         return torch.where(visible, call(self.function, torch.where(visible, s, 0.0), visible, env=env), 0.0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Full, Mask, Window
+from ..algebra.mask import Causal, Full, Mask, Window, conjuncts
 from ..algebra.mechanism import Mechanism, Weighted
 from ..algebra.part import Input, Sizes, asks, call, show
 from ..algebra.rows import RowWise
@@ -208,6 +208,16 @@ def check_functions(mechanism: Weighted, mask: Mask) -> None:
                 )
 
 
+def keys_in_sight(mask: Mask, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """(B or 1, Lk or 1) bool: keys that some query may see, as far as the mask's tensors tell it at once; None: they do not."""
+    found: Tensor | None = None
+    for part in conjuncts(mask):
+        seen = part.in_sight(inputs)
+        if seen is not None:
+            found = seen if found is None else found & seen
+    return found
+
+
 def combine_masks(mechanism: Weighted, mask: Mask) -> Mask:
     own = mechanism.mask
     assert isinstance(own, Mask)
@@ -234,6 +244,9 @@ def pose(
     masks = fill_inputs({name: declared[name] for name in mask_names}, given, sizes, q)
     counts = visible_counts(mask, sizes, masks, q.device) if need_counts or wants_counts(mechanism) else None
     counts = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+    read = keys_in_sight(mask, masks)
+    if read is not None:  # what stands where no query looks, NaN even, must reach no product
+        k, v = (torch.where(read[:, None, :, None], x, 0.0) for x in (k, v))
     rest = {name: spec for name, spec in declared.items() if name not in mask_names}
     inputs = {**masks, **fill_inputs(rest, given, sizes, q, counts)}
     if mechanism.position is not None:

@@ -24,7 +24,7 @@ def at_least(total: Tensor, eps: float) -> Tensor:
 
 def reweighted(weights: Tensor, seen: Tensor, n: Tensor, p: float, eps: float) -> Tensor:
     """Keep what lies above the uniform level 1 / n, sharpen by the power p, and normalise again."""
-    above = torch.relu(n * weights - (n > 3).to(weights.dtype))
+    above = torch.where(seen, torch.relu(n * weights - (n > 3).to(weights.dtype)), 0.0)
     top = row_max(above, seen).detach()
     top = torch.where(top > 0, top, 1.0)
     # Powers are taken of shares of the maximum, so p = 15 overflows nowhere; eps is scaled alike, which changes no weight.
