@@ -66,6 +66,22 @@ def test_inputs_and_their_gradients(mechanism, inputs):
     agree(mechanism, CAUSAL, **inputs)
 
 
+@pytest.mark.parametrize("name", ["softmax", "softpick", "entmax"])
+def test_masks_that_read_tensors(name):
+    keep = torch.arange(150)[None] < torch.tensor([[101], [150]])
+    ids = (torch.arange(150) // 64 * 70_000_000)[None]
+    q, k, v = (torch.randn(2, h, 150, 24) for h in (4, 2, 2))
+    seen = torch.rand(2, 4, 150, 150) < 0.5
+    for mask, given in (
+        (regard.Padding(), {"keep": keep}),
+        (CAUSAL & regard.Segments(), {"segments": ids}),
+        (CAUSAL & regard.Segments() & regard.Padding(), {"segments": ids, "keep": keep}),
+        (seen, {}),
+    ):
+        ours, truth = (regard.attend(q, k, v, name, mask=mask, executor=e, **given) for e in ("native", "reference"))
+        torch.testing.assert_close(ours, truth, atol=2e-5, rtol=0)
+
+
 def test_selections_of_blocks_and_of_queries():
     keep = torch.rand(2, 4, 3, 3) > 0.5
     blocks = Weighted(select=Chosen(lambda q, k, first: Selection(keep, 64, 64)))

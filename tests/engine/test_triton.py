@@ -15,17 +15,26 @@ import torch, torch.nn.functional as F, regard
 from regard import Causal, Cosine, Neighborhood, RowLocal, Sinks, Weighted, Window
 from regard.algebra import softmax_plus
 torch.manual_seed(0)
+from regard import Padding, Segments
+from regard.algebra import Input, Modified
+def biased(name, shape):
+    space = {{}}
+    exec(f"def move(s, {{name}}): return s + {{name}}", space)
+    return Weighted(position=Modified(space["move"], (Input(name, shape),)))
 def near(b, h, i, j):
     return (j <= i) & (i - j < 24)
 CASES = {cases}
 for mechanism, mask in CASES:
     q, k, v = (torch.randn(1, h, n, d, requires_grad=True) for h, n, d in ((2, 70, 8), (1, 70, 8), (1, 70, 6)))
-    made = dict(sink=torch.rand(2), slopes=torch.rand(2), temperature=1 + torch.rand(2))
-    inputs = {{item.name: made[item.name] for item in mechanism.declared if item.name in made}}
+    made = dict(sink=torch.rand(2), slopes=torch.rand(2), temperature=1 + torch.rand(2), alpha=1.2 + torch.rand(2) / 2)
+    made |= dict(per_pair=torch.randn(1, 2, 70, 70), per_key=torch.randn(1, 70), per_query=torch.randn(1, 1, 70))
+    masks = dict(keep=(torch.arange(70) % 9 > 1)[None], segments=(torch.arange(70) > 31).long()[None])
+    inputs = {{item.name: made[item.name].clone().requires_grad_() for item in mechanism.declared if item.name in made}}
+    of_mask = {{item.name: masks[item.name] for part in regard.algebra.as_mask(mask).parts() for item in getattr(part, "inputs", ())}}
     results = []
     for executor in ("triton", "reference"):
-        out = regard.attend(q, k, v, mechanism, mask=mask, executor=executor, **inputs)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        out = regard.attend(q, k, v, mechanism, mask=mask, executor=executor, **inputs, **of_mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, *inputs.values()))))
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 2e-5 * max(1.0, float(b.abs().max())), (mechanism, mask, (a - b).abs().max())
 print("equal", len(CASES))
@@ -36,6 +45,9 @@ CASES = {
     "shifts": '[(Weighted(), Causal()), (regard.get("softpick"), Causal()), (regard.get("cog-attention"), None)]',
     "inputs": "[(Weighted(normalizer=softmax_plus()), Causal()), (Weighted(score=Cosine()), None), (Weighted(position=regard.Alibi()), Causal())]",
     "unnormalised": '[(regard.get("sigmoid"), Causal()), (regard.get("relu"), Causal() & (Window(9) | Sinks(2)))]',
+    "roots": '[(regard.get("sparsemax"), Causal()), (regard.get("entmax"), None), (regard.get("entmax", alpha=1.5), Causal() & Window(9))]',
+    "masks with tensors": "[(Weighted(), Padding()), (regard.get('softpick'), Causal() & Segments()), (regard.get('sparsemax'), Causal() & Padding())]",
+    "inputs of pairs, keys and queries": "[(biased('per_pair', 'bhqk'), None), (biased('per_key', 'bk'), Causal()), (biased('per_query', 'bhq'), Causal())]",
     "blocks": "[(Weighted(), Neighborhood((7, 10), (3, 5), (1, 2))), (Weighted(), Causal() & Window(20))]",
 }
 
@@ -46,6 +58,45 @@ def test_kernels_equal_reference(name):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(cases=CASES[name])], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "equal" in done.stdout
+
+
+COMPILE = """
+import regard
+from regard import Causal, Segments, Weighted
+from regard.algebra import softmax_plus
+from regard.engine.kernels import declared_sides
+from regard.engine.triton.generate import compiled, generate
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+SIZES = dict(HEADS=8, GROUP=2, BLOCK_M=64, BLOCK_N=64, D=64, DV=64, D_PAD=64, DV_PAD=64)
+CASES = {cases}
+for mechanism, mask, wrt in CASES:
+    kernels = compiled(generate(mechanism, mask, declared_sides(mechanism, mask), wrt))
+    for name in ("forward", "backward_dq", "backward_dkv"):
+        names = kernels[name].arg_names
+        kinds = {{n: "constexpr" if n in SIZES else "*bf16" if n in ("Q", "K", "V", "DO") else "*i32" if n in ("Lists", "Lengths") else
+                  "*fp32" if n[0].isupper() and n not in ("Lq", "Lk") or n.endswith(("_at", "_to")) else "i32" for n in names}}
+        made = compile(ASTSource(fn=kernels[name], signature=kinds, constexprs=SIZES), target=GPUTarget("cuda", 90, 32))
+        assert "cubin" in made.asm
+print("compiled", len(CASES))
+"""
+
+TO_COMPILE = {
+    "softmax and a learned sink": '[(Weighted(), Causal(), ()), (Weighted(normalizer=softmax_plus()), Causal(), ("sink",))]',
+    "entmax with a learned alpha, packed": '[(regard.get("entmax"), Causal() & Segments(), ("alpha",))]',
+}
+
+
+@pytest.mark.parametrize("name", TO_COMPILE)
+def test_kernels_compile_for_a_gpu_that_is_not_here(name, tmp_path):
+    """The interpreter accepts more than the compiler does: types that change in a loop, for one."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(cases=TO_COMPILE[name])], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "compiled" in done.stdout
 
 
 def test_source_is_readable_and_comes_from_the_functions():

@@ -29,6 +29,19 @@ class Mask(Part):
         """(some pair visible, every pair visible) for blocks i0..i1, j0..j1, both ends included; None: look at the pairs."""
         return None
 
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        """Names and letters of `sides`."""
+        return ()
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        """The mask's tensors in elementwise form, (B|1, H|1, Lq|1, Lk|1): what generated kernels load."""
+        return {}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        """`visible` of one pair, given the pair's entries of `sides`: what generated kernels print."""
+        return self.visible(b, h, i, j, {})
+
     def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """(B or 1, Lk or 1) bool: keys that some query may see, where a tensor of the mask says so; None: look at the pairs."""
         return None
@@ -73,6 +86,16 @@ def as_mask(mask: Mask | Function | None) -> Mask:
 class Both(Mask):
     left: Mask
     right: Mask
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return tuple(dict.fromkeys((*self.left.side_shapes, *self.right.side_shapes)))
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        return {**self.left.sides(inputs, q_len), **self.right.sides(inputs, q_len)}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return self.left.predicate(b, h, i, j, sides) & self.right.predicate(b, h, i, j, sides)
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         return self.left.visible(b, h, i, j, env) & self.right.visible(b, h, i, j, env)
@@ -300,6 +323,18 @@ class Segments(Mask):
         return ids[b, i] == ids[b, j]
 
     @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return (("mask_ids_q", "bq"), ("mask_ids_k", "bk"))
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        ids = torch.unique(inputs["segments"], return_inverse=True)[1]  # small numbers, which float32 tells apart
+        ids = ids.flatten(0, -2) if ids.dim() > 2 else ids
+        return {"mask_ids_q": ids[:, None, ids.shape[1] - q_len :, None], "mask_ids_k": ids[:, None, None]}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return sides["mask_ids_q"] == sides["mask_ids_k"]
+
+    @property
     def depends(self) -> str:
         return "b"
 
@@ -316,6 +351,16 @@ class Padding(Mask):
 
     def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return inputs["keep"].flatten(0, -2) if inputs["keep"].dim() > 2 else inputs["keep"]
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return (("mask_keep", "bk"),)
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        return {"mask_keep": self.in_sight(inputs)[:, None, None]}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return sides["mask_keep"] > 0
 
     @property
     def depends(self) -> str:
@@ -335,6 +380,16 @@ class Explicit(Mask):
 
     def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return inputs["visible"].any(2).any(1)
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return (("mask_visible", "bhqk"),)
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        return {"mask_visible": inputs["visible"]}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return sides["mask_visible"] > 0
 
     @property
     def depends(self) -> str:

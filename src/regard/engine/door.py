@@ -49,7 +49,6 @@ def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: A
 def remembered(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None
 ) -> Plan:
-    input_grad = bool(inputs) and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
     try:
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
@@ -65,7 +64,6 @@ def remembered(
             k.device,
             v.device,
             grad,
-            input_grad,
             executor,
             tuple(inputs),
         )
@@ -79,9 +77,7 @@ def remembered(
         description = resolved(mechanism)
         if isinstance(description, Recurrent) and mask is None and description.causal_only:
             mask = Causal()
-        found = planner.make(
-            description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor, input_grad
-        )
+        found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor)
         _plans[key] = found
     return found
 

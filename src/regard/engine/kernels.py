@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..algebra.mask import Mask
 from ..algebra.mechanism import Weighted
 from .problem import Problem
+from .symbolic import Expr, trace, var
 
 
 class Backend(Protocol):
@@ -100,13 +102,25 @@ def varying(x: Tensor) -> str:
 
 
 def sides_of(problem: Problem) -> dict[str, Tensor]:
-    """Everything elementwise besides scores: inputs, and visible counts as n."""
+    """Everything elementwise besides scores: inputs, the mask's tensors, and visible counts as n."""
     sides = {name: x for name, x in problem.inputs.items() if x.dim() == 4}
+    sides.update(problem.mask.sides(problem.inputs, problem.sizes.q_len))
     if problem.counts is not None:
         sides["n"] = problem.counts
     return sides
 
 
-def declared_sides(mechanism: Weighted) -> tuple[tuple[str, str], ...]:
+def declared_sides(mechanism: Weighted, mask: Mask) -> tuple[tuple[str, str], ...]:
     """Side inputs as if each varied in every way it declares; n varies with queries."""
-    return tuple(sorted([(item.name, item.shape) for item in mechanism.declared if item.elementwise] + [("n", "q")]))
+    own = [(item.name, item.shape) for item in mechanism.declared if item.elementwise]
+    return tuple(sorted([*own, *mask.side_shapes, ("n", "q")]))
+
+
+def mask_expression(mask: Mask) -> Expr:
+    """The predicate of a mask over b, h, i, j and the entries of its tensors."""
+    names = [name for name, _ in mask.side_shapes]
+    return trace(
+        lambda b, h, i, j, *sides: mask.predicate(b, h, i, j, dict(zip(names, sides, strict=True))),
+        [var(n) for n in ("b", "h", "i", "j", *names)],
+        {},
+    )

@@ -90,13 +90,12 @@ def make(
     grad: bool,
     inputs: frozenset[str],
     wanted: str | None,
-    input_grad: bool = False,
     compiling: bool = False,
 ) -> Plan:
     """Decide. `wanted` names an executor to use; RegardError if it cannot."""
     wide = ELEMENT.get(torch.promote_types(dtype, torch.float32), 4)
     if isinstance(mechanism, Weighted):
-        return weighted(mechanism, combine_masks(mechanism, mask), mask, sizes, dtype, device, grad, wanted, input_grad, wide)
+        return weighted(mechanism, combine_masks(mechanism, mask), mask, sizes, dtype, device, grad, wanted, wide)
     if isinstance(mechanism, Recurrent):
         if wanted not in (None, *RECURRENT):
             raise RegardError(f"executor={wanted!r}; a recurrence runs in one of {', '.join(RECURRENT)}")
@@ -148,7 +147,6 @@ def weighted(
     device: torch.device,
     grad: bool,
     wanted: str | None,
-    input_grad: bool,
     wide: int,
 ) -> Plan:
     check_functions(mechanism, mask)
@@ -170,7 +168,7 @@ def weighted(
                 for name, why in (
                     ("sdpa", sdpa_refusal(mechanism, mask, sizes)),
                     ("flex", flex.refusal(mechanism, device.type)),
-                    ("triton", triton_refusal(mechanism, mask, sizes, device, input_grad)),
+                    ("triton", triton_refusal(mechanism, mask, sizes, device)),
                     ("native", native.refusal(mechanism, mask, sizes, dtype, device)),
                 )
                 if why
@@ -253,14 +251,14 @@ def sdpa_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes) -> str:
     return ""
 
 
-def triton_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, device: torch.device, input_grad: bool) -> str:
+def triton_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, device: torch.device) -> str:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "needs a CUDA device (or TRITON_INTERPRET=1)"
     try:
         from .triton import refusal
     except MissingDependency as why:
         return str(why)
-    return refusal(mechanism, mask, sizes, input_grad)
+    return refusal(mechanism, mask, sizes)
 
 
 def mask_reads(mask: Mask) -> bool:

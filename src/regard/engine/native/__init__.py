@@ -12,7 +12,7 @@ from ..kernels import declared_sides
 from ..symbolic import Untraceable
 from ..tiled.stage import position_of
 from .build import problem as build_problem
-from .generate import generate, mask_expression
+from .generate import generate
 from .run import run, takes
 
 __all__ = ["refusal", "run", "source_of", "takes"]
@@ -37,15 +37,12 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: A
         return f"reads {sorted(raw & asked)[0]!r} as a whole"
     if normalizer.shift == "root" and (mechanism.select is not None or not root_is_free(mechanism)):
         return "roots over selections, or of weights that depend on the key's place"
-    if any(getattr(part, "inputs", ()) for part in mask.parts()):
-        return "its mask reads tensors"
     try:
-        mask_expression(mask)
-        generate(mechanism, mask, declared_sides(mechanism))
+        generate(mechanism, mask, declared_sides(mechanism, mask))
     except Untraceable as why:
         return str(why)
     except (AttributeError, KeyError, TypeError, IndexError):
-        return "its mask is no expression of b, h, i and j"
+        return "its mask is no expression of b, h, i, j and elementwise tensors"
     return build_problem()
 
 
@@ -57,4 +54,4 @@ def root_is_free(mechanism: Weighted) -> bool:
 
 def source_of(mechanism: Weighted, mask: Mask) -> str:
     """The generated kernels' source for a mechanism under a mask."""
-    return generate(mechanism, mask, declared_sides(mechanism)).text
+    return generate(mechanism, mask, declared_sides(mechanism, mask)).text

@@ -11,6 +11,7 @@ from typing import Any
 from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
+from ..kernels import mask_expression
 from ..symbolic import ONE, Expr, c_lines, const, pullback, substitute, topological, trace, var
 from ..tiled.stage import asked, position_of
 
@@ -31,11 +32,6 @@ class Source:
     bounded: bool
 
 
-def mask_expression(mask: Mask) -> Expr:
-    """The predicate of a mask that reads no tensor."""
-    return trace(lambda b, h, i, j: mask.visible(b, h, i, j, {}), [var(name) for name in "bhij"], {})
-
-
 @functools.cache
 def template() -> str:
     return resources.files(__package__).joinpath("template.c").read_text()
@@ -52,7 +48,7 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     normalizer = mechanism.normalizer
     assert isinstance(normalizer, RowLocal)
     known = dict(varies)
-    names = asked(mechanism)
+    names = asked(mechanism) | {name for name, _ in mask.side_shapes}
     sides = tuple((name, known[name]) for name in sorted(names) if name in known)
     wrt = tuple(name for name, _ in sides if name in wrt)
     root, shifting = normalizer.shift == "root", normalizer.shift in ("max", "max0", "maxabs")

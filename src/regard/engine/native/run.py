@@ -143,14 +143,19 @@ def blocks_of(problem: Problem) -> tuple[list[Tensor], int, int]:
         block_q, block_k = min(BLOCK_Q, up(sizes.q_len, 8)), min(BLOCK_K, up(sizes.k_len, CHANNELS))
         if problem.mechanism.normalizer.shift == "root":  # type: ignore[attr-defined]
             block_q = min(block_q, max(8, ROWS // sizes.k_len // 8 * 8))
-        found = static_layout(problem.mask, sizes, block_q, block_k, device)
+        reads = bool(problem.mask.side_shapes)
+        found = (
+            layout(problem.mask, sizes, block_q, block_k, problem.inputs, device)
+            if reads
+            else static_layout(problem.mask, sizes, block_q, block_k, device)
+        )
         return list(found.lists()), block_q, block_k
     if selection.block_q == 1:
-        found = layout(problem.mask, sizes, selection.block_k, selection.block_k, {}, device)
+        found = layout(problem.mask, sizes, selection.block_k, selection.block_k, problem.inputs, device)
         return [selection.keep.contiguous(), found.kind.contiguous()], BLOCK_Q, selection.block_k
     block_q = next(size for size in (128, 64, 32, 16, 8) if selection.block_q % size == 0)
     block_k = next(size for size in (128, 64, 32) if selection.block_k % size == 0)
-    return list(layout(problem.mask, sizes, block_q, block_k, {}, device, selection).lists()), block_q, block_k
+    return list(layout(problem.mask, sizes, block_q, block_k, problem.inputs, device, selection).lists()), block_q, block_k
 
 
 def run(problem: Problem) -> tuple[Tensor, Stats]:
@@ -168,5 +173,5 @@ def run(problem: Problem) -> tuple[Tensor, Stats]:
     sizes = problem.sizes
     count = torch.zeros_like(total)
     if problem.want_count:
-        count = visible_counts(problem.mask, sizes, {}, q.device).expand_as(total)
+        count = visible_counts(problem.mask, sizes, problem.inputs, q.device).expand_as(total)
     return finish(problem, out[..., : sizes.value_dim], Stats(shift.detach(), total, count))

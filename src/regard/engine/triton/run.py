@@ -78,25 +78,29 @@ class Triton:
         kv_heads, k_len, dv_size = k.shape[1], k.shape[2], v.shape[-1]
         dq = q.new_empty(q.shape, dtype=torch.float32)
         dk, dv = (q.new_empty(b, h, k_len, size, dtype=torch.float32) for size in (d, dv_size))
-        common = [q, k, v, do, dt, shift]
-        self.launch(call, "backward_dq", [*common, dq], q, k, v, blocks[:2], sides)
+        # A root's walk over queries leaves there what its walk over keys needs of each row.
+        common = [q, k, v, do, torch.empty_like(shift) if call.source.root else dt, shift]
+        by_input = [torch.zeros_like(sides[at]) for at in call.wrt]
+        self.launch(call, "backward_dq", [*common, dq, *by_input], q, k, v, blocks[:2], sides)
         self.launch(call, "backward_dkv", [*common, dk, dv], q, k, v, blocks[2:], sides)
         group = h // kv_heads
-        return [dq.to(q.dtype), *(x.unflatten(1, (kv_heads, group)).sum(2).to(q.dtype) for x in (dk, dv))]
+        return [dq.to(q.dtype), *(x.unflatten(1, (kv_heads, group)).sum(2).to(q.dtype) for x in (dk, dv)), *by_input]
 
 
 TRITON = Triton()
 
 
 def run(problem: Problem) -> tuple[Tensor, Stats]:
-    """(out, stats) by the generated kernel; differentiable in q, k and v."""
+    """(out, stats) by the generated kernel; differentiable in q, k, v and the elementwise inputs."""
     sides = sides_of(problem)
-    source = generate(problem.mechanism, problem.mask, tuple(sorted((name, varying(x)) for name, x in sides.items())))
+    wrt = tuple(sorted(name for name, x in sides.items() if x.requires_grad and torch.is_grad_enabled()))
+    source = generate(problem.mechanism, problem.mask, tuple(sorted((name, varying(x)) for name, x in sides.items())), wrt)
     block_q, block_k = blocks(problem.sizes.head_dim)
-    plan = layout(problem.mask, problem.sizes, block_q, block_k, {}, problem.q.device, problem.selection)
+    plan = layout(problem.mask, problem.sizes, block_q, block_k, problem.inputs, problem.q.device, problem.selection)
     tensors = [sides[name].float().contiguous() for name, _ in source.sides]
     dtype = problem.v.dtype if problem.v.dtype != torch.float64 else torch.float32
     q, k, v = (x.to(dtype).contiguous() for x in (problem.q, problem.k, problem.v))
-    number = number_of(Call(TRITON, source, block_q, block_k))
+    names = [name for name, _ in source.sides]
+    number = number_of(Call(TRITON, source, block_q, block_k, tuple(names.index(name) for name in source.wrt)))
     out, total, shift = weighted(q, k, v, [*plan.lists(), *plan.lists(True)], tensors, number)
     return finish(problem, out, Stats(shift.detach(), total, torch.zeros_like(total)))

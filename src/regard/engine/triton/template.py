@@ -15,7 +15,7 @@ def load_rows(P, base, rows, limit, channels, D: tl.constexpr):
 
 """
 
-FORWARD = """
+HEAD = """
 @triton.jit
 def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset, lists_b, lists_h, lists_q, lengths_b, lengths_h,
             {strides}HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -27,15 +27,14 @@ def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset
     i = (rows + offset)[:, None]
     q = load_rows(Q, bh * Lq * D, rows, Lq, dims, D)
     out = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    {start}
     entries = tl.load(Lengths + b * lengths_b + h * lengths_h + block)
-    for at in range(0, entries):
+"""
+
+SCORES = """\
         entry = tl.load(Lists + b * lists_b + h * lists_h + block * lists_q + at)
         columns = (entry // 2) * BLOCK_N + tl.arange(0, BLOCK_N)
         j = columns[None, :]
         k = load_rows(K, kv * Lk * D, columns, Lk, dims, D)
-        v = load_rows(V, kv * Lk * DV, columns, Lk, vdims, DV)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
 {loads}
         seen = (j < Lk) & (rows[:, None] < Lq)
@@ -43,6 +42,14 @@ def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset
 {mask}
             seen = seen & keep
 {position}
+"""
+
+FORWARD = """\
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    {start}
+    for at in range(0, entries):
+{scores}
+        v = load_rows(V, kv * Lk * DV, columns, Lk, vdims, DV)
 {shift}
 {weights}
         w = tl.where(seen, w, 0.0)
@@ -52,6 +59,46 @@ def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset
     tl.store(Out + where[:, None] * DV + vdims[None, :], out, mask=(rows[:, None] < Lq) & (vdims[None, :] < DV))
     tl.store(Total + where, total, mask=rows < Lq)
     tl.store(Shift + where, {stored}, mask=rows < Lq)
+
+"""
+
+# The c for which a row's weights sum to one: Newton's method inside a bracket, then one pass that leaves out blocks of zeros.
+ROOT_FORWARD = """\
+    high = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+    for at in range(0, entries):
+{scores}
+        high = tl.maximum(high, tl.max(tl.where(seen, s, float("-inf")), 1, keep_dims=True))
+    live = high > float("-inf")
+    high = tl.where(live, high, 0.0)
+{floor_loads}
+{floor}
+    low = high - span
+    c = low
+    going, step = tl.max(tl.max(tl.where(live, 1.0, 0.0), 1), 0), 0
+    while (going > 0.0) & (step < 40):
+        excess, slope = tl.zeros((BLOCK_M, 1), tl.float32) - 1.0, tl.zeros((BLOCK_M, 1), tl.float32)
+        for at in range(0, entries):
+{deep_scores}
+{slopes}
+            excess += tl.sum(tl.where(seen, w, 0.0), 1, keep_dims=True)
+            slope += tl.sum(tl.where(seen, u, 0.0), 1, keep_dims=True)
+        low, high = tl.where(excess >= 0.0, c, low), tl.where(excess >= 0.0, high, c)
+        new = c - excess / tl.where(slope == 0.0, -1.0, slope)
+        new = tl.where((new >= low) & (new <= high), new, (low + high) * 0.5)
+        going = tl.max(tl.max(tl.where(live & (tl.abs(new - c) > 2e-7 * (1.0 + tl.abs(c))), 1.0, 0.0), 1), 0)
+        c, step = new, step + 1
+    c = tl.where(live, c, 0.0)
+    for at in range(0, entries):
+{scores}
+{weights}
+        w = tl.where(seen, w, 0.0)
+        if tl.max(tl.max(w, 1), 0) > 0.0:
+            v = load_rows(V, kv * Lk * DV, columns, Lk, vdims, DV)
+            out += tl.dot(w.to(v.dtype), v, input_precision="ieee")
+    where = (bh * Lq + rows)[:, None]
+    tl.store(Out + where * DV + vdims[None, :], out, mask=(rows[:, None] < Lq) & (vdims[None, :] < DV))
+    tl.store(Total + where, tl.zeros((BLOCK_M, 1), tl.float32) + 1.0, mask=rows[:, None] < Lq)
+    tl.store(Shift + where, c, mask=rows[:, None] < Lq)
 
 """
 
@@ -66,7 +113,17 @@ def backward_{name}(Q, K, V, DO, DT, Shift, {results}, {pointers}Lists, Lengths,
     dims, vdims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
 {enter}
     entries = tl.load(Lengths + b * lengths_b + h * lengths_h + block)
+{before}
     for at in range(0, entries):
+{pairs}
+{gradients}
+        w, ds = tl.where(seen, w, 0.0), tl.where(seen, ds, 0.0)
+{gather}
+{leave}
+
+"""
+
+PAIRS = """\
         entry = tl.load(Lists + b * lists_b + h * lists_h + block * lists_q + at)
 {walk}
         i, j = (rows + offset)[:, None], columns[None, :]
@@ -77,11 +134,18 @@ def backward_{name}(Q, K, V, DO, DT, Shift, {results}, {pointers}Lists, Lengths,
         if entry % 2 == 0:
 {mask}
             seen = seen & keep
-{gradients}
-        w, ds = tl.where(seen, w, 0.0), tl.where(seen, ds, 0.0)
-{gather}
-{leave}
+"""
 
+# ds = dw/ds (gw - gh) with gh = sum(u gw) / sum(u), u = dw/dc: found first for all of a row, and left for the walk over keys.
+ROOT_BEFORE = """\
+    mass, pulled = tl.zeros((BLOCK_M, 1), tl.float32), tl.zeros((BLOCK_M, 1), tl.float32)
+    for at in range(0, entries):
+{pairs}
+{slopes}
+        mass += tl.sum(tl.where(seen, u, 0.0), 1, keep_dims=True)
+        pulled += tl.sum(tl.where(seen, u * gw, 0.0), 1, keep_dims=True)
+    gh = pulled / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(DT + (bh * Lq + rows)[:, None], gh, mask=rows[:, None] < Lq)
 """
 
 WALK_QUERIES = {
