@@ -33,7 +33,7 @@ def executors(mechanism: Mechanism) -> str:
     found = make(mechanism, mask, sizes, torch.float32, torch.device("cpu"), False, frozenset(), None)
     others = [name for name in ("sdpa", "tiled", "dense") if name not in dict(found.refused) and name != found.executor]
     names = [f"{found.executor} (chosen: {found.why})", *others]
-    if not triton_refusal(mechanism, combine_masks(mechanism, mask), sizes, torch.device("cuda"), False):
+    if not triton_refusal(mechanism, combine_masks(mechanism, mask), sizes, torch.device("cuda")):
         names.append("triton on a GPU")
     return ", ".join([*names, "reference"])
 
