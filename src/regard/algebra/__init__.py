@@ -25,10 +25,11 @@ from .mask import (
 from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Recipe, Recurrent, Relayed, Weighted
 from .neighborhood import Neighborhood
 from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
+from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
-from .score import Additive, Cosine, Distance, Dot, Network, Pairwise, Phase, Relative, Score
+from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks
 from .thresholds import ActiveTiles
 

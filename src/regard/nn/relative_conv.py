@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algebra import Weighted
-from ..algebra.score import Relative
+from ..algebra.pairings import Relative
 from ..catalog.registry import register
 from .attention import Attention
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...algebra import Causal
-from ...algebra.score import Relative
+from ...algebra.pairings import Relative
 from ...engine import attend
 from ...nn import DualAttention, PositionalSymbols, RelationalAttention, RelativeConvMHA, RelativeSymbols
 from .. import naive

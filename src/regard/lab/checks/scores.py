@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...algebra import Causal, Padding, Rope, Weighted
-from ...algebra.score import Network
+from ...algebra.pairings import Network
 from ...catalog import get
 from ...engine import attend, weights
 from ...nn import RelaxedAttention
