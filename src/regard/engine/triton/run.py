@@ -19,6 +19,11 @@ def blocks(head_dim: int) -> tuple[int, int]:
     return (64, 64) if head_dim <= 128 else (32, 32)
 
 
+def splits_of(q_len: int, key_blocks: int, programs: int) -> int:
+    """Parts that a row's keys are split into: few queries (decoding) would leave most of a GPU idle."""
+    return max(1, min(16, key_blocks // 4, 256 // max(1, programs))) if q_len <= 16 else 1
+
+
 def power_of_two(n: int) -> int:
     return max(16, 1 << math.ceil(math.log2(n)))
 
@@ -27,9 +32,19 @@ class Triton:
     """The backend of `kernels.weighted` that runs Triton; blocks: entries and lengths by rows, then by columns."""
 
     def launch(
-        self, call: Call, name: str, tensors: list[Tensor], q: Tensor, k: Tensor, v: Tensor, lists: list[Tensor], sides: list[Tensor]
+        self,
+        call: Call,
+        name: str,
+        tensors: list[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: list[Tensor],
+        sides: list[Tensor],
+        splits: int = 1,
     ) -> None:
         entries, lengths = lists
+        more = {"SPLITS": splits} if name == "forward" else {}
         strides = []
         for (_, letters), x in zip(call.source.sides, sides, strict=True):
             strides += [x.stride("bhqk".index(letter)) for letter in letters]
@@ -39,7 +54,7 @@ class Triton:
 
         b, heads, q_len, d = q.shape
         k_len, dv = k.shape[2], v.shape[-1]
-        compiled(call.source)[name][entries.shape[2], b * heads](
+        compiled(call.source)[name][entries.shape[2], b * heads, splits](
             *tensors,
             *sides,
             entries,
@@ -61,15 +76,22 @@ class Triton:
             DV=dv,
             D_PAD=power_of_two(d),
             DV_PAD=power_of_two(dv),
+            **more,
         )
 
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = q.shape[:-1]
-        out, total, shift = (q.new_empty(*shape, d, dtype=torch.float32) for d in (v.shape[-1], 1, 1))
-        self.launch(call, "forward", [q, k, v, out, total, shift], q, k, v, blocks[:2], sides)
-        return out, total, shift
+        splits = 1 if call.source.root else splits_of(q.shape[2], blocks[0].shape[3], q.shape[0] * q.shape[1])
+        out, total, shift = (q.new_empty(splits, *q.shape[:-1], d, dtype=torch.float32) for d in (v.shape[-1], 1, 1))
+        self.launch(call, "forward", [q, k, v, out, total, shift], q, k, v, blocks[:2], sides, splits)
+        # A part without visible keys has the shift -inf: its sums are zero and it fades to nothing.
+        top = shift.amax(0)
+        top = torch.where(top.isfinite(), top, 0.0)
+        if splits == 1:
+            return out[0], total[0], top
+        fade = torch.exp(torch.where(shift.isfinite(), shift - top, float("-inf")))
+        return (out * fade).sum(0), (total * fade).sum(0), top
 
     def backward(
         self, call: Call, do: Tensor, dt: Tensor, shift: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]

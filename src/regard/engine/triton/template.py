@@ -19,8 +19,8 @@ HEAD = """
 @triton.jit
 def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset, lists_b, lists_h, lists_q, lengths_b, lengths_h,
             {strides}HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-            D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr):
-    block, bh = tl.program_id(0), tl.program_id(1)
+            D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, SPLITS: tl.constexpr):
+    block, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
     kv = b * (HEADS // GROUP) + h // GROUP
     rows, dims, vdims = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
@@ -28,6 +28,7 @@ def forward(Q, K, V, Out, Total, Shift, {pointers}Lists, Lengths, Lq, Lk, offset
     q = load_rows(Q, bh * Lq * D, rows, Lq, dims, D)
     out = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
     entries = tl.load(Lengths + b * lengths_b + h * lengths_h + block)
+    share = (entries + SPLITS - 1) // SPLITS
 """
 
 SCORES = """\
@@ -47,7 +48,7 @@ SCORES = """\
 FORWARD = """\
     total = tl.zeros((BLOCK_M,), tl.float32)
     {start}
-    for at in range(0, entries):
+    for at in range(split * share, tl.minimum(entries, (split + 1) * share)):
 {scores}
         v = load_rows(V, kv * Lk * DV, columns, Lk, vdims, DV)
 {shift}
@@ -55,7 +56,7 @@ FORWARD = """\
         w = tl.where(seen, w, 0.0)
 {mass}
         out += tl.dot(w.to(v.dtype), v, input_precision="ieee")
-    where = bh * Lq + rows
+    where = (split * tl.num_programs(1) + bh) * Lq + rows
     tl.store(Out + where[:, None] * DV + vdims[None, :], out, mask=(rows[:, None] < Lq) & (vdims[None, :] < DV))
     tl.store(Total + where, total, mask=rows < Lq)
     tl.store(Shift + where, {stored}, mask=rows < Lq)
@@ -201,5 +202,5 @@ SHIFT = {
         c = base[:, None]
         fade = tl.where(top > float("-inf"), tl.exp(top - base), 0.0)
         out, total, top = out * fade[:, None], total * fade, new""",
-    "stored": 'tl.where(top > float("-inf"), top, 0.0)',
+    "stored": "top",
 }
