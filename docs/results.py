@@ -55,16 +55,16 @@ python docs/results.py runs/weighted/report.json > docs/results/weighted.md
 ```
 
 What this is not: a test of the papers' claims, which are about models a thousand times larger. Differences below about 0.02 bits between neighbours
-are within what another seed changes; a mechanism whose paper trains it with another recipe (learning rate, norms, length) is not at its best here. Speed was not
-measured in this run; docs/speed.md has it.
+are within what another seed changes; a mechanism whose paper trains it with another recipe (learning rate, norms, length) is not at its best here. The report's
+speeds were taken while the machine did other work and are left out; docs/speed.md has speeds.
 
 {verdict({**report, "mechanisms": {name: {part: one[part] for part in one if part != "speed"} for name, one in results.items()}})}
 
 | mechanism | bits a byte | at 2x length | at 4x length | weight on first token | recall | copying | what the paper claims |
 |---|---|---|---|---|---|---|---|"""
     foot = """
-bits a byte: held-out, at the training length. recall: multi-query associative recall, mean over numbers of pairs. copying: share of tokens right. All
-untrained guesses would give recall and copying near 0; at this budget nobody solves recall."""
+bits a byte: held-out, at the training length. recall: multi-query associative recall, mean over numbers of pairs. copying: share of tokens right. At
+this budget nobody solves recall."""
     sys.stdout.write("\n".join([head, *[row(name, results[name], claims) for name in order], foot]) + "\n")
 
 
