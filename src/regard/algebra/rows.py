@@ -55,3 +55,23 @@ def row_softmax(s: Tensor, seen: Tensor) -> Tensor:
     """Softmax over visible entries; 0 elsewhere and in empty rows."""
     e = torch.where(seen, torch.exp(torch.where(seen, s - row_max(s, seen).detach(), 0.0)), 0.0)
     return e / e.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+
+
+def packed(s: Tensor, low: Tensor) -> Tensor:
+    """The scores above `low`, the only ones that can weigh anything, moved to the front of shorter rows; -inf fills them up.
+
+    Given back as they are where rows would hardly get shorter.
+    """
+    columns = s.shape[-1]
+    index = (s > low).flatten().nonzero().squeeze(1)
+    if index.numel() * 4 > s.numel():
+        return s
+    row = index // columns
+    counts = torch.bincount(row, minlength=s.numel() // columns)
+    longest = max(1, int(counts.max()))
+    if longest * 4 > columns:
+        return s
+    place = torch.arange(index.numel(), device=s.device) - (counts.cumsum(0) - counts)[row]
+    out = s.new_full((counts.numel(), longest), float("-inf"))
+    out[row, place] = s.flatten()[index]
+    return out.view(*s.shape[:-1], longest)

@@ -32,13 +32,13 @@ class Selection:
 
 @described
 class Selector(Part):
-    """`select(q, k, first, visible)` -> Selection, without gradient, from q and k as they are scored.
+    """`select(q, k, first, visible)` -> Selection (None: everything), without gradient, from q and k as they are scored.
 
     first: the absolute position of the first query. visible: absolute positions of queries (n,) -> what the mask shows them,
     (B or 1, H or 1, n, Lk).
     """
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection | None:
         raise NotImplementedError
 
 

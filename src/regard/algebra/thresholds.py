@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .mask import positive
 from .part import described
-from .rows import row_count, row_max
+from .rows import packed, row_count, row_max
 from .select import Selection, Selector
 
 MARGIN = 1e-6  # a converged iterate lies on the bracket's edge: with strict bounds it would be thrown away
@@ -26,8 +26,9 @@ def halley(s: Tensor, seen: Tensor, alpha: float | Tensor, iterations: int) -> T
         top = row_max(x, seen)
         high, low = top - row_count(seen, x) ** (1 - alpha), top - 1
         tau = (high + low) / 2
+        x = packed(x.masked_fill(~seen, float("-inf")), low)  # what lies below max - 1 weighs nothing, whatever tau is
         for _ in range(iterations):
-            above = seen & (x > tau)
+            above = x > tau
             gap = torch.where(above, x - tau, 1.0)
             sums = [torch.where(above, gap**power, 0.0).sum(-1, keepdim=True) for power in (c, c - 1, c - 2)]
             f, slope, bend = sums[0] - 1, -c * sums[1], c * (c - 1) * sums[2]
@@ -43,17 +44,19 @@ class ActiveTiles(Selector):
     """The tiles of block_size x block_size that hold a weight above zero under alpha-entmax; the others change nothing when left out.
 
     iterations: Halley steps for each row's threshold; `slack` below it a tile still counts, for the error that is left.
+    Where more than `worthwhile` of the tiles would stay, none is left out: then following tiles costs more than it saves.
     """
 
     alpha: float = 1.5
     block_size: int = 64
     iterations: int = 8
     slack: float = 1e-5
+    worthwhile: float = 0.5
 
     def __post_init__(self) -> None:
         positive(self, "block_size", "iterations")
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
+    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection | None:
         size, k = self.block_size, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         rows = []
         for start in range(0, q.shape[-2], size):
@@ -64,4 +67,5 @@ class ActiveTiles(Selector):
             on = seen & ((self.alpha - 1) * s > tau - self.slack)
             padded = torch.nn.functional.pad(on, (0, -on.shape[-1] % size))
             rows.append(padded.unflatten(-1, (-1, size)).any(-1).any(-2))
-        return Selection(torch.stack(rows, -2), size, size)
+        found = Selection(torch.stack(rows, -2), size, size)
+        return found if found.density <= self.worthwhile else None

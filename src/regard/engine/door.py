@@ -223,7 +223,7 @@ def weighted(
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
     problem.want_count = stats
-    if chosen.executor == "native" and native.takes(problem.selection):
+    if chosen.executor == "native" and native.takes(problem):
         return native.run(problem)
     if chosen.executor in ("tiled", "native"):
         return tiled.run(problem)

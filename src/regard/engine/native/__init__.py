@@ -35,8 +35,8 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: A
     asked = {name for f in (position_of(mechanism), normalizer.weight, normalizer.mass) if f for name in asks(f, 1)}
     if raw & asked:
         return f"reads {sorted(raw & asked)[0]!r} as a whole"
-    if normalizer.shift == "root" and (mechanism.select is not None or not root_is_free(mechanism)):
-        return "roots over selections, or of weights that depend on the key's place"
+    if normalizer.shift == "root" and not root_is_free(mechanism):
+        return "roots of weights that depend on the key's place"
     try:
         generate(mechanism, mask, declared_sides(mechanism, mask))
     except Untraceable as why:

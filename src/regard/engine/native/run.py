@@ -131,8 +131,11 @@ class Native:
 NATIVE = Native()
 
 
-def takes(selection: Selection | None) -> bool:
-    """Whether a selection's blocks are such as the kernel's tiles can follow; the tiled executor runs the others."""
+def takes(problem: Problem) -> bool:
+    """Whether a selection's blocks are such as the kernel's tiles can follow; the tiled executor runs the others, and roots over them."""
+    selection: Selection | None = problem.selection
+    if selection is not None and problem.mechanism.normalizer.shift == "root":  # type: ignore[attr-defined]
+        return False
     return selection is None or (selection.block_k % CHANNELS == 0 and (selection.block_q == 1 or selection.block_q % 8 == 0))
 
 

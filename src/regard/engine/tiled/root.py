@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.part import call
+from ...algebra.rows import packed
 from .stage import hide
 
 if TYPE_CHECKING:
@@ -63,23 +64,3 @@ def newton(work: Work, s: Tensor, low: Tensor, high: Tensor, env: dict[str, Any]
         if not bool(moved.any()):
             break
     return c
-
-
-def packed(s: Tensor, low: Tensor) -> Tensor:
-    """The scores above `low`, the only ones that can weigh anything, moved to the front of shorter rows; -inf fills them up.
-
-    Given back as they are where rows would hardly get shorter.
-    """
-    columns = s.shape[-1]
-    index = (s > low).flatten().nonzero().squeeze(1)
-    if index.numel() * 4 > s.numel():
-        return s
-    row = index // columns
-    counts = torch.bincount(row, minlength=s.numel() // columns)
-    longest = max(1, int(counts.max()))
-    if longest * 4 > columns:
-        return s
-    place = torch.arange(index.numel(), device=s.device) - (counts.cumsum(0) - counts)[row]
-    out = s.new_full((counts.numel(), longest), float("-inf"))
-    out[row, place] = s.flatten()[index]
-    return out.view(*s.shape[:-1], longest)

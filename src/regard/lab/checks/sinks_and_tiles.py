@@ -125,8 +125,9 @@ def _() -> tuple[float, float]:
         group = torch.arange(512) // 64 if structured else torch.randint(8, (512,))
         x = centres[group] + 0.3 * torch.randn(512, 16, dtype=F64)
         q = k = x[None, None]
-        found = ActiveTiles(1.5, 64).select(q * 0.25, k, 0, lambda i: torch.ones(1, 1, i.numel(), 512, dtype=torch.bool))
+        found = ActiveTiles(1.5, 64, worthwhile=1.0).select(q * 0.25, k, 0, lambda i: torch.ones(1, 1, i.numel(), 512, dtype=torch.bool))
         gap = naive.gap(attend(q, k, k, get("adasplash")), attend(q, k, k, get("entmax", alpha=1.5)))
+        assert found is not None
         return 1 - found.density if gap <= 1e-12 else math.nan
 
     return skipped(True), skipped(False)
