@@ -239,7 +239,7 @@ def _() -> tuple[float, float]:
 
     def off(top: int) -> float:
         selector = get("moba", block_size=16, top_k=top).select  # type: ignore[attr-defined]
-        keep = selector.select(q, k, 0).keep
+        keep = selector.select(q, k, 0, lambda rows: torch.arange(203) <= rows[:, None]).keep
         own = torch.arange(203) // 16
         count = keep.sum(-1)
         return float((count != (own + 1).clamp(max=3)).sum() + (~keep.gather(-1, own.expand(1, 2, -1)[..., None])).sum())
