@@ -1,6 +1,6 @@
 """What an attention is: immutable descriptions that own no tensors and know no device."""
 
-from .feature_map import FeatureMap, elu_plus_one, favor, hedgehog, identity, taylor
+from .feature_map import FeatureMap, JointMap, elu_plus_one, favor, hedgehog, identity, taylor
 from .mask import (
     Both,
     Causal,
@@ -56,6 +56,7 @@ __all__ = [
     "Headwise",
     "Hybrid",
     "Input",
+    "JointMap",
     "Learned",
     "Mask",
     "Mechanism",

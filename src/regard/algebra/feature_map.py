@@ -19,17 +19,47 @@ class FeatureMap(Part):
     n (B|1, 1, L|1, 1) is how many tokens are visible to a query, or stand up to a key.
 
     key None: the same function as query. pre: a power of D multiplying q and k before the map (Performer: -1/4).
+    causal: whether each token's features read no later token. kernel: phi_q(q).phi_k(k) as a plain function of (q.k, D), for maps that are
+    far wider than D: then pairs inside a chunk are weighed without their features, which are never there for the whole sequence at once.
+    before: plain functions of q and of k that come first and keep their width; query, key and kernel then see what they return.
     """
 
     query: Function
     key: Function | None = None
     inputs: tuple[Input, ...] = ()
     pre: float = 0.0
+    causal: bool = True
+    kernel: Function | None = None
+    before: tuple[Function, Function] | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def narrow(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """q and k as `query` and `key` read them."""
         if self.pre:
             q, k = q * q.shape[-1] ** self.pre, k * k.shape[-1] ** self.pre
+        if self.before is not None:
+            q, k = call(self.before[0], q, env=q_env), call(self.before[1], k, env=k_env)
+        return q, k
+
+    def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Any, ...]:
+        q, k = self.narrow(q, k, q_env, k_env)
         return call(self.query, q, env=q_env), call(self.key or self.query, k, env=k_env)
+
+
+@described
+class JointMap(Part):
+    """A plain function (q, k) -> (phi_q, phi_k), for maps that read both at once; further arguments by name as of `FeatureMap`,
+    and real (B, 1, Lk, 1): which keys are no padding, or None.
+
+    causal: whether each token's features read no later token; else the mechanism runs in both directions only. A causal function that
+    must know more of the past than the state asks for carry, what it returned third when the stream stopped, or None.
+    """
+
+    function: Function
+    inputs: tuple[Input, ...] = ()
+    causal: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Any, ...]:
+        return call(self.function, q, k, env=k_env)  # type: ignore[no-any-return]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -46,6 +76,12 @@ def taylor(x: Tensor, eps: float = 0.0) -> Tensor:
     d = x.shape[-1]
     square = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2 * d)
     return torch.cat((torch.ones_like(x[..., :1]), x / d**0.25, square), -1)
+
+
+def taylor_kernel(s: Tensor, d: int) -> Tensor:
+    """What `taylor` makes of q.k = s: 1 + x + x^2/2, x = s / sqrt(D)."""
+    x = s / math.sqrt(d)
+    return 1 + x + x * x / 2
 
 
 def taylor_packed(x: Tensor) -> Tensor:

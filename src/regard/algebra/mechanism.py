@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .feature_map import FeatureMap, identity
+from .feature_map import FeatureMap, JointMap, identity
 from .mask import Full, Mask, as_mask
 from .neighborhood import Neighborhood
 from .normalizer import SOFTMAX, Normalizer, RowLocal
-from .part import Function, Input, Learned, Part, Sizes, bind, described
+from .part import Function, Input, Learned, Part, Sizes, asks, bind, described
 from .position import Chain, Modified, Position, Rope
 from .score import Dot, Pairwise, Score
 from .select import Selector
@@ -118,20 +118,29 @@ DECAYS = ("none", "head", "token", "channel")
 
 @described
 class Recurrent(Mechanism):
-    """S_t = decay_t o S_{t-1} + write(k_t, v_t), o_t = phi_q(q_t) S_t / z_t.
+    """S_t = decay_t o S_{t-1} + write(k_t, v_t), o_t = read(phi_q(q_t) S_t).
 
     decay: "none"; "head" (input log_decay (H,)), "token" (B, H, L) or "channel" (B, H, L, F), always logs, <= 0.
-    write: "add": phi(k) v^T, or "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L).
-    readout: "none", or "sum": divide by phi_q(q_t).sum phi_k(k), at least eps.
-    scaled: multiply q by `scale` (D^-1/2 unless given). Without decay and delta it also runs over all keys (bidirectional).
+    write: "add": phi(k) v^T; "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L); or "exact": delta integrated over a
+    time beta, that is with (1 - exp(-beta |k|^2)) / |k|^2 for beta.
+    keys: "features"; or logits f whose exponentials are divided by what they sum to so far, "softmax" (a channel: k_t = e^{f_t - z_t},
+    z_t = log sum_{s<=t} e^{f_s}, and the state fades by e^{z_{t-1} - z_t}) or by the largest so far, "max" (one number a token).
+    readout: "none"; "sum": divide by phi_q(q_t).sum phi_k(k), at least eps; or a plain function of o_t and, by name, of mass
+    (phi_q(q_t).sum phi_k(k)), mean (of the visible values), n (how many are visible) and inputs.
+    turn: a plain function of features and, by name, position: applied to both in the numerator only (rotary positions).
+    scaled: multiply q by `scale` (D^-1/2 unless given). Without decay and delta it also runs over all keys (bidirectional), unless
+    `causal` says that it never does.
     """
 
-    feature: FeatureMap = field(default_factory=lambda: FeatureMap(identity))
+    feature: FeatureMap | JointMap = field(default_factory=lambda: FeatureMap(identity))
     decay: str = "none"
     write: str = "add"
-    readout: str = "none"
+    keys: str = "features"
+    readout: str | Function = "none"
+    turn: Function | None = None
     eps: float = 1e-6
     scaled: bool = True
+    causal: bool = False
     inputs: tuple[Input, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -139,15 +148,29 @@ class Recurrent(Mechanism):
         super().__post_init__()
         for name, value, known in (
             ("decay", self.decay, DECAYS),
-            ("write", self.write, ("add", "delta")),
+            ("write", self.write, ("add", "delta", "exact")),
+            ("keys", self.keys, ("features", "softmax", "max")),
             ("readout", self.readout, ("none", "sum")),
         ):
-            if value not in known:
+            if value not in known and not (name == "readout" and callable(value)):
                 raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
+        if "mean" in self.read_of and (self.decay != "none" or self.write != "add" or self.keys != "features"):
+            raise RegardError("a readout that asks for the mean of values needs decay='none', write='add' and keys='features'")
+        if self.keys == "softmax" and (self.write != "add" or self.decay != "none"):
+            raise RegardError("keys='softmax' is a decay of its own: expected decay='none' and write='add'")
+
+    @property
+    def read_of(self) -> frozenset[str]:
+        """What a readout function asks for by name."""
+        return frozenset(asks(self.readout, 1)) if callable(self.readout) else frozenset()
 
     @property
     def causal_only(self) -> bool:
-        return self.decay != "none" or self.write == "delta"
+        return self.causal or self.decay != "none" or self.write != "add"
+
+    @property
+    def can_be_causal(self) -> bool:
+        return self.feature.causal
 
 
 @described

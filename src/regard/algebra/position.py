@@ -99,6 +99,19 @@ class Rope(Position):
         return torch.cat((out.to(x.dtype), rest), -1)
 
 
+def grid_rotary(x: Tensor, position: Tensor, width: int, base: float = 10000.0) -> Tensor:
+    """Two-dimensional rotary of tokens on a grid `width` wide, in row order: neighbouring channels turn in pairs, the first half of the
+    channels by row * base^-t and the rest by column * base^-t, t from 0 to 1 in D/4 steps (channels must divide by 4)."""
+    d = x.shape[-1]
+    if d % 4:
+        raise RegardError(f"head_dim={d}: a rotary embedding of two dimensions turns pairs of channels; expected a multiple of 4")
+    rates = base ** -torch.linspace(0, 1, d // 4, dtype=torch.float64, device=x.device)
+    angle = torch.cat([at.to(torch.float64)[:, None] * rates for at in (position // width, position % width)], -1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, c = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - c * sin, a * sin + c * cos), -1).flatten(-2)
+
+
 def alibi_slopes(sizes: Sizes) -> Tensor:
     """ALiBi's geometric slopes 2^(-8h/H), with the paper's interpolation when H is not a power of two."""
 

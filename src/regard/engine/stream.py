@@ -80,14 +80,16 @@ def reach(description: Weighted, mask: Mask) -> int | None:
 
 @dataclass
 class ScanState:
-    """A recurrence's running state S (B, H, F, E) and how many tokens it has read."""
+    """A recurrence's running state S (B, H, F, E), how many tokens it has read, and what else its features must know of them."""
 
     s: Tensor
     length: int
+    carry: scans.Carry | None = None
 
     @property
     def bytes(self) -> int:
-        return self.s.numel() * self.s.element_size()
+        own, last = self.carry or (None, None)
+        return sum(x.numel() * x.element_size() for x in (self.s, last, *(own or ())) if x is not None)
 
 
 @dataclass
@@ -175,7 +177,7 @@ def step_scan(
     if state is not None and not isinstance(state, ScanState):
         raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism")
     first = 0 if state is None else state.length
-    scan = scans.pose(description, Causal(), q, k, v, scale, inputs, first=first)
+    scan = scans.pose(description, Causal(), q, k, v, scale, inputs, first=first, carry=None if state is None else state.carry)
     out, s = scans.run(scan, "step" if q.shape[-2] == 1 else "chunk", None if state is None else state.s)
     assert s is not None
-    return out.to(v.dtype), ScanState(s, first + k.shape[-2])
+    return out.to(v.dtype), ScanState(s, first + k.shape[-2], scan.carry)

@@ -13,7 +13,6 @@ from . import recurrent as scans
 from . import reference
 from .door import explicit, resolved
 from .problem import pose
-from .recurrent.parallel import delta_weights, pair_weights
 
 
 def weights(
@@ -31,7 +30,7 @@ def weights(
         problem = pose(description, as_mask(mask), q, k, v, scale, inputs)
         return reference.weights(reference.in_precision(problem, torch.promote_types(q.dtype, torch.float32)))
     if isinstance(description, Recurrent):
+        v = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
         scan = scans.pose(description, as_mask(mask), q, k, v, scale, inputs)
-        w = pair_weights(scan) if scan.beta is None else delta_weights(scan)
-        return w / w.sum(-1, keepdim=True).clamp_min(scan.eps) if scan.summed else w
+        return scans.run(scan, "parallel")[0][..., -q.shape[-2] :, :]
     return None

@@ -4,15 +4,19 @@ from .alignment import LatentAlignment
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .decoder import Block, Decoder
+from .efficient import EfficientAttention
 from .frugal import FrugalAttention
 from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
 from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
+from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
 from .memory import KeyValueMemory
 from .monotonic import MonotonicDecoder
 from .multi_token import MultiTokenAttention
+from .operator import OperatorAttention, OperatorModel
 from .parts import LayerScale, ShortConv, SwiGLU
+from .prepbn import PRepBN, RepBN
 from .prototypes import IDWClassifier
 from .relational import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols, SymbolicAttention
 from .relative_conv import RelativeConvMHA
@@ -30,7 +34,9 @@ __all__ = [
     "Attention",
     "Block",
     "Decoder",
+    "Dress",
     "DualAttention",
+    "EfficientAttention",
     "FrugalAttention",
     "GINAttention",
     "GatedConv",
@@ -38,6 +44,9 @@ __all__ = [
     "GaussianBlock",
     "GraphTransformer",
     "GraphTransformerLayer",
+    "GridAttention",
+    "GridBlock",
+    "GridNet",
     "IDWClassifier",
     "ISAB",
     "KeyValueBias",
@@ -45,16 +54,21 @@ __all__ = [
     "LatentAlignment",
     "LayerScale",
     "LayerState",
+    "LocalConcentration",
     "MAB",
     "MonotonicDecoder",
     "MultiTokenAttention",
+    "OperatorAttention",
+    "OperatorModel",
     "PMA",
     "PNAAttention",
+    "PRepBN",
     "PositionalSymbols",
     "RelationalAttention",
     "RelativeConvMHA",
     "RelativeSymbols",
     "RelaxedAttention",
+    "RepBN",
     "RoutingAttention",
     "SAB",
     "SetTransformer",
@@ -67,6 +81,7 @@ __all__ = [
     "TaylorShiftAttention",
     "TropicalAttention",
     "TropicalLinear",
+    "WindowAttention",
     "attention_mass",
     "based_mixers",
     "importance_factor",

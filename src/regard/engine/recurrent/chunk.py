@@ -9,12 +9,17 @@ where u = v for additive writes, and (I + tril(beta K K^T o e^{G_i - G_j}, -1)) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
-from .parallel import decay_matrix
-from .pose import Scan
+from .parallel import decay_matrix, pairs
+from .pose import Lift, Scan
 
 SEGMENT = 1024  # tokens worked on at once: bounds memory, and keeps a segment near the caches
 SUB = 16  # sub-chunks of per-channel decay
@@ -31,30 +36,60 @@ def chunk_length(scan: Scan) -> int:
 def chunked(scan: Scan, state: Tensor | None, size: int | None = None) -> tuple[Tensor, Tensor]:
     """(o, state after the last token), o before the readout."""
     size = min(size or chunk_length(scan), max(1, scan.length))
-    b, h, length, f = scan.k.shape
-    state = scan.v.new_zeros(b, h, f, scan.v.shape[-1]) if state is None else state
+    state = empty_state(scan) if state is None else state
     outputs = []
-    step = max(size, SEGMENT // size * size)
+    step, length = max(size, SEGMENT // size * size), scan.length
     for start in range(0, length, step):
         stop = min(start + step, length)
-        out, state = segment(cut(scan, start, stop), state, size)
+        part = cut(scan, start, stop)
+        # Wide features, kept for the way back, would be the largest thing in memory.
+        out, state = segment(part, state, size) if scan.lift is None else again(segment, part, state, size)
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def empty_state(scan: Scan) -> Tensor:
+    """(B, H, F, E) zeros."""
+    k = scan.k if scan.lift is None else scan.lift.key(scan.k[..., :1, :])
+    return scan.v.new_zeros(*k.shape[:2], k.shape[-1], scan.v.shape[-1])
+
+
+def both_ways(scan: Scan) -> Tensor:
+    """o of all keys at once, a segment at a time where features are wide."""
+    if scan.lift is None:
+        return scan.q @ (scan.k.transpose(-1, -2) @ scan.v)
+    state = empty_state(scan)
+    for start in range(0, scan.k.shape[-2], SEGMENT):
+        state = state + again(wide_write, scan.lift, *(x[..., start : start + SEGMENT, :] for x in (scan.k, scan.v)))
+    parts = [again(wide_read, scan.lift, scan.q[..., at : at + SEGMENT, :], state) for at in range(0, scan.q.shape[-2], SEGMENT)]
+    return torch.cat(parts, -2)
+
+
+def wide_write(lift: Lift, k: Tensor, v: Tensor) -> Tensor:
+    return lift.key(k).transpose(-1, -2) @ v
+
+
+def wide_read(lift: Lift, q: Tensor, state: Tensor) -> Tensor:
+    return lift.query(q) @ state
+
+
+def again(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), computed once more on the way back in place of keeping what it made."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
 def cut(scan: Scan, start: int, stop: int) -> Scan:
     def part(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.shape[-2] == 1 else x[..., start:stop, :]
 
-    return Scan(
-        scan.q[..., start:stop, :],
-        scan.k[..., start:stop, :],
-        scan.v[..., start:stop, :],
-        part(scan.decay) if scan.length > 1 else scan.decay,
-        part(scan.beta) if scan.length > 1 else scan.beta,
-        True,
-        scan.summed,
-        scan.eps,
+    one = scan.length == 1
+    return replace(
+        scan,
+        q=scan.q[..., start:stop, :],
+        k=scan.k[..., start:stop, :],
+        v=scan.v[..., start:stop, :],
+        decay=scan.decay if one else part(scan.decay),
+        beta=scan.beta if one else part(scan.beta),
     )
 
 
@@ -78,7 +113,7 @@ def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
             total = scan.decay.unsqueeze(-3) * steps[..., None].to(q.dtype)
     else:
         total = chunks(scan.decay.expand(*scan.decay.shape[:-2], length, scan.decay.shape[-1])).cumsum(-2)
-    inside, into, out_of, fade = within(q, k, total)
+    inside, into, out_of, fade = within(q, k, total, scan.lift)
     if beta is None:
         writes = out_of.transpose(-1, -2) @ v
         states, state = carry(writes, fade, state)
@@ -88,15 +123,16 @@ def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return out.flatten(-3, -2)[..., :length, :], state
 
 
-def within(q: Tensor, k: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def within(q: Tensor, k: Tensor, total: Tensor | None, lift: Lift | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(weights inside each chunk, queries that read the incoming state, keys that write the outgoing one, the state's decay)."""
+    wide_q, wide_k = (q, k) if lift is None else (lift.query(q), lift.key(k))
     if total is None:
-        return (q @ k.transpose(-1, -2)).tril(), q, k, None
+        return pairs(q, k, lift).tril(), wide_q, wide_k, None
     end = total[..., -1:, :]
     fade = torch.exp(end).transpose(-1, -2)
-    into, out_of = q * torch.exp(total), k * torch.exp(end - total)
+    into, out_of = wide_q * torch.exp(total), wide_k * torch.exp(end - total)
     if total.shape[-1] == 1:
-        return (q @ k.transpose(-1, -2)) * decay_matrix(total), into, out_of, fade
+        return pairs(q, k, lift) * decay_matrix(total), into, out_of, fade
     if bool((end > -SAFE).all()):
         middle = total - end / 2
         return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril(), into, out_of, fade

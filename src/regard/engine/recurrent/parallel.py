@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pose import Scan
+from .pose import Lift, Scan
 
 
 def decay_matrix(total: Tensor) -> Tensor:
@@ -15,6 +15,12 @@ def decay_matrix(total: Tensor) -> Tensor:
     return torch.exp(gap.masked_fill(~past, float("-inf")))
 
 
+def pairs(q: Tensor, k: Tensor, lift: Lift | None) -> Tensor:
+    """phi_q(q).phi_k(k) for every pair."""
+    s = q @ k.transpose(-1, -2)
+    return s if lift is None else lift.kernel(s)
+
+
 def running(decay: Tensor, length: int) -> Tensor:
     """Inclusive sums of log decays along the sequence."""
     return decay.expand(*decay.shape[:-2], length, decay.shape[-1]).cumsum(-2)
@@ -22,11 +28,10 @@ def running(decay: Tensor, length: int) -> Tensor:
 
 def pair_weights(scan: Scan) -> Tensor:
     """W with o = W v for additive writes: W_ij = sum_c q_ic k_jc exp(G_ic - G_jc)."""
-    if scan.decay is None:
-        return (scan.q @ scan.k.transpose(-1, -2)).tril() if scan.causal else scan.q @ scan.k.transpose(-1, -2)
-    total = running(scan.decay, scan.length)
-    if total.shape[-1] == 1:
-        return (scan.q @ scan.k.transpose(-1, -2)) * decay_matrix(total)
+    total = None if scan.decay is None else running(scan.decay, scan.length)
+    if total is None or total.shape[-1] == 1:
+        w = pairs(scan.q, scan.k, scan.lift)
+        return w * decay_matrix(total) if total is not None else w.tril() if scan.causal else w
     rows = []
     for i in range(scan.length):  # one row at a time: (j, c) is the largest thing in memory
         fade = torch.exp(total[..., i : i + 1, :] - total[..., : i + 1, :])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ...algebra.feature_map import FeatureMap
 from ...algebra.mask import Causal, Full, Mask, Padding, conjuncts
 from ...algebra.mechanism import Recurrent
-from ...algebra.part import Input, Sizes
+from ...algebra.part import Function, Input, Sizes, bind, call
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import repeat_heads
@@ -20,9 +22,28 @@ from ..reference import repeat_heads
 CLAMP = -200.0  # exp(-200) is zero in float32 and below any tolerance in float64, while sums of it stay finite
 
 
+Carry = tuple[Any, Tensor | None]
+
+
+@dataclass
+class Lift:
+    """Wide features, made when they are needed: query and key map x (..., L, D) -> (..., L, F), kernel (q.k) -> the weight of a pair."""
+
+    query: Callable[[Tensor], Tensor]
+    key: Callable[[Tensor], Tensor]
+    kernel: Callable[[Tensor], Tensor]
+
+
 @dataclass
 class Scan:
-    """S_t = exp(decay_t) o S_{t-1} + write, o_t = q_t S_t. decay: None, (B|1, H, L|1, 1) or (B, H, L, F), logs; beta: None or (B, H, L, 1)."""
+    """S_t = exp(decay_t) o S_{t-1} + write, o_t = q_t S_t. decay: None, (B|1, H, L|1, 1) or (B, H, L, F), logs; beta: None or (B, H, L, 1).
+
+    read: o and its moments -> the output. ones: the last channel of v is 1, so that o's last is the mass. mean: the last feature of k
+    is 1 (and of q 0), so that the state's last row sums the values. apart: features of q and k whose products make the mass, where
+    those of the numerator are turned. count: visible keys a query. carry: what a stream must know beside the state: a
+    feature map's own sums, and what logits of keys were divided by at the last token. lift: q and k are not features yet; these are
+    their maps, and the weight of a pair as a function of q.k.
+    """
 
     q: Tensor
     k: Tensor
@@ -30,16 +51,17 @@ class Scan:
     decay: Tensor | None
     beta: Tensor | None
     causal: bool
-    summed: bool  # the last channel of v is 1 and divides the others
-    eps: float
+    read: Callable[..., Tensor] | None = None
+    ones: bool = False
+    mean: bool = False
+    apart: tuple[Tensor, Tensor] | None = None
+    count: Tensor | None = None
+    carry: Carry | None = None
+    lift: Lift | None = None
 
     @property
     def length(self) -> int:
         return self.k.shape[-2]
-
-    def finish(self, o: Tensor) -> Tensor:
-        """Divide by the mass where the readout asks for it."""
-        return o[..., :-1] / o[..., -1:].clamp_min(self.eps) if self.summed else o
 
 
 @functools.lru_cache(maxsize=1024)
@@ -49,7 +71,7 @@ def declared_of(mechanism: Recurrent) -> dict[str, Input]:
     shapes = {"head": "h", "token": "bhk", "channel": "bhkf"}
     if mechanism.decay in shapes:
         found.setdefault("log_decay", Input("log_decay", shapes[mechanism.decay]))
-    if mechanism.write == "delta":
+    if mechanism.write != "add":
         found.setdefault("beta", Input("beta", "bhk"))
     return found
 
@@ -92,12 +114,15 @@ def pose(
     given: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     first: int = 0,
+    carry: Carry | None = None,
 ) -> Scan:
-    """Check and prepare a recurrent call; `first` is the absolute position of the first key (in a stream)."""
+    """Check and prepare a recurrent call; in a stream `first` is the absolute position of the first key, `carry` the earlier `Scan.carry`."""
     sizes = sizes_of(q, k, v)
     causal = check_mask(mechanism, mask)
     if causal and sizes.q_len > sizes.k_len:
         raise RegardError(f"{sizes.q_len} queries but {sizes.k_len} keys: a causal recurrence needs a key for every query")
+    if causal and not mechanism.can_be_causal:
+        raise RegardError(f"mask={mask!r}: this mechanism's features read the whole sequence; expected no causal mask")
     if scale is not None and not mechanism.scaled:
         raise RegardError(f"scale={scale}: this mechanism's feature map fixes its own scale; expected None")
     wide = dtype or torch.promote_types(q.dtype, torch.float32)
@@ -110,37 +135,130 @@ def pose(
         q = q * (sizes.head_dim**-0.5 if scale is None else scale)
     at = torch.arange(sizes.k_len, device=q.device) + first
     q_at = at[sizes.k_len - sizes.q_len :] if causal else torch.arange(sizes.q_len, device=q.device)
-    k = repeat_heads(k, sizes.heads)
+    k, v = repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)
     # Feature maps see shapes of their own: per-head inputs come as (H,), not in elementwise form.
     plain = {
         name: x.reshape(x.shape[1]) if declared[name].shape == "h" else x.reshape(()) if declared[name].shape == "" else x
         for name, x in inputs.items()
     }
     plain = {name: x.expand(sizes.heads) if declared[name].shape == "h" else x for name, x in plain.items()}
-    if keep is not None:  # what stands in padding, NaN even, must reach nothing
-        k, v = (torch.where(keep[:, None, :, None], x, 0.0) for x in (k, v))
+    real = None if keep is None else keep[:, None, :, None]
+    if real is not None:  # what stands in padding, NaN even, must reach nothing
+        k, v = (torch.where(real, x, 0.0) for x in (k, v))
     seen = visible_tokens(at, q_at, keep, causal)
-    q, k = mechanism.feature(q, k, {**plain, "position": q_at, "n": seen[0]}, {**plain, "position": at, "n": seen[1]})
-    k = k if keep is None else k * keep[:, None, :, None]
-    v = repeat_heads(v, sizes.heads)
-    if mechanism.readout == "sum":
-        v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    if causal and q.shape[-2] < k.shape[-2]:
-        q = torch.cat((q.new_zeros(*q.shape[:-2], k.shape[-2] - q.shape[-2], q.shape[-1]), q), -2)
-    decay, beta = inputs.get("log_decay"), inputs.get("beta")
-    if decay is not None:
-        decay = decay.transpose(-1, -2) if declared["log_decay"].shape == "bhk" else decay
-        if mechanism.decay == "channel" and decay.shape[-1] not in (1, k.shape[-1]):
-            raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {k.shape[-1]}, one for each feature of k")
-        if bool((decay > 0).any()):
-            raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
-        decay = decay.clamp_min(CLAMP)
-        if keep is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes
-            decay = decay * keep[:, None, :, None]
-        if decay.shape[-2] != 1 or mechanism.decay == "channel":
-            decay = decay.expand(sizes.batch, sizes.heads, sizes.k_len, k.shape[-1] if mechanism.decay == "channel" else 1)
+    own, last = carry or (None, None)
+    k_env = {**plain, "position": at, "n": seen[1], "real": real, "carry": own}
+    lift = lifting(mechanism, plain, sizes.head_dim)
+    rest: list[Any] = []
+    q_env = {**plain, "position": q_at, "n": seen[0]}
+    if lift is None:
+        q, k, *rest = mechanism.feature(q, k, q_env, k_env)
+    else:
+        q, k = mechanism.feature.narrow(q, k, q_env, k_env)  # type: ignore[union-attr]
+    decay = log_decays(mechanism, inputs, declared, sizes, k.shape[-1], real)
+    if mechanism.keys != "features":
+        k, fade, last = from_logits(mechanism.keys, k, real, causal, last)
+        decay = fade if decay is None else None if fade is None else decay + fade
+    k = k if real is None else k * real
+    apart = None
+    if mechanism.turn is not None:
+        apart = (q, k) if "mass" in mechanism.read_of or mechanism.readout == "sum" else None
+        q, k = call(mechanism.turn, q, env={**plain, "position": q_at}), call(mechanism.turn, k, env={**plain, "position": at})
+    ones = apart is None and ("mass" in mechanism.read_of or mechanism.readout == "sum")
+    if ones:
+        v = torch.cat((v, torch.ones_like(v[..., :1]) if real is None else real.expand(*v.shape[:-1], 1).to(v.dtype)), -1)
+    mean = "mean" in mechanism.read_of
+    if mean:
+        k = pad(k, (0, 1), value=1.0) if real is None else torch.cat((k, real.expand(*k.shape[:-1], 1).to(k.dtype)), -1)
+        q = pad(q, (0, 1))
+    if causal and sizes.q_len < sizes.k_len:
+        q = pad(q, (0, 0, sizes.k_len - sizes.q_len, 0))
+        apart = None if apart is None else (pad(apart[0], (0, 0, sizes.k_len - sizes.q_len, 0)), apart[1])
+    beta = inputs.get("beta")
     if beta is not None:
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
+        if mechanism.write == "exact":
+            beta = exact_strength(beta, k)
         if mechanism.decay == "channel":
             raise RegardError("write='delta' with decay='channel' is not available; use decay='none', 'head' or 'token'")
-    return Scan(q, k, v, decay, beta, causal, mechanism.readout == "sum", mechanism.eps)
+    read: Callable[..., Tensor] | None = bind(divided, eps=mechanism.eps) if mechanism.readout == "sum" else None
+    if callable(mechanism.readout):
+        read = functools.partial(called, mechanism.readout, plain)
+    return Scan(
+        q, k, v, decay, beta, causal, read, ones, mean, apart, seen[1] if causal else seen[0], (rest[0] if rest else None, last), lift
+    )
+
+
+def lifting(mechanism: Recurrent, inputs: Mapping[str, Any], d: int) -> Lift | None:
+    """The maps of a feature map with a kernel, where nothing stands between features and state."""
+    feature = mechanism.feature
+    if not isinstance(feature, FeatureMap) or feature.kernel is None:
+        return None
+    if (
+        mechanism.decay == "channel"
+        or mechanism.write != "add"
+        or mechanism.keys != "features"
+        or mechanism.turn
+        or "mean" in mechanism.read_of
+    ):
+        return None
+    maps = [functools.partial(call, function, env=inputs) for function in (feature.query, feature.key or feature.query)]
+    return Lift(maps[0], maps[1], functools.partial(weighed, feature.kernel, inputs, d))
+
+
+def weighed(kernel: Function, inputs: Mapping[str, Any], d: int, s: Tensor) -> Tensor:
+    return call(kernel, s, d, env=inputs)  # type: ignore[no-any-return]
+
+
+def divided(o: Tensor, mass: Tensor, mean: Any, n: Any, eps: float) -> Tensor:
+    return o / mass.clamp_min(eps)
+
+
+def called(readout: Function, inputs: Mapping[str, Any], o: Tensor, mass: Any, mean: Any, n: Any) -> Tensor:
+    return call(readout, o, env={**inputs, "mass": mass, "mean": mean, "n": n})  # type: ignore[no-any-return]
+
+
+def exact_strength(beta: Tensor, k: Tensor) -> Tensor:
+    """(1 - exp(-beta |k|^2)) / |k|^2, which tends to beta for short keys."""
+    square = k.square().sum(-1, keepdim=True)
+    short = square * beta.abs() < 1e-8  # the series' next term is beta^2 |k|^2 / 2
+    return torch.where(short, beta - beta.square() * square / 2, -torch.expm1(-beta * square) / torch.where(short, 1.0, square))
+
+
+def log_decays(
+    mechanism: Recurrent, inputs: Mapping[str, Tensor], declared: Mapping[str, Input], sizes: Sizes, features: int, real: Tensor | None
+) -> Tensor | None:
+    """The input `log_decay` in the shape of `Scan.decay`."""
+    decay = inputs.get("log_decay")
+    if decay is None:
+        return None
+    decay = decay.transpose(-1, -2) if declared["log_decay"].shape == "bhk" else decay
+    if mechanism.decay == "channel" and decay.shape[-1] not in (1, features):
+        raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {features}, one for each feature of k")
+    if bool((decay > 0).any()):
+        raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
+    decay = decay.clamp_min(CLAMP)
+    if real is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes
+        decay = decay * real
+    if decay.shape[-2] != 1 or mechanism.decay == "channel":
+        decay = decay.expand(sizes.batch, sizes.heads, sizes.k_len, features if mechanism.decay == "channel" else 1)
+    return decay
+
+
+def from_logits(kind: str, f: Tensor, real: Tensor | None, causal: bool, carry: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keys e^{f - z}, the log decays z_{t-1} - z_t (None over all keys at once), and the last z; z never falls, so both stay below 1."""
+    f = f if real is None else f.masked_fill(~real, -1e30)  # finite: -inf - -inf would be no number
+    if kind == "max":
+        f_top = f.detach().amax(-1, keepdim=True)
+        if not causal:
+            top = f_top.amax(-2, keepdim=True)
+            return torch.exp(f - top), None, top
+        f_top = f_top if carry is None else torch.cat((carry, f_top), -2)
+        z = f_top.cummax(-2).values
+    else:
+        if not causal:
+            return torch.softmax(f, -2), None, f.logsumexp(-2, keepdim=True)
+        z = torch.logcumsumexp(f if carry is None else torch.cat((carry, f), -2), -2)
+    before = pad(z[..., :-1, :], (0, 0, 1, 0), value=-1e30) if carry is None else z[..., :-1, :]
+    z = z if carry is None else z[..., 1:, :]
+    return torch.exp(f - z), (before - z).clamp_min(CLAMP), z[..., -1:, :]

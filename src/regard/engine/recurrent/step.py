@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .chunk import empty_state
 from .pose import Scan
 
 
 def step(scan: Scan, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """(o, state) token by token; state (B, H, F, E)."""
-    b, h, length, f = scan.k.shape
-    state = scan.v.new_zeros(b, h, f, scan.v.shape[-1]) if state is None else state
+    state = empty_state(scan) if state is None else state
     outputs = []
-    for t in range(length):
+    for t in range(scan.length):
         k, v, q = scan.k[..., t, :], scan.v[..., t, :], scan.q[..., t, :]
+        if scan.lift is not None:
+            q, k = scan.lift.query(q), scan.lift.key(k)
         if scan.decay is not None:
             at = 0 if scan.decay.shape[-2] == 1 else t
             state = state * torch.exp(scan.decay[..., at, :]).unsqueeze(-1)

@@ -5,7 +5,7 @@ The model around it mixes these layers with sliding-window softmax and gated sho
 """
 
 from ...algebra import Causal, FeatureMap, Recipe, Recurrent, Weighted, Window, taylor
-from ...algebra.feature_map import taylor_packed
+from ...algebra.feature_map import taylor_kernel, taylor_packed
 from ...catalog.registry import register
 
 
@@ -13,7 +13,7 @@ from ...catalog.registry import register
 def based(feature_dim: int = 16, packed: bool = False, eps: float = 1e-12) -> Recurrent:
     """feature_dim: channels of q and k a head in the layer; the state is 1 + D' + D'^2 wide ((D'+1)(D'+2)/2 if packed)."""
     return Recurrent(
-        FeatureMap(taylor_packed if packed else taylor),
+        FeatureMap(taylor_packed if packed else taylor, kernel=taylor_kernel),
         readout="sum",
         eps=eps,
         scaled=False,

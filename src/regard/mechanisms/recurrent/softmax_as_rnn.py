@@ -24,13 +24,22 @@ def tensor_powers(x: Tensor, order: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def series(s: Tensor, d: int, order: int) -> Tensor:
+    """sum_{n <= order} x^n / n!, x = s / sqrt(D)."""
+    total = term = torch.ones_like(s)
+    for n in range(1, order + 1):
+        term = term * s / (math.sqrt(d) * n)
+        total = total + term
+    return total
+
+
 @register("softmax-as-rnn")
 def taylor_recurrent(order: int = 2) -> Recurrent:
     """order 0 is a running mean of the values, 1 linear attention with [1, k / D^(1/4)], and order -> infinity softmax. Odd orders may
     divide by a sum that is not positive where q.k / sqrt(D) < -1."""
     if order < 0:
         raise RegardError(f"order={order}: expected 0 or more")
-    return Recurrent(FeatureMap(bind(tensor_powers, order=order)), readout="sum", eps=1e-12, scaled=False)
+    return Recurrent(FeatureMap(bind(tensor_powers, order=order), kernel=bind(series, order=order)), readout="sum", eps=1e-12, scaled=False)
 
 
 def taylor_recurrent_attention(q: Tensor, k: Tensor, v: Tensor, order: int) -> Tensor:

@@ -17,14 +17,21 @@ def powers(x: Tensor) -> Tensor:
     return torch.cat((torch.ones_like(x[..., :1]), x, (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)), -1)
 
 
-def query_powers(x: Tensor, tau: Tensor, a: float, b: float, c: float) -> Tensor:
+def weighted_powers(x: Tensor, a: float, b: float, c: float) -> Tensor:
     d = x.shape[-1]
-    factor = torch.cat([x.new_full((size,), value) for size, value in ((1, c), (d, b), (d * d, a))])
-    return powers(F.normalize(x, dim=-1) * tau.to(x.dtype)[:, None, None]) * factor
+    return powers(x) * torch.cat([x.new_full((size,), value) for size, value in ((1, c), (d, b), (d * d, a))])
 
 
-def key_powers(x: Tensor) -> Tensor:
-    return powers(F.normalize(x, dim=-1))
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+def tempered(x: Tensor, tau: Tensor) -> Tensor:
+    return unit(x) * tau.to(x.dtype)[:, None, None]
+
+
+def kernel(s: Tensor, d: int, a: float, b: float, c: float) -> Tensor:
+    return a * s * s + b * s + c
 
 
 def polynomial(s: Tensor, a: float, b: float, const: float) -> Tensor:
@@ -43,7 +50,9 @@ def taylorshift(mode: str = "efficient", a: float = 0.5, b: float = 1.0, c: floa
         raise RegardError(f"a={a}, b={b}, c={c}: expected a > 0 and c >= b^2 / (4 a), so that weights are positive")
     spec = Input("tau", "h", default=1.0, layer=Learned(1.0))
     if mode == "efficient":
-        return Recurrent(FeatureMap(bind(query_powers, a=a, b=b, c=c), key_powers, (spec,)), readout="sum", eps=0.0, scaled=False)
+        known = {"a": a, "b": b, "c": c}
+        feature = FeatureMap(bind(weighted_powers, **known), powers, (spec,), kernel=bind(kernel, **known), before=(tempered, unit))
+        return Recurrent(feature, readout="sum", eps=0.0, scaled=False)
     if mode == "direct":
         weight = bind(polynomial, a=a, b=b, const=c)
         return Weighted(score=Dot(temperature, (spec,), power=0.0, unit=True), normalizer=RowLocal(weight, weight))

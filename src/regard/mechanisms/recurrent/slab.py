@@ -1,0 +1,20 @@
+"""SLAB's simplified linear attention: ReLU features and a plain sum (id 197; Guo et al., 2024).
+
+o_i = relu(q_i) (sum_j relu(k_j) v_j^T) / (relu(q_i).sum_j relu(k_j) + eps) (+ a depthwise convolution of v)
+"""
+
+import torch
+from torch import Tensor
+
+from ...algebra import FeatureMap, Recipe, Recurrent, bind
+from ...catalog.registry import register
+
+
+def sum_divided(o: Tensor, mass: Tensor, eps: float) -> Tensor:
+    return o / (mass + eps)
+
+
+@register("slab")
+def slab(eps: float = 1e-6) -> Recurrent:
+    """The module with positions on keys and the convolution is `regard.nn.GridAttention`; its norm is `regard.nn.PRepBN`."""
+    return Recurrent(FeatureMap(torch.relu), readout=bind(sum_divided, eps=eps), scaled=False, recipe=Recipe(rope=False))
