@@ -31,6 +31,7 @@ from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks
+from .states import LogLinear, Slots
 from .thresholds import ActiveTiles
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Input",
     "JointMap",
     "Learned",
+    "LogLinear",
     "Mask",
     "Mechanism",
     "Modified",
@@ -88,6 +90,7 @@ __all__ = [
     "Sinkhorn",
     "Sinks",
     "Sizes",
+    "Slots",
     "Strided",
     "TopBlocks",
     "Weighted",

@@ -23,9 +23,10 @@ class Recipe(Part):
     """How the paper's layer dresses the mechanism: what `regard.nn.Attention` does around it.
 
     short_conv: width of a causal depthwise convolution on q, k, v (0: none). activation: on q and k (and v after a convolution):
-    "", "silu", "relu", "elu+1". qk_norm: "", "l2", "rms" or "layer", over head_dim. out_norm: "", "l2", "rms" or "layer", a head.
-    merge_norm: "", "rms", "gated_rms" or "layer", over all heads' channels together; merge_activation: "" or "gelu", after it.
-    out_gate: "" or "silu": output times silu(x W); "head", "head_mlp" or "heads": each head times sigmoid(G(x)), where G reads the
+    "", "silu", "relu", "elu+1"; value_activation: on v alone. qk_norm: "", "l2", "rms" or "layer", over head_dim; "q_l2" and so on: q alone. out_norm: "", "l2", "rms" or "layer", a head.
+    out_activation: before it. merge_norm: "", "rms", "srms" (without learned factors), "gated_rms" or "layer", over all heads' channels
+    together; merge_activation: "" or "gelu", after it. out_gate: "", or "silu", "sigmoid", "linear": output times act(x W), W of rank
+    gate_rank if given; "head", "head_mlp" or "heads": each head times sigmoid(G(x)), where G reads the
     head's own slice of x (linear or with a hidden layer) or all of x, and starts at the bias logit(gate_init). rope: rotate q and k when the model asks for rotary positions.
     key_dim: head_dim of q and k: a number of channels, a share of the layer's own head_dim (a float), or None for the same.
     kv_heads: key and value heads when the layer is not told (None: as many as query heads).
@@ -33,11 +34,14 @@ class Recipe(Part):
 
     short_conv: int = 0
     activation: str = ""
+    value_activation: str = ""
     qk_norm: str = ""
+    out_activation: str = ""
     out_norm: str = ""
     merge_norm: str = ""
     merge_activation: str = ""
     out_gate: str = ""
+    gate_rank: int | None = None
     gate_init: float = 0.5
     rope: bool = True
     key_dim: int | float | None = None
@@ -121,8 +125,8 @@ class Recurrent(Mechanism):
     """S_t = decay_t o S_{t-1} + write(k_t, v_t), o_t = read(phi_q(q_t) S_t).
 
     decay: "none"; "head" (input log_decay (H,)), "token" (B, H, L) or "channel" (B, H, L, F), always logs, <= 0.
-    write: "add": phi(k) v^T; "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L); or "exact": delta integrated over a
-    time beta, that is with (1 - exp(-beta |k|^2)) / |k|^2 for beta.
+    write: "add": phi(k) v^T, or "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L). strength: a plain function (beta,
+    |phi(k)|^2) of what stands for beta in the delta rule.
     keys: "features"; or logits f whose exponentials are divided by what they sum to so far, "softmax" (a channel: k_t = e^{f_t - z_t},
     z_t = log sum_{s<=t} e^{f_s}, and the state fades by e^{z_{t-1} - z_t}) or by the largest so far, "max" (one number a token).
     readout: "none"; "sum": divide by phi_q(q_t).sum phi_k(k), at least eps; or a plain function of o_t and, by name, of mass
@@ -135,6 +139,7 @@ class Recurrent(Mechanism):
     feature: FeatureMap | JointMap = field(default_factory=lambda: FeatureMap(identity))
     decay: str = "none"
     write: str = "add"
+    strength: Function | None = None
     keys: str = "features"
     readout: str | Function = "none"
     turn: Function | None = None
@@ -148,7 +153,7 @@ class Recurrent(Mechanism):
         super().__post_init__()
         for name, value, known in (
             ("decay", self.decay, DECAYS),
-            ("write", self.write, ("add", "delta", "exact")),
+            ("write", self.write, ("add", "delta")),
             ("keys", self.keys, ("features", "softmax", "max")),
             ("readout", self.readout, ("none", "sum")),
         ):
@@ -166,7 +171,7 @@ class Recurrent(Mechanism):
 
     @property
     def causal_only(self) -> bool:
-        return self.causal or self.decay != "none" or self.write != "add"
+        return self.causal or self.decay != "none" or self.write == "delta"
 
     @property
     def can_be_causal(self) -> bool:

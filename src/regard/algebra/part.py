@@ -167,11 +167,16 @@ class Learned(Part):
 
 @described
 class Projected(Part):
-    """The layer computes it from its input: `transform(x W (+ bias))`, through a bottleneck of `rank` if given."""
+    """The layer computes it from its input: `transform(x W (+ bias))`, through a bottleneck of `rank` if given.
+
+    channels: of the input's last dimension, where its letter is f. times: so many projections side by side, for `transform` to join.
+    """
 
     transform: Function | None = None
     rank: int | None = None
     bias: float | None = None
+    channels: int | None = None
+    times: int = 1
 
 
 @described

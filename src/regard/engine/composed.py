@@ -12,8 +12,10 @@ from torch import Tensor
 from ..algebra.mask import Causal, Explicit, Full, Mask
 from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Relayed
 from ..algebra.score import SquaredDistance
+from ..algebra.states import LogLinear, Slots
 from ..errors import RegardError
 from .problem import check_names, fill_inputs, sizes_of
+from .recurrent import levels, slots
 from .reference import repeat_heads
 
 Attend = Callable[..., Tensor]
@@ -191,7 +193,18 @@ def inputs_of(mechanism: Mechanism) -> Any:
     from ..algebra.mechanism import Recurrent
     from .recurrent.pose import declared_of
 
+    if isinstance(mechanism, LogLinear):
+        return (*declared_of(mechanism.inner).values(), *mechanism.inputs)
     return declared_of(mechanism).values() if isinstance(mechanism, Recurrent) else mechanism.declared
 
 
-RUN: dict[type[Mechanism], Callable[..., Tensor]] = {Relayed: relayed, Nystrom: nystrom, Clustered: clustered, Hybrid: hybrid}
+RUN: dict[type[Mechanism], Callable[..., Tensor]] = {
+    Relayed: relayed,
+    Nystrom: nystrom,
+    Clustered: clustered,
+    Hybrid: hybrid,
+    Slots: slots.slots,
+    LogLinear: levels.run,
+}
+# How a stream of these goes on: (mechanism, q, k, v, state, scale, inputs) -> (out, state).
+STEP: dict[type[Mechanism], Callable[..., tuple[Tensor, Any]]] = {Slots: slots.step, LogLinear: levels.step}

@@ -75,7 +75,7 @@ def remembered(
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         description = resolved(mechanism)
-        if isinstance(description, Recurrent) and mask is None and description.causal_only:
+        if mask is None and description.causal_only and not isinstance(description, Weighted):
             mask = Causal()
         found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor)
         _plans[key] = found

@@ -13,9 +13,11 @@ from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
 from ..algebra.part import asks
 from ..errors import RegardError
 from . import recurrent as scans
-from .composed import blended
+from .composed import STEP, blended
 from .door import attend, resolved
 from .problem import combine_masks, fill_inputs, scaled_values, sizes_of
+from .recurrent.levels import LevelState
+from .recurrent.slots import SlotState
 
 
 @dataclass
@@ -107,7 +109,7 @@ class ManyStates:
         return sum(state.bytes for state in self.states)
 
 
-State = KeyValueState | ScanState | ManyStates
+State = KeyValueState | ScanState | ManyStates | SlotState | LevelState
 
 
 def step(
@@ -133,6 +135,8 @@ def step(
             raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs)
+    if type(description) in STEP:
+        return STEP[type(description)](description, q, k, v, state, scale, inputs)
     if isinstance(description, Hybrid) and description.how != "head":
         states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)
         stepped = [

@@ -79,3 +79,16 @@ def token_distance(states: Tensor) -> float:
     x = states.detach().double()
     n = x.shape[-2]
     return float(torch.cdist(x, x).sum() / (n * (n - 1)) / (x.numel() / x.shape[-1] / n) / x.norm(dim=-1).mean())
+
+
+def log_variance(weights: Tensor) -> Tensor:
+    """Mean over rows of the variance of log weights: what linear log-normal attention matches to softmax's."""
+    return checked(weights).log().var(-1).mean()
+
+
+def spectral_gap(weights: Tensor) -> Tensor:
+    """(...): 1 - |lambda_2| of square matrices whose rows sum to one: how fast repeated mixing forgets."""
+    w = checked(weights)
+    if w.shape[-1] != w.shape[-2]:
+        raise RegardError(f"weights have shape {tuple(weights.shape)}; expected square matrices")
+    return 1 - torch.linalg.eigvals(w).abs().sort(-1).values[..., -2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from .inputs import Inputs
 from .parts import HeadGate, ShortConv, head_norm
 
 ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "elu+1": lambda x: F.elu(x) + 1}
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "linear": lambda x: x}
 
 
 @dataclass
@@ -73,11 +76,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(dim, width, bias) for width in widths)
         self.out = nn.Linear(heads * self.value_dim, dim, bias)
         self.convs = nn.ModuleList([ShortConv(width, recipe.short_conv) for width in widths] if recipe.short_conv else [])
-        self.q_norm, self.k_norm = head_norm(recipe.qk_norm, self.key_dim), head_norm(recipe.qk_norm, self.key_dim)
+        self.q_norm = head_norm(recipe.qk_norm.removeprefix("q_"), self.key_dim)
+        self.k_norm = head_norm("" if recipe.qk_norm.startswith("q_") else recipe.qk_norm, self.key_dim)
         self.out_norm = head_norm(recipe.out_norm, self.value_dim)
         self.merge_norm = head_norm(recipe.merge_norm, heads * self.value_dim)
-        self.gate = nn.Linear(dim, heads * self.value_dim, bias) if recipe.out_gate == "silu" else None
-        by_head = recipe.out_gate not in ("", "silu")
+        width = heads * self.value_dim
+        wide = nn.Linear(dim, width, bias)
+        low = recipe.gate_rank and nn.Sequential(nn.Linear(dim, recipe.gate_rank, bias), nn.Linear(recipe.gate_rank, width, bias))
+        self.gate = (low or wide) if recipe.out_gate in GATES else None
+        by_head = recipe.out_gate not in ("", *GATES)
         self.head_gate = HeadGate(dim, heads, recipe.out_gate, recipe.gate_init) if by_head else None
         sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
         self.inputs = Inputs(self.mechanism, sizes, dim)
@@ -96,17 +103,17 @@ class Attention(nn.Module):
             for y, width in zip(flat, (self.key_dim, self.key_dim, self.value_dim), strict=True)
         )
         q, k = self.q_norm(act(q)), self.k_norm(act(k))
-        v = act(v) if self.convs else v
+        v = ACTIVATION[self.recipe.value_activation](act(v) if self.convs else v)
         if self.rope is not None:
             q = self.rope.rotate(q, torch.arange(position, position + q.shape[-2], device=q.device))
             k = self.rope.rotate(k, torch.arange(position, position + k.shape[-2], device=k.device))
         return q, k, v, tuple(tails)
 
     def close(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.out_norm(o)
+        o = self.out_norm(ACTIVATION[self.recipe.out_activation](o))
         o = o if self.head_gate is None else o * self.head_gate(x)
         o = ACTIVATION[self.recipe.merge_activation](self.merge_norm(o.transpose(1, 2).flatten(-2)))
-        return self.out(o if self.gate is None else o * F.silu(self.gate(x)))  # type: ignore[no-any-return]
+        return self.out(o if self.gate is None else o * GATES[self.recipe.out_gate](self.gate(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
         """x (B, L, dim), context (B, Lk, dim) for cross-attention -> (B, L, dim). mask is added to the causal one; `inputs`: tensors the

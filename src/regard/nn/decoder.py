@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from ..algebra import Mechanism
 from ..errors import RegardError
 from .attention import Attention, LayerState
-from .parts import LayerScale, SwiGLU
+from .parts import GatedMLP, LayerScale, head_norm
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). `mixer` may be any module with forward(x) and step(x, state)."""
 
-    def __init__(self, dim: int, mixer: nn.Module, hidden: int, layer_scale: float | None = None):
+    def __init__(self, dim: int, mixer: nn.Module, hidden: int, layer_scale: float | None = None, norm: str = "rms", mlp: str = "swiglu"):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
-        self.mixer, self.mlp = mixer, SwiGLU(dim, hidden)
+        self.norm1, self.norm2 = head_norm(norm, dim), head_norm(norm, dim)
+        self.mixer, self.mlp = mixer, GatedMLP(dim, hidden, mlp)
         scales = [nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)]
         self.scale1, self.scale2 = scales
 
@@ -38,7 +38,8 @@ class Decoder(nn.Module):
     """tokens (B, L) -> logits (B, L, vocab).
 
     mechanism: one for all layers, or a sequence with one a layer (names, descriptions, or ready modules). rope: rotary positions where
-    the mechanism has none. hidden: width of the MLP (None: 8/3 dim, rounded to 16). Embedding and output share weights.
+    the mechanism has none. hidden: width of the MLP (None: 8/3 dim, rounded to 16). norm: of `head_norm`; mlp: "swiglu", or "sglu"
+    without activation. Embedding and output share weights.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Decoder(nn.Module):
         rope: bool = True,
         context_len: int = 1024,
         layer_scale: float | None = None,
+        norm: str = "rms",
+        mlp: str = "swiglu",
     ):
         super().__init__()
         chosen = list(mechanism) if isinstance(mechanism, (list, tuple)) else [mechanism] * layers
@@ -65,8 +68,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList()
         for one in chosen:
             mixer = one if isinstance(one, nn.Module) else Attention(dim, heads, one, kv_heads=kv_heads, rope=rope, context_len=context_len)  # type: ignore[arg-type]
-            self.blocks.append(Block(dim, mixer, hidden, layer_scale))
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+            self.blocks.append(Block(dim, mixer, hidden, layer_scale, norm, mlp))
+        self.norm = head_norm(norm, dim)
         for block in self.blocks:  # residual branches start small, so that depth does not change the scale of the stream
             block.mlp.down.weight.data.div_((2 * layers) ** 0.5)  # type: ignore[union-attr, operator]
 

@@ -52,8 +52,8 @@ class Inputs(nn.Module):
                 raise RegardError(
                     f"input {item.name!r} is a projection of the layer's x, which there is none of here; pass {item.name}=..."
                 )
-            channels = sizes.head_dim if item.shape.endswith("d") else 1
-            self.projected[item.name] = Projection(dim, sizes.heads, channels, item.layer.rank, item.layer.bias)
+            channels = item.layer.channels or (sizes.head_dim if item.shape.endswith("d") else 1)
+            self.projected[item.name] = Projection(dim, sizes.heads, channels * item.layer.times, item.layer.rank, item.layer.bias)
 
     def forward(self, x: Tensor | None = None, heads: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """x (B, L, dim), and the layer's q, k, v (B, heads, L, D) for inputs read off them -> {name: tensor}."""
@@ -68,7 +68,7 @@ class Inputs(nn.Module):
                 value = ((of if item.layer.act is None else item.layer.act(of)) * self.learned[item.name].unsqueeze(-2)).sum(-1)
             elif item.name in self.projected:
                 value = self.projected[item.name](x)
-                value = value.squeeze(-1) if item.shape[-1] != "d" else value
+                value = value.squeeze(-1) if value.shape[-1] == 1 and item.shape[-1] not in "df" else value
             else:
                 value = self.learned[item.name] if item.name in self.learned else getattr(self, f"fixed_{item.name}")
             assert item.layer is not None

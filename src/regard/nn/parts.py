@@ -20,11 +20,12 @@ class UnitNorm(nn.Module):
 
 
 def head_norm(kind: str, width: int) -> nn.Module:
-    """A norm over a head's channels: "" none, "l2", "rms", "gated_rms" or "layer"."""
+    """A norm over a head's channels: "" none, "l2", "rms", "srms" (no learned factors), "gated_rms" or "layer"."""
     known: dict[str, Callable[[], nn.Module]] = {
         "": nn.Identity,
         "l2": UnitNorm,
         "rms": lambda: nn.RMSNorm(width, eps=1e-6),
+        "srms": lambda: nn.RMSNorm(width, eps=1e-6, elementwise_affine=False),
         "layer": lambda: nn.LayerNorm(width),
         "gated_rms": lambda: GatedRMSNorm(width),
     }
@@ -103,15 +104,22 @@ class Projection(nn.Module):
         return self.up(self.down(x)).unflatten(-1, (-1, self.channels)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-class SwiGLU(nn.Module):
-    """W3(silu(W1 x) * W2 x)."""
+class GatedMLP(nn.Module):
+    """W3(act(W1 x) * W2 x): kind "swiglu" (act silu) or "sglu" (no act)."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, kind: str = "swiglu"):
         super().__init__()
+        if kind not in ("swiglu", "sglu"):
+            raise RegardError(f"mlp {kind!r}; expected swiglu or sglu")
+        self.act = F.silu if kind == "swiglu" else nn.Identity()
         self.gate, self.up, self.down = nn.Linear(dim, hidden, False), nn.Linear(dim, hidden, False), nn.Linear(hidden, dim, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(self.act(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class SwiGLU(GatedMLP):
+    """W3(silu(W1 x) * W2 x)."""
 
 
 class LayerScale(nn.Module):

@@ -183,6 +183,17 @@ def carry(writes: Tensor, fade: Tensor | None, state: Tensor) -> tuple[Tensor, T
     return torch.stack(states, -3), state
 
 
+def wy(k: Tensor, v: Tensor, beta: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(W, U) of the delta rule: a chunk that meets the state S writes U - W S in place of its values."""
+    overlap, reads = k @ k.transpose(-1, -2), k
+    if total is not None:
+        overlap, reads = overlap * decay_matrix(total), k * torch.exp(total)
+    system = (beta * overlap).tril(-1) + torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
+    solved = torch.linalg.solve_triangular(system, torch.cat((beta * reads, beta * v), -1), upper=False, unitriangular=True)
+    w, u = solved.split((k.shape[-1], v.shape[-1]), -1)
+    return w, u
+
+
 def delta(
     inside: Tensor,
     into: Tensor,
@@ -195,14 +206,7 @@ def delta(
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The WY form: u = U - W S with both solved for all chunks at once."""
-    overlap = k @ k.transpose(-1, -2)
-    reads = k
-    if total is not None:
-        overlap, reads = overlap * decay_matrix(total), k * torch.exp(total)
-    size = k.shape[-2]
-    system = (beta * overlap).tril(-1) + torch.eye(size, dtype=k.dtype, device=k.device)
-    solved = torch.linalg.solve_triangular(system, torch.cat((beta * reads, beta * v), -1), upper=False, unitriangular=True)
-    w, u = solved.split((k.shape[-1], v.shape[-1]), -1)
+    w, u = wy(k, v, beta, total)
     written, states = [], []
     for n in range(k.shape[-3]):
         states.append(state)

@@ -71,7 +71,7 @@ def declared_of(mechanism: Recurrent) -> dict[str, Input]:
     shapes = {"head": "h", "token": "bhk", "channel": "bhkf"}
     if mechanism.decay in shapes:
         found.setdefault("log_decay", Input("log_decay", shapes[mechanism.decay]))
-    if mechanism.write != "add":
+    if mechanism.write == "delta":
         found.setdefault("beta", Input("beta", "bhk"))
     return found
 
@@ -145,7 +145,7 @@ def pose(
     real = None if keep is None else keep[:, None, :, None]
     if real is not None:  # what stands in padding, NaN even, must reach nothing
         k, v = (torch.where(real, x, 0.0) for x in (k, v))
-    seen = visible_tokens(at, q_at, keep, causal)
+    seen = tuple(x.to(wide) for x in visible_tokens(at, q_at, keep, causal))
     own, last = carry or (None, None)
     k_env = {**plain, "position": at, "n": seen[1], "real": real, "carry": own}
     lift = lifting(mechanism, plain, sizes.head_dim)
@@ -164,6 +164,8 @@ def pose(
     if mechanism.turn is not None:
         apart = (q, k) if "mass" in mechanism.read_of or mechanism.readout == "sum" else None
         q, k = call(mechanism.turn, q, env={**plain, "position": q_at}), call(mechanism.turn, k, env={**plain, "position": at})
+    if decay is not None and decay.shape[-1] not in (1, k.shape[-1]):  # turning put features side by side, as cosines and sines
+        decay = decay.repeat(1, 1, 1, k.shape[-1] // decay.shape[-1])
     ones = apart is None and ("mass" in mechanism.read_of or mechanism.readout == "sum")
     if ones:
         v = torch.cat((v, torch.ones_like(v[..., :1]) if real is None else real.expand(*v.shape[:-1], 1).to(v.dtype)), -1)
@@ -177,8 +179,8 @@ def pose(
     beta = inputs.get("beta")
     if beta is not None:
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
-        if mechanism.write == "exact":
-            beta = exact_strength(beta, k)
+        if mechanism.strength is not None:
+            beta = mechanism.strength(beta, k.square().sum(-1, keepdim=True))
         if mechanism.decay == "channel":
             raise RegardError("write='delta' with decay='channel' is not available; use decay='none', 'head' or 'token'")
     read: Callable[..., Tensor] | None = bind(divided, eps=mechanism.eps) if mechanism.readout == "sum" else None
@@ -216,13 +218,6 @@ def divided(o: Tensor, mass: Tensor, mean: Any, n: Any, eps: float) -> Tensor:
 
 def called(readout: Function, inputs: Mapping[str, Any], o: Tensor, mass: Any, mean: Any, n: Any) -> Tensor:
     return call(readout, o, env={**inputs, "mass": mass, "mean": mean, "n": n})  # type: ignore[no-any-return]
-
-
-def exact_strength(beta: Tensor, k: Tensor) -> Tensor:
-    """(1 - exp(-beta |k|^2)) / |k|^2, which tends to beta for short keys."""
-    square = k.square().sum(-1, keepdim=True)
-    short = square * beta.abs() < 1e-8  # the series' next term is beta^2 |k|^2 / 2
-    return torch.where(short, beta - beta.square() * square / 2, -torch.expm1(-beta * square) / torch.where(short, 1.0, square))
 
 
 def log_decays(

@@ -39,6 +39,11 @@ def truncated(s: Tensor, d: int, order: int, temperature: float | None) -> Tenso
     return 1 + x + x * x / 2 if order == 2 else 1 + x
 
 
+def ratio(o: Tensor, mass: Tensor) -> Tensor:
+    """o / mass, of either sign; rows that see nothing give zero."""
+    return o / torch.where(mass == 0, 1.0, mass)
+
+
 @register("fast-attention")
 def fastmax(p: int = 2, normalize: str = "token", temperature: float | None = None, eps: float = 1e-6) -> Recurrent:
     """p: 1 or 2; weights are at least 1/2 before division for p = 2, and may be negative for p = 1. normalize: "token": each token over its
@@ -56,4 +61,4 @@ def fastmax(p: int = 2, normalize: str = "token", temperature: float | None = No
         before=None if first is None else (first, first),
         causal=normalize != "sequence",
     )
-    return Recurrent(feature, readout="sum", eps=1e-12, scaled=False, recipe=Recipe(rope=False))
+    return Recurrent(feature, readout=ratio, scaled=False, recipe=Recipe(rope=False))

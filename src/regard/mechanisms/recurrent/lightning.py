@@ -1,16 +1,20 @@
 """Lightning Attention-2: causal linear attention with a fixed decay per head, in chunks (id 155; Qin et al., 2024).
 
 S_t = e^{-s_h} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t        (no 1/sqrt(D); layers normalise the output)
+The first version, and its layer in TNL, differ in the slopes and in what stands around the recurrence.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...algebra import Input, Learned, Recipe, Recurrent, Sizes, bind
+from ...algebra import Causal, Input, Learned, Recipe, Recurrent, Sizes, bind
 from ...algebra.position import alibi_slopes
 from ...catalog.registry import register
 from ...engine import attend
+from ...engine import recurrent as scans
 from ...errors import RegardError
 
 
@@ -21,12 +25,40 @@ def minus_slopes(sizes: Sizes, layer_share: float = 0.0) -> Tensor:
 
 @register("lightning-attention-2")
 def lightning(layer_share: float = 0.0) -> Recurrent:
-    """layer_share: layer / layers, which slows decay in deeper layers. The input `log_decay` (H,), <= 0, replaces the slopes; 0 is no decay."""
+    """layer_share: layer / layers (below 1), which slows decay in deeper layers. The input `log_decay` (H,), <= 0, replaces the slopes; 0 is no decay."""
     slopes = bind(minus_slopes, layer_share=layer_share)
     spec = Input("log_decay", "h", default=slopes, layer=Learned(slopes, trainable=False))
     return Recurrent(
         decay="head", scaled=False, inputs=(spec,), recipe=Recipe(activation="silu", out_norm="rms", out_gate="silu", rope=False)
     )
+
+
+@register("lightning-attention")
+def lightning_attention(layer: int = 0, layers: int = 1, gate_rank: int | None = None) -> Recurrent:
+    """The first Lightning Attention and its TNL layer (id 80; Qin et al., 2024): the same recurrence with slopes 2^(-8 h / H) (1 - layer /
+    (layers - 1) + 1e-5), q, k and v through silu, a norm over all heads without learned factors, and a sigmoid gate of gate_rank (the
+    paper's: the head dimension). `lightning_blocks` is the operator with a state."""
+    if not 0 <= layer < layers:
+        raise RegardError(f"layer={layer}, layers={layers}: expected 0 <= layer < layers")
+    base = lightning(layer_share(layer, layers))
+    recipe = Recipe(activation="silu", value_activation="silu", merge_norm="srms", out_gate="sigmoid", gate_rank=gate_rank, rope=False)
+    return replace(base, recipe=recipe)
+
+
+def layer_share(layer: int, layers: int) -> float:
+    """What the released models take off a layer's slopes: layer / (layers - 1) - 1e-5."""
+    return layer / max(layers - 1, 1) - 1e-5
+
+
+def lightning_blocks(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block: int = 64, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(o (B, H, N, E), the state (B, H, D, E) after the last token), q, k (B, H, N, D), v (B, H, N, E), slope (H,) >= 0; in blocks of
+    `block`, from `state` (None: zeros). No scale, no divisor."""
+    if slope.shape != (q.shape[1],):
+        raise RegardError(f"slope has shape {tuple(slope.shape)}; expected ({q.shape[1]},), one number a head")
+    scan = scans.pose(lightning(), Causal(), q, k, v, None, {"log_decay": -slope})
+    out, new = scans.run(scan, "chunk", state, block)
+    assert new is not None
+    return out.to(v.dtype), new
 
 
 def lightning_in_parts(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, parts: int) -> Tensor:

@@ -12,6 +12,7 @@ from ...algebra import FeatureMap, Normalizer, Recipe, Recurrent, RowLocal, Weig
 from ...algebra.normalizer import SOFTMAX, exp_shifted
 from ...catalog.registry import register
 from ...errors import RegardError
+from .fast import ratio
 
 
 def tensor_powers(x: Tensor, order: int) -> Tensor:
@@ -36,10 +37,10 @@ def series(s: Tensor, d: int, order: int) -> Tensor:
 @register("softmax-as-rnn")
 def taylor_recurrent(order: int = 2) -> Recurrent:
     """order 0 is a running mean of the values, 1 linear attention with [1, k / D^(1/4)], and order -> infinity softmax. Odd orders may
-    divide by a sum that is not positive where q.k / sqrt(D) < -1."""
+    divide by a sum near zero where q.k / sqrt(D) < -1."""
     if order < 0:
         raise RegardError(f"order={order}: expected 0 or more")
-    return Recurrent(FeatureMap(bind(tensor_powers, order=order), kernel=bind(series, order=order)), readout="sum", eps=1e-12, scaled=False)
+    return Recurrent(FeatureMap(bind(tensor_powers, order=order), kernel=bind(series, order=order)), readout=ratio, scaled=False)
 
 
 def taylor_recurrent_attention(q: Tensor, k: Tensor, v: Tensor, order: int) -> Tensor:

@@ -1,0 +1,29 @@
+"""Gated slot attention: a bounded memory of m slots with forgetting, read by softmax (id 106; Zhang et al., 2024).
+
+K_t = diag(f_t) K_{t-1} + (1 - f_t) k_t^T,   V_t = diag(f_t) V_{t-1} + (1 - f_t) v_t^T,   o_t = V_t^T softmax(K_t q_t),   f = sigmoid(x W)^(1/tau)
+"""
+
+from ...algebra import Input, Projected, Recipe, Slots, bind
+from ...catalog.registry import register
+from ...errors import RegardError
+from .gla import log_gate
+
+
+def gate_inputs(slots: int, tau: float) -> tuple[Input, ...]:
+    layer = Projected(bind(log_gate, tau=tau), channels=slots)
+    return Input("log_forget", "bhkf", layer=layer), Input("write", "bhkf", default="1 - f")
+
+
+@register("gsa")
+def gsa(slots: int = 64, tau: float = 8.0, gates: str = "forget", scaled: bool = False, short_conv: int = 0) -> Slots:
+    """slots: m of the layer. tau: temperature of its gates. gates: "forget", or "sum" without gates (ABC: input `write` (B, H, L, m) holds
+    logits). scaled: scores times D^-1/2, as the released operator's default; the layer's scale is 1. Inputs `log_forget` (B, H, L, m) <= 0
+    and `write` (B, H, L, m), by default 1 - f."""
+    if gates == "sum":
+        inputs: tuple[Input, ...] = (Input("write", "bhkf", layer=Projected(channels=slots)),)
+    elif gates == "forget":
+        inputs = gate_inputs(slots, tau)
+    else:
+        raise RegardError(f"gates={gates!r}; expected forget or sum")
+    recipe = Recipe(short_conv=short_conv, activation="silu", value_activation="silu", out_activation="silu", merge_norm="rms", rope=False)
+    return Slots(gates, scaled=scaled, inputs=inputs, recipe=recipe)
