@@ -126,15 +126,15 @@ def step(
     """Causal attention of new tokens after those in `state`; returns (out, new state).
 
     q (B, Hq, n, D), k (B, Hkv, n, D), v (B, Hkv, n, Dv) with n >= 1 new tokens (a prompt, or one token); state None starts a
-    stream. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`). A stream owns its state: older
-    states share its buffers. Inputs whose default depends on the length must be passed.
+    stream. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`); masks' inputs (`keep` of Padding()) cover
+    all keys so far. A stream owns its state: older states share its buffers. Inputs whose default depends on the length must be passed.
     """
     description = resolved(mechanism)
     for item in description.declared:
         if item.shape == "" and callable(item.default) and inputs.get(item.name) is None:
             raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
     if isinstance(description, Recurrent):
-        return step_scan(description, q, k, v, state, scale, inputs)
+        return step_scan(description, q, k, v, state, scale, inputs, mask)
     if type(description) in STEP:
         return STEP[type(description)](description, q, k, v, state, scale, inputs)
     if isinstance(description, Hybrid) and description.how != "head":
@@ -176,12 +176,22 @@ def step(
 
 
 def step_scan(
-    description: Recurrent, q: Tensor, k: Tensor, v: Tensor, state: State | None, scale: float | None, inputs: dict[str, Any]
+    description: Recurrent,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State | None,
+    scale: float | None,
+    inputs: dict[str, Any],
+    mask: Mask | None,
 ) -> tuple[Tensor, ScanState]:
     if state is not None and not isinstance(state, ScanState):
         raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism")
     first = 0 if state is None else state.length
-    scan = scans.pose(description, Causal(), q, k, v, scale, inputs, first=first, carry=None if state is None else state.carry)
+    full: Mask = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
+    if isinstance(inputs.get("keep"), Tensor):  # it covers all keys so far, of which the newest are read now
+        inputs = {**inputs, "keep": inputs["keep"][:, -k.shape[-2] :]}
+    scan = scans.pose(description, full, q, k, v, scale, inputs, first=first, carry=None if state is None else state.carry)
     out, s = scans.run(scan, "step" if q.shape[-2] == 1 else "chunk", None if state is None else state.s)
     assert s is not None
     return out.to(v.dtype), ScanState(s, first + k.shape[-2], scan.carry)

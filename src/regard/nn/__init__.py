@@ -3,6 +3,7 @@
 from .alignment import LatentAlignment
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
+from .bigla import BiGLA2D, ViG, both_directions
 from .decoder import Block, Decoder
 from .efficient import EfficientAttention
 from .frugal import FrugalAttention
@@ -11,7 +12,9 @@ from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacia
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
+from .mega import MegaLayer, MultiHeadEMA
 from .memory import KeyValueMemory
+from .minimax import Experts, MiniMaxConfig, MiniMaxLike
 from .monotonic import MonotonicDecoder
 from .multi_token import MultiTokenAttention
 from .operator import OperatorAttention, OperatorModel
@@ -25,6 +28,7 @@ from .rnope import attention_mass, rnope_layers
 from .routing import RoutingAttention
 from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from .sparse_block import SparseBlock, position_embedding
+from .spectral import FNetMixer, SpectralEncoder, SpectralMixer
 from .taylorshift import TaylorShiftAttention
 from .tropical import TropicalAttention, TropicalLinear, maxplus_matmul
 from .vision import AgentAttention, SoftmaxFreeAttention
@@ -32,11 +36,14 @@ from .vision import AgentAttention, SoftmaxFreeAttention
 __all__ = [
     "AgentAttention",
     "Attention",
+    "BiGLA2D",
     "Block",
     "Decoder",
     "Dress",
     "DualAttention",
     "EfficientAttention",
+    "Experts",
+    "FNetMixer",
     "FrugalAttention",
     "GINAttention",
     "GatedConv",
@@ -56,7 +63,11 @@ __all__ = [
     "LayerState",
     "LocalConcentration",
     "MAB",
+    "MegaLayer",
+    "MiniMaxConfig",
+    "MiniMaxLike",
     "MonotonicDecoder",
+    "MultiHeadEMA",
     "MultiTokenAttention",
     "OperatorAttention",
     "OperatorModel",
@@ -76,14 +87,18 @@ __all__ = [
     "SoftmaxFreeAttention",
     "SparseBlock",
     "SparseGINAdapter",
+    "SpectralEncoder",
+    "SpectralMixer",
     "SwiGLU",
     "SymbolicAttention",
     "TaylorShiftAttention",
     "TropicalAttention",
     "TropicalLinear",
+    "ViG",
     "WindowAttention",
     "attention_mass",
     "based_mixers",
+    "both_directions",
     "importance_factor",
     "laplacian_positions",
     "maxplus_matmul",

@@ -138,13 +138,14 @@ class Attention(nn.Module):
             made.update(extra)
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
-    def step(self, x: Tensor, state: LayerState | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
-        """New tokens x (B, n, dim) after those in `state` -> (y (B, n, dim), new state); equal to `forward` over all of them."""
+    def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
+        """New tokens x (B, n, dim) after those in `state` -> (y (B, n, dim), new state); equal to `forward` over all of them. mask: beside the
+        causal one; its inputs cover all tokens so far."""
         if not self.causal:
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
         state = state or LayerState(None, (), 0)
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
-        o, inner = step(q, k, v, self.mechanism, state.inner, **self.inputs(x, {"q": q, "k": k, "v": v}), **inputs)
+        o, inner = step(q, k, v, self.mechanism, state.inner, mask=mask, **self.inputs(x, {"q": q, "k": k, "v": v}), **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra import Mask
 from ..catalog import get
 from ..engine import attend, step
 from ..errors import RegardError
@@ -36,10 +37,10 @@ class RelaxedAttention(Attention):
             gamma = min(1.0, max(0.0, gamma + self.fuzzy_std * float(torch.randn(()))))
         return super().forward(x, context, mask, blend=torch.tensor((1 - gamma, gamma), device=x.device), **inputs)
 
-    def step(self, x: Tensor, state: LayerState | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
+    def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
         if self.relaxing:
-            return super().step(x, state, **inputs)
+            return super().step(x, state, mask, **inputs)
         state = state or LayerState(None, (), 0)
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
-        o, inner = step(q, k, v, "softmax", state.inner, **inputs)
+        o, inner = step(q, k, v, "softmax", state.inner, mask=mask, **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..algebra import Mask
 from ..catalog import get
 from ..errors import RegardError
 from ..mechanisms.recurrent.taylorshift import crossover
@@ -48,8 +49,8 @@ class TaylorShiftAttention(Attention):
     def close(self, o: Tensor, x: Tensor) -> Tensor:
         return super().close(o * (x.shape[1] / self.key_dim) ** 0.5 if self.output_scale else o, x)
 
-    def step(self, x: Tensor, state: Any = None, **inputs: Any) -> Any:
+    def step(self, x: Tensor, state: Any = None, mask: Mask | None = None, **inputs: Any) -> Any:
         if self.output_scale:
             raise RegardError("step with output_scale=True: the scale depends on the final length; build the layer with output_scale=False")
         self.mechanism = self.forms["efficient"]
-        return super().step(x, state, **inputs)
+        return super().step(x, state, mask, **inputs)

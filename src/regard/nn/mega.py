@@ -1,0 +1,196 @@
+"""Mega: a damped moving average in several dimensions, and single-head gated attention over it (id 229; Ma et al., 2022).
+
+EMA: h_t = (p b) x_t + (1 - p a) h_{t-1}, y_t = sum_n c_n h_tn / sqrt(n);   layer: x + u (silu(W_h m + (r A v) U_h) - x), m = EMA(norm x)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..algebra import Causal, FixedBlock, Input, Mask, Modified, RowLocal, Weighted
+from ..algebra.part import bind
+from ..catalog.registry import register
+from ..engine import attend
+from ..errors import RegardError
+
+
+class MultiHeadEMA(nn.Module):
+    """x (B, N, dim) -> silu(EMA(x) + omega x), each channel expanded to `ndim` damped averages; by FFT in `forward`, one token at a time
+    in `step`, whose state is h (B, dim, ndim). bidirectional: another set of averages runs backwards; both count x_t."""
+
+    def __init__(self, dim: int, ndim: int = 16, bidirectional: bool = False, activation: bool = True):
+        super().__init__()
+        ways = 2 if bidirectional else 1
+        self.bidirectional, self.ndim, self.activation = bidirectional, ndim, activation
+        self.delta, self.alpha = (nn.Parameter(0.2 * torch.randn(ways, dim, ndim)) for _ in range(2))
+        signs = (-1.0) ** torch.arange(ndim)
+        self.beta = nn.Parameter(signs + 0.02 * torch.randn(ways, dim, ndim))
+        self.gamma = nn.Parameter(torch.randn(ways, dim, ndim))
+        self.omega = nn.Parameter(torch.randn(dim))
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, p beta, gamma / sqrt(n)), (ways, dim, ndim)."""
+        p = torch.sigmoid(self.delta)
+        return 1 - p * torch.sigmoid(self.alpha), p * self.beta, self.gamma / math.sqrt(self.ndim)
+
+    def kernel(self, length: int) -> Tensor:
+        """(ways, dim, length): what x_t adds to y_{t + l}."""
+        q, write, read = self.coefficients()
+        powers = torch.exp(torch.arange(length, device=q.device, dtype=q.dtype) * q.log()[..., None])
+        return torch.einsum("wdn,wdnl->wdl", write * read, powers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        kernel = self.kernel(n)
+        spectrum = torch.fft.rfft(kernel, n=2 * n)
+        signal = torch.fft.rfft(x.transpose(1, 2), n=2 * n)
+        y = torch.fft.irfft(signal * spectrum[0], n=2 * n)[..., :n]
+        if self.bidirectional:
+            back = torch.fft.rfft(x.flip(1).transpose(1, 2), n=2 * n)
+            y = y + torch.fft.irfft(back * spectrum[1], n=2 * n)[..., :n].flip(-1)
+        return self.close(y.transpose(1, 2), x)
+
+    def close(self, y: Tensor, x: Tensor) -> Tensor:
+        y = y + self.omega * x
+        return F.silu(y) if self.activation else y
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """New tokens (B, n, dim) after those in `state`."""
+        if self.bidirectional:
+            raise RegardError("step needs bidirectional=False: averages that run backwards change with every token")
+        q, write, read = (c[0] for c in self.coefficients())
+        state = x.new_zeros(*x.shape[::2], self.ndim) if state is None else state
+        outs = []
+        for t in range(x.shape[1]):
+            state = write * x[:, t, :, None] + q * state
+            outs.append((read * state).sum(-1))
+        return self.close(torch.stack(outs, 1), x), state
+
+
+def relu_squared(s: Tensor) -> Tensor:
+    return torch.relu(s).square()
+
+
+def laplace(s: Tensor, mu: float, sigma: float) -> Tensor:
+    """(1 + erf((s - mu) / (sigma sqrt 2))) / 2, which touches relu(s)^2 at s = sqrt(1/2) in value and slope."""
+    return (1 + torch.erf((s - mu) / (sigma * math.sqrt(2)))) / 2
+
+
+MU, SIGMA = math.sqrt(0.5), math.sqrt(1 / (4 * math.pi))
+
+
+def with_offsets(s: Tensor, i: Tensor, j: Tensor, offsets: Tensor) -> Tensor:
+    """s + b_{i - j}, offsets (2 reach - 1,) with those beyond the reach sharing the outermost."""
+    reach = (offsets.shape[0] + 1) // 2
+    return s + offsets[(i - j).clamp(1 - reach, reach - 1) + reach - 1]
+
+
+def mean_with_offsets(s: Tensor, i: Tensor, j: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
+    return with_offsets(s / n, i, j, offsets)
+
+
+def mega_mechanism(kind: str, mask: Mask | None = None) -> Weighted:
+    """kind: "softmax" of q.k scale, or "laplace" and "relu2" of q.k / n (n visible keys), elementwise, all plus b_{i - j}."""
+    offsets = (Input("offsets", "f"),)
+    full = {} if mask is None else {"mask": mask}
+    if kind == "softmax":
+        return Weighted(position=Modified(with_offsets, offsets), **full)  # type: ignore[arg-type]
+    weight: Any = {"laplace": bind(laplace, mu=MU, sigma=SIGMA), "relu2": relu_squared}[kind]
+    return Weighted(position=Modified(mean_with_offsets, offsets), normalizer=RowLocal(weight), **full)  # type: ignore[arg-type]
+
+
+@dataclass
+class MegaState:
+    """The averages h (B, dim, ndim), and z and v (B, n, .) of the tokens that attention may still read."""
+
+    ema: Tensor
+    z: Tensor
+    v: Tensor
+    length: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.ema, self.z, self.v))
+
+
+@register("mega", kind="module")
+class MegaLayer(nn.Module):
+    """x (B, N, dim) -> the same, its residual and update gate inside.
+
+    zdim: width of the shared z that q and k are read from; hdim: of v. ndim: averages a channel. chunk: attention inside chunks of that
+    length alone (linear time), None: over everything. attn: "softmax", "laplace" or "relu2". causal, or both directions. ema=False leaves
+    the averages out. reach: offsets with a bias of their own.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        zdim: int = 64,
+        hdim: int | None = None,
+        ndim: int = 16,
+        chunk: int | None = None,
+        attn: str = "softmax",
+        causal: bool = True,
+        reach: int = 1024,
+        ema: bool = True,
+    ):
+        super().__init__()
+        if attn not in ("softmax", "laplace", "relu2"):
+            raise RegardError(f"attn={attn!r}; expected softmax, laplace or relu2")
+        hdim = hdim or 2 * dim
+        self.dim, self.zdim, self.hdim, self.chunk, self.causal, self.attn = dim, zdim, hdim, chunk, causal, attn
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.ema = MultiHeadEMA(dim, ndim, not causal) if ema else None
+        self.v, self.m, self.h = nn.Linear(dim, hdim), nn.Linear(dim, zdim + hdim + 2 * dim), nn.Linear(hdim, dim, False)
+        self.kappa, self.mu = nn.Parameter(1 + 0.02 * torch.randn(2, zdim)), nn.Parameter(torch.zeros(2, zdim))
+        self.offsets = nn.Parameter(0.02 * torch.randn(2 * reach - 1))
+        self.mechanism = mega_mechanism(attn, None if chunk is None else FixedBlock(chunk))
+
+    def parts(self, normed: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        """u, z, r, hx of the averages, and v."""
+        u, zr, hx = self.m(m).split([self.dim, self.zdim + self.hdim, self.dim], -1)
+        z, r = F.silu(zr).split([self.zdim, self.hdim], -1)
+        return torch.sigmoid(u), z, r, hx, F.silu(self.v(normed))
+
+    def attended(self, z_q: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        q, k = (self.kappa[0] * z_q + self.mu[0]), (self.kappa[1] * z + self.mu[1])
+        scale = self.zdim**-0.5 if self.attn == "softmax" else 1.0
+        mask = Causal() if self.causal else None
+        return attend(q[:, None], k[:, None], v[:, None], self.mechanism, mask=mask, scale=scale, offsets=self.offsets)[:, 0]
+
+    def close(self, x: Tensor, u: Tensor, r: Tensor, hx: Tensor, out: Tensor) -> Tensor:
+        h = F.silu(hx + self.h(r * out))
+        return x + u * (h - x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        u, z, r, hx, v = self.parts(normed, normed if self.ema is None else self.ema(normed))
+        return self.close(x, u, r, hx, self.attended(z, z, v))
+
+    def step(self, x: Tensor, state: MegaState | None = None) -> tuple[Tensor, MegaState]:
+        """New tokens (B, n, dim) after those in `state`; equal to `forward` over all of them."""
+        if not self.causal:
+            raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
+        if x.shape[1] > 1 and self.chunk is not None:  # a chunk's end among them: one at a time
+            outs = []
+            for t in range(x.shape[1]):
+                out, state = self.step(x[:, t : t + 1], state)
+                outs.append(out)
+            assert state is not None
+            return torch.cat(outs, 1), state
+        normed, read = self.norm(x), 0 if state is None else state.length
+        if self.ema is None:
+            m, ema = normed, x.new_zeros(len(x), 0, 0)
+        else:
+            m, ema = self.ema.step(normed, None if state is None else state.ema)
+        u, z, r, hx, v = self.parts(normed, m)
+        fresh = state is None or (self.chunk is not None and read % self.chunk == 0)
+        all_z, all_v = (z, v) if fresh or state is None else (torch.cat((state.z, z), 1), torch.cat((state.v, v), 1))
+        out = self.attended(z, all_z, all_v)
+        return self.close(x, u, r, hx, out), MegaState(ema, all_z, all_v, read + x.shape[1])
