@@ -1,6 +1,7 @@
 """What an attention is: immutable descriptions that own no tensors and know no device."""
 
 from .feature_map import FeatureMap, JointMap, elu_plus_one, favor, hedgehog, identity, taylor
+from .local import LocalLinear
 from .mask import (
     Both,
     Causal,
@@ -59,6 +60,7 @@ __all__ = [
     "Input",
     "JointMap",
     "Learned",
+    "LocalLinear",
     "LogLinear",
     "Mask",
     "Mechanism",

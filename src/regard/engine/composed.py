@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algebra.local import LocalLinear
 from ..algebra.mask import Causal, Explicit, Full, Mask
 from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Relayed
 from ..algebra.score import SquaredDistance
 from ..algebra.states import LogLinear, Slots
 from ..errors import RegardError
+from . import local
 from .problem import check_names, fill_inputs, sizes_of
 from .recurrent import levels, slots
 from .reference import repeat_heads
@@ -205,6 +207,7 @@ RUN: dict[type[Mechanism], Callable[..., Tensor]] = {
     Hybrid: hybrid,
     Slots: slots.slots,
     LogLinear: levels.run,
+    LocalLinear: local.run,
 }
 # How a stream of these goes on: (mechanism, q, k, v, state, scale, inputs) -> (out, state).
 STEP: dict[type[Mechanism], Callable[..., tuple[Tensor, Any]]] = {Slots: slots.step, LogLinear: levels.step}

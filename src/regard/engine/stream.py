@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra.local import LocalLinear
 from ..algebra.mask import Causal, Mask, Window, conjuncts
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
 from ..algebra.part import asks
@@ -149,7 +150,7 @@ def step(
         else:
             out = blended(description, outs, inputs)
         return out, ManyStates(tuple(new for _, new in stepped))
-    if not isinstance(description, Weighted) or not description.can_be_causal:
+    if not isinstance(description, (Weighted, LocalLinear)) or not description.can_be_causal:
         raise RegardError(
             f"{mechanism if isinstance(mechanism, str) else type(description).__name__} cannot decode: it reads the whole sequence at once"
         )
@@ -157,14 +158,14 @@ def step(
         state = KeyValueState(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), 0)
     if not isinstance(state, KeyValueState):
         raise RegardError(f"state is {type(state).__name__}; expected a KeyValueState from an earlier step of this mechanism")
-    if description.values is not None:  # what is kept are the values as they are weighted
+    if isinstance(description, Weighted) and description.values is not None:  # what is kept are the values as they are weighted
         names = asks(description.values, 1)
         declared = {item.name: item for item in description.declared if item.name in names}
         v = scaled_values(description, v, fill_inputs(declared, inputs, sizes_of(q, k, v), q))
         inputs = {name: x for name, x in inputs.items() if name not in names}
         description = replace(description, values=None, inputs=tuple(x for x in description.inputs if x.name not in names))
     full: Mask | None = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
-    seen = reach(description, combine_masks(description, full))  # type: ignore[arg-type]
+    seen = reach(description, combine_masks(description, full)) if isinstance(description, Weighted) else None  # type: ignore[arg-type]
     new = state.append(k, v)
     if seen is not None:
         new = new.keep(seen + q.shape[-2] - 1)

@@ -4,8 +4,10 @@ from .alignment import LatentAlignment
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .bigla import BiGLA2D, ViG, both_directions
+from .codes import Codebook, LongVQBlock, VQAttention
 from .decoder import Block, Decoder
 from .efficient import EfficientAttention
+from .filter import AdaptiveFilterAttention
 from .frugal import FrugalAttention
 from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
 from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
@@ -34,10 +36,12 @@ from .tropical import TropicalAttention, TropicalLinear, maxplus_matmul
 from .vision import AgentAttention, SoftmaxFreeAttention
 
 __all__ = [
+    "AdaptiveFilterAttention",
     "AgentAttention",
     "Attention",
     "BiGLA2D",
     "Block",
+    "Codebook",
     "Decoder",
     "Dress",
     "DualAttention",
@@ -62,6 +66,7 @@ __all__ = [
     "LayerScale",
     "LayerState",
     "LocalConcentration",
+    "LongVQBlock",
     "MAB",
     "MegaLayer",
     "MiniMaxConfig",
@@ -94,6 +99,7 @@ __all__ = [
     "TaylorShiftAttention",
     "TropicalAttention",
     "TropicalLinear",
+    "VQAttention",
     "ViG",
     "WindowAttention",
     "attention_mass",

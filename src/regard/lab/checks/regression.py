@@ -1,0 +1,428 @@
+"""Checks of local linear attention, adaptive filters and Combiner."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...algebra import Causal, Rope
+from ...catalog import get
+from ...engine import attend, step
+from ...mechanisms.reduced.combiner import CombinerAttention, combiner_attention
+from ...mechanisms.weighted.afa import adaptive_filter, anisotropic_reference, propagated
+from ...nn import AdaptiveFilterAttention
+from ...tasks.dynamics import oscillator, switching_regression
+from .. import naive
+from ..memory import largest_tensor
+from ..verification import check
+from .weighted import qkv
+
+F64 = torch.float64
+
+
+def ridge_fits(q: Tensor, k: Tensor, v: Tensor, ridge: float, rbf: bool = False, growing: bool = False) -> Tensor:
+    """For each query an explicit weighted ridge regression with a free intercept, by least squares on augmented rows."""
+    out = torch.zeros_like(v)
+    d = q.shape[-1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                keys, values = k[b, h, : i + 1], v[b, h, : i + 1]
+                s = -(keys - q[b, h, i]).square().sum(-1) / 2 if rbf else keys @ q[b, h, i] / math.sqrt(d)
+                w = torch.ones_like(s) if growing else torch.exp(s - s.max())
+                design = torch.cat((torch.ones(i + 1, 1, dtype=q.dtype), keys - q[b, h, i]), -1) * w.sqrt()[:, None]
+                extra = torch.cat((torch.zeros(d, 1, dtype=q.dtype), torch.eye(d, dtype=q.dtype) * ridge**0.5), -1)
+                right = torch.cat((values * w.sqrt()[:, None], torch.zeros(d, v.shape[-1], dtype=q.dtype)))
+                out[b, h, i] = torch.linalg.lstsq(torch.cat((design, extra)), right).solution[0]
+    return out
+
+
+@check(
+    "local-linear-attention",
+    "CG and direct, causal == an explicit weighted ridge fit for every query",
+    below=1e-8,
+    control="softmax attention",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(40, 5)
+    truth = ridge_fits(q, k, v, 1e-2)
+    found = [attend(q, k, v, get("local-linear-attention", solver=s, iterations=60, block=16), mask=Causal()) for s in ("cg", "direct")]
+    return max(naive.gap(x, truth) for x in found), naive.gap(attend(q, k, v, mask=Causal()), truth)
+
+
+@check(
+    "local-linear-attention",
+    "gradients by CG == those through the direct solution of small systems",
+    below=1e-7,
+    control="the solution held fixed",
+)
+def _() -> tuple[float, float]:
+    leaves = q, k, v = tuple(x.requires_grad_() for x in qkv(20, 5))
+    s = (q @ k.mT / math.sqrt(5)).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf)
+    w = torch.exp(s - s.amax(-1, keepdim=True))
+    z = k[:, :, None] - q[:, :, :, None]
+    system = torch.einsum("bhij,bhijd,bhije->bhide", w, z, z) + 1e-2 * torch.eye(5, dtype=F64)
+    mu = (w[..., None] * z).sum(-2)
+    rho = torch.linalg.solve(system, mu[..., None])[..., 0]
+
+    def read(rho: Tensor) -> Tensor:
+        weights = w * (1 - (z @ rho[..., None])[..., 0])
+        return weights @ v / (w.sum(-1) - (mu * rho).sum(-1))[..., None]
+
+    out = attend(q, k, v, get("local-linear-attention", iterations=60), mask=Causal())
+    seed = torch.randn(out.shape, dtype=F64)
+    own, truth, fixed = (torch.autograd.grad((x * seed).sum(), leaves, retain_graph=True) for x in (out, read(rho), read(rho.detach())))
+    gaps = [max(naive.gap(a, b) for a, b in zip(x, truth, strict=True)) for x in (own, fixed)]
+    return max(gaps[0], naive.gap(out, read(rho))), gaps[1]
+
+
+@check("local-linear-attention", "ridge 1e9: causal softmax attention", below=1e-6, control="ridge 1")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(40, 5)
+    truth = attend(q, k, v, mask=Causal())
+    found = [naive.gap(attend(q, k, v, get("local-linear-attention", ridge=r), mask=Causal()), truth) for r in (1e9, 1.0)]
+    return found[0], found[1]
+
+
+@check("local-linear-attention", "values that are affine in the keys, read at the query: error", below=1e-6, control="softmax attention")
+def _() -> tuple[float, float]:
+    q, k, _ = qkv(60, 5)
+    line, shift = torch.randn(5, 4, dtype=F64), torch.randn(4, dtype=F64)
+    v, truth = k @ line + shift, (q @ line + shift)[:, :, 20:]
+    mechanism = get("local-linear-attention", ridge=1e-10, solver="direct")
+    found = [naive.gap(attend(q, k, v, m, mask=Causal())[:, :, 20:], truth) for m in (mechanism, get("softmax"))]
+    return found[0], found[1]
+
+
+@check("local-linear-attention", "CG at N = 2048, D = 64: largest tensor over N x N x D", below=0.01, control="z written out at N = 128")
+def _() -> tuple[float, float]:
+    q, k, v = (torch.randn(1, 1, 2048, 64) for _ in range(3))
+    own = largest_tensor(lambda: attend(q, k, v, get("local-linear-attention", iterations=4), mask=Causal())) / (2048**2 * 64)
+    return own, largest_tensor(lambda: k[:, :, None, :128] - q[:, :, :128, None]) / (128**2 * 64)
+
+
+@check("local-linear-attention", "token by token == the whole, grouped heads", below=1e-9, control="softmax attention")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20, 5)
+    k, v = k[:, :1], v[:, :1]
+    mechanism = get("local-linear-attention", iterations=40)
+    whole, state, outs = attend(q, k, v, mechanism, mask=Causal()), None, []
+    for t in range(20):
+        o, state = step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], mechanism, state)
+        outs.append(o)
+    return naive.gap(torch.cat(outs, 2), whole), naive.gap(attend(q, k, v, mask=Causal()), whole)
+
+
+@check(
+    "local-linear-attention",
+    "piecewise-linear regression, 3 seeds: its error over the better of a kernel smoother and a growing ridge",
+    below=0.7,
+    control="ridge 1e6, which smooths",
+)
+def _() -> tuple[float, float]:
+    def ratio(ridge: float, seed: int) -> float:
+        k, v = switching_regression(256, 8, 4, seed)
+        q = torch.cat((k[:, :, 1:], k[:, :, -1:]), 2)  # predict each value before it is seen
+
+        def miss(out: Tensor) -> float:
+            return float((out[:, :, :-1] - v[:, :, 1:]).square().mean())
+
+        own = miss(attend(q, k, v, get("local-linear-attention", kernel="rbf", ridge=ridge, iterations=40), mask=Causal()))
+        gap = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)
+        smooth = (-gap / 2).masked_fill(torch.ones(256, 256).triu(1).bool(), -math.inf).softmax(-1) @ v
+        return own / min(miss(smooth), miss(ridge_fits(q, k, v, 1e-3, growing=True)))
+
+    return max(ratio(1e-3, s) for s in range(3)), min(ratio(1e6, s) for s in range(3))
+
+
+def filter_inputs(n: int = 16, d: int = 4, regular: bool = False) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
+    q, k, v = (torch.randn(2, 2, n, d, dtype=torch.complex128) for _ in range(3))
+    times = torch.arange(n, dtype=F64) if regular else torch.rand(2, n, dtype=F64).cumsum(-1)
+    known = {name: torch.rand(2, dtype=F64) * 0.5 + 0.1 for name in ("mu", "sigma2", "eta2", "gamma2")}
+    return (
+        {
+            **known,
+            "omega": torch.randn(2, d, dtype=F64),
+            "nu": torch.tensor([1.0, 3.0], dtype=F64),
+            "tau2": torch.tensor([1.0, 2.0], dtype=F64),
+        },
+        (q, k, v),
+        times,
+    )
+
+
+def filter_truth(
+    inputs: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, times: Tensor, robust: bool = True, fade_values: bool = True
+) -> Tensor:
+    """The filter pair by pair, with the flow e^{A dt} as a matrix exponential of the complex dynamics."""
+    out = torch.zeros_like(v)
+    d = q.shape[-1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            mu, nu, tau2 = inputs["mu"][h], inputs["nu"][h], inputs["tau2"][h]
+            generator = torch.diag(torch.complex(-mu.expand(d), inputs["omega"][h]))
+            for i in range(q.shape[2]):
+                scores, values = [], []
+                for j in range(i + 1):
+                    dt = (times if times.dim() == 1 else times[b])[i] - (times if times.dim() == 1 else times[b])[j]
+                    flow = torch.linalg.matrix_exp(generator * dt)
+                    e2 = torch.exp(-2 * mu * dt)
+                    variance = inputs["sigma2"][h] * (1 - e2) / (2 * mu) + inputs["eta2"][h] * e2 + inputs["gamma2"][h]
+                    residual = (q[b, h, i] - flow @ k[b, h, j]).abs().square().sum()
+                    ratio = residual / (nu * d * variance)
+                    scores.append(tau2 * (-torch.log(variance) - (torch.log1p(ratio) if robust else ratio)))
+                    values.append(flow @ v[b, h, j] if fade_values else flow @ v[b, h, j] / torch.exp(-mu * dt))
+                p = torch.softmax(torch.stack(scores), 0)
+                out[b, h, i] = (p[:, None] * torch.stack(values)).sum(0)
+    return out
+
+
+@check(
+    "afa",
+    "irregular times, Student's and Gaussian likelihood == |q - e^{A dt} k| by matrix exponentials, values carried",
+    below=1e-10,
+    control="values not faded",
+)
+def _() -> tuple[float, float]:
+    inputs, qkv_, times = filter_inputs()
+    own = [
+        naive.gap(
+            torch.view_as_real(adaptive_filter(*qkv_, times, robust=r, **inputs).output),
+            torch.view_as_real(filter_truth(inputs, *qkv_, times, r)),
+        )
+        for r in (True, False)
+    ]
+    other = torch.view_as_real(filter_truth(inputs, *qkv_, times, fade_values=False))
+    return max(own), naive.gap(torch.view_as_real(adaptive_filter(*qkv_, times, **inputs).output), other)
+
+
+@check("afa", "V solves dV/dt = -2 mu V + sigma^2 from eta^2: by finite differences", below=1e-6, control="decay mu in place of 2 mu")
+def _() -> tuple[float, float]:
+    mu, sigma2, eta2 = (torch.tensor(x, dtype=F64) for x in (0.3, 0.7, 0.2))
+    zero, t, h = torch.zeros((), dtype=F64), torch.linspace(0.1, 5, 50, dtype=F64), 1e-5
+
+    def v(t: Tensor) -> Tensor:
+        return propagated(t, mu, sigma2, eta2, zero)[1]
+
+    slope = (v(t + h) - v(t - h)) / (2 * h)
+    start = abs(float(v(zero)) - 0.2)
+    return max(start, naive.gap(slope, -2 * mu * v(t) + sigma2)), naive.gap(slope, -mu * v(t) + sigma2)
+
+
+@check(
+    "afa", "mu = sigma = 0, unit q and k, nu = 1e4, tau^2 = nu d V / 2: softmax of Re(q~* k~)", below=1e-4, control="without the rotation"
+)
+def _() -> tuple[float, float]:
+    inputs, (q, k, v), times = filter_inputs(regular=True)
+    q, k = (x / x.abs().square().sum(-1, keepdim=True).sqrt() for x in (q, k))
+    zero, v0 = torch.zeros(2, dtype=F64), 0.5
+    found = adaptive_filter(
+        q,
+        k,
+        v,
+        times,
+        mu=zero,
+        omega=inputs["omega"],
+        sigma2=zero,
+        eta2=zero + v0,
+        gamma2=zero,
+        nu=1e4,
+        tau2=1e4 * 4 * v0 / 2,
+        diagnostics=True,
+    )
+
+    def truth(omega: Tensor) -> Tensor:
+        turn = torch.polar(torch.ones((), dtype=F64), -times[:, None] * omega[:, None])
+        s = torch.einsum("bhid,bhjd->bhij", (q * turn).conj(), k * turn).real
+        return s.masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf).softmax(-1)
+
+    assert found.weights is not None
+    return naive.gap(found.weights, truth(inputs["omega"])), naive.gap(found.weights, truth(0 * inputs["omega"]))
+
+
+@check(
+    "afa",
+    "channels of one decay and noise each: the reference with a decay a channel == the isotropic form",
+    below=1e-10,
+    control="decays that differ",
+)
+def _() -> tuple[float, float]:
+    inputs, (q, k, v), times = filter_inputs(regular=True)
+    out = adaptive_filter(q, k, v, times, **{**inputs, "nu": 1.0, "tau2": 1.0}).output  # type: ignore[arg-type]
+
+    def reference(spread: float) -> Tensor:
+        wide = {name: inputs[name][:, None].expand(-1, 4) * (1 + spread * torch.arange(4)) for name in ("mu", "sigma2", "eta2", "gamma2")}
+        return anisotropic_reference(q, k, v, times, omega=inputs["omega"], **wide)
+
+    return naive.gap(torch.view_as_real(reference(0.0)), torch.view_as_real(out)), naive.gap(
+        torch.view_as_real(reference(0.5)), torch.view_as_real(out)
+    )
+
+
+def filtering_error(kind: str, steps: int = 250) -> float:
+    """Mean squared error of filtering a noisy damped oscillator, after a short run."""
+    torch.manual_seed(0)
+    n = 48
+    if kind == "afa":
+        layer: torch.nn.Module = AdaptiveFilterAttention(2, 1, 8, context_len=n)
+    else:
+        layer = torch.nn.ModuleDict({name: torch.nn.Linear(2, 16) for name in "qkv"} | {"out": torch.nn.Linear(16, 2)})
+    rope = Rope()
+
+    def run(x: Tensor) -> Tensor:
+        if kind == "afa":
+            return layer(x)  # type: ignore[no-any-return]
+        q, k, v = (layer[name](x)[:, None] for name in "qkv")  # type: ignore[index]
+        at = torch.arange(n)
+        return layer["out"](attend(rope.rotate(q, at), rope.rotate(k, at), v, mask=Causal())[:, 0])  # type: ignore[index, no-any-return]
+
+    optimiser = torch.optim.Adam(layer.parameters(), 1e-2)
+    noisy, clean = oscillator(256, n, seed=0)
+    for _ in range(steps):
+        pick = torch.randint(256, (32,))
+        loss = (run(noisy[pick]) - clean[pick]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    noisy, clean = oscillator(128, n, seed=1)
+    with torch.no_grad():
+        return float((run(noisy) - clean).square().mean())
+
+
+@check(
+    "afa",
+    "filtering a noisy damped oscillator (noise of variance 0.25), 250 steps: mean squared error",
+    below=0.012,
+    control="causal softmax with RoPE",
+)
+def _() -> tuple[float, float]:
+    return filtering_error("afa"), filtering_error("softmax")
+
+
+def fixed_matrix(q: Tensor, k: Tensor, size: int, causal: bool) -> Tensor:
+    """The stochastic matrix of the fixed pattern, one row at a time."""
+    n, d = q.shape
+    rows = torch.zeros(n, n, dtype=q.dtype)
+    segments = [torch.arange(a, min(a + size, n)) for a in range(0, n, size)]
+    inside = [torch.softmax(k[s] @ (q[s].amax(0) * d**-0.5), 0) for s in segments]
+    for i in range(n):
+        mine = i // size
+        near = [j for j in segments[mine].tolist() if not causal or j <= i]
+        far = [s for s in range(len(segments)) if (s < mine if causal else s != mine)]
+        logits = torch.cat((k[near] @ q[i], torch.stack([k[segments[s]].amax(0) @ q[i] for s in far]) if far else q.new_zeros(0))) * d**-0.5
+        p = torch.softmax(logits, 0)
+        rows[i, near] = p[: len(near)]
+        for at, s in enumerate(far):
+            rows[i, segments[s]] = p[len(near) + at] * inside[s]
+    return rows
+
+
+@check(
+    "combiner",
+    "fixed pattern, causal and not, N = 64 and 61, with v == its matrix row by row",
+    below=1e-10,
+    control="remote tokens left out",
+)
+def _() -> tuple[float, float]:
+    own, other = [], math.inf
+    for n in (64, 61):
+        q, k, v = (x[:, :1] for x in qkv(n))
+        for causal in (True, False):
+            w = fixed_matrix(q[0, 0], k[0, 0], 8, causal)
+            out = combiner_attention(q, k, v, "fixed", 8, causal)
+            own.append(naive.gap(out, (w @ v[0, 0])[None, None]))
+            at = torch.arange(n) // 8
+            near = w * (at[:, None] == at)
+            other = min(other, naive.gap(out, (near / near.sum(-1, keepdim=True) @ v[0, 0])[None, None]))
+    return max(own), other
+
+
+@check(
+    "combiner",
+    "all patterns: rows sum to 1, every allowed pair is positive, every other zero: the largest miss",
+    below=1e-12,
+    control="attention to the own segment alone",
+)
+def _() -> tuple[float, float]:
+    past, own = torch.ones(48, 48).tril().bool(), []
+    for pattern, size in (("fixed", 8), ("logsparse", None), ("axial", 6)):
+        for causal in (True, False):
+            layer = CombinerAttention(16, 2, pattern, size, causal).double()
+            w = layer.implied_matrix(torch.randn(1, 48, 16, dtype=F64))
+            allowed = past if causal else torch.ones_like(past)
+            bad = float((w[..., allowed] <= 0).double().sum()) + float(w[..., ~allowed].abs().sum())
+            own.append(max(bad, float((w.sum(-1) - 1).abs().max())))
+    at = torch.arange(48) // 8
+    q, k, _ = qkv(48)
+    local = (q @ k.mT).masked_fill(~(past & (at[:, None] == at)), -math.inf).softmax(-1)
+    return max(own), float((local[..., past] <= 0).double().sum())
+
+
+@check("combiner", "one segment: exact causal softmax, and without a mask", below=1e-12, control="two segments")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(48)
+    truths = [attend(q, k, v, mask=Causal()), attend(q, k, v)]
+
+    def miss(size: int) -> float:
+        return max(
+            naive.gap(combiner_attention(q, k, v, "fixed", size, causal), truth)
+            for causal, truth in zip((True, False), truths, strict=True)
+        )
+
+    return miss(48), miss(24)
+
+
+@check(
+    "combiner",
+    "logsparse: regions before i cover [0, i), each token once, by where weights of one region are proportional to its own softmax",
+    below=1e-10,
+    control="spans shifted by one",
+)
+def _() -> tuple[float, float]:
+    q, k, _ = (x[:, :1] for x in qkv(37))
+    w = combiner_attention(q, k, torch.eye(37, dtype=F64)[None, None], "logsparse")[0, 0]
+    q, k = q[0, 0] * 8**-0.5, k[0, 0]
+
+    def row(i: int, shift: int) -> Tensor:
+        logits, spans, end = [q[i] @ k[i]], [], i
+        for level in range(6):
+            if i >> level & 1:
+                spans.append((max(0, end - (1 << level) - shift), end - shift))
+                end -= 1 << level
+        spans = [s for s in spans if s[1] > s[0]]
+        for a, b in spans:
+            logits.append(q[i] @ k[a:b].amax(0))
+        p, found = torch.softmax(torch.stack(logits), 0), torch.zeros(37, dtype=F64)
+        found[i] = p[0]
+        for at, (a, b) in enumerate(spans):
+            found[a:b] += p[at + 1] * torch.softmax(k[a:b] @ q[a:b].amax(0), 0)
+        return found
+
+    return naive.gap(w, torch.stack([row(i, 0) for i in range(37)])), naive.gap(w, torch.stack([row(i, 1) for i in range(37)]))
+
+
+@check(
+    "combiner",
+    "axial on 6 x 8 == own row, own column, summaries of the other columns' earlier rows",
+    below=1e-10,
+    control="columns counted with the own row",
+)
+def _() -> tuple[float, float]:
+    q, k, _ = (x[:, :1] for x in qkv(48))
+    w = combiner_attention(q, k, torch.eye(48, dtype=F64)[None, None], "axial", 8)[0, 0]
+    q, k = q[0, 0] * 8**-0.5, k[0, 0]
+
+    def row(i: int, extra: int) -> Tensor:
+        r, c = divmod(i, 8)
+        direct = [r * 8 + x for x in range(c + 1)] + [y * 8 + c for y in range(r)]
+        regions = [[y * 8 + x for y in range(r + extra)] for x in range(8) if x != c and r + extra > 0]
+        logits = torch.cat((k[direct] @ q[i], torch.stack([k[s].amax(0) @ q[i] for s in regions]) if regions else q.new_zeros(0)))
+        p, found = torch.softmax(logits, 0), torch.zeros(48, dtype=F64)
+        found[direct] = p[: len(direct)]
+        for at, s in enumerate(regions):
+            found[s] += p[len(direct) + at] * torch.softmax(k[s] @ q[s].amax(0), 0)
+        return found
+
+    return naive.gap(w, torch.stack([row(i, 0) for i in range(48)])), naive.gap(w, torch.stack([row(i, 1) for i in range(48)]))
