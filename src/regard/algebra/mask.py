@@ -83,7 +83,9 @@ def as_mask(mask: Mask | Function | None) -> Mask:
 
 
 @described
-class Both(Mask):
+class Pair(Mask):
+    """Two masks and the tensors of both."""
+
     left: Mask
     right: Mask
 
@@ -94,6 +96,17 @@ class Both(Mask):
     def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
         return {**self.left.sides(inputs, q_len), **self.right.sides(inputs, q_len)}
 
+    @property
+    def depends(self) -> str:
+        return "".join(sorted(set(self.left.depends + self.right.depends)))
+
+    @property
+    def relative(self) -> bool:
+        return self.left.relative and self.right.relative
+
+
+@described
+class Both(Pair):
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
         return self.left.predicate(b, h, i, j, sides) & self.right.predicate(b, h, i, j, sides)
 
@@ -101,16 +114,8 @@ class Both(Mask):
         return self.left.visible(b, h, i, j, env) & self.right.visible(b, h, i, j, env)
 
     @property
-    def depends(self) -> str:
-        return "".join(sorted(set(self.left.depends + self.right.depends)))
-
-    @property
     def causal(self) -> bool:
         return self.left.causal or self.right.causal
-
-    @property
-    def relative(self) -> bool:
-        return self.left.relative and self.right.relative
 
 
 def conjuncts(mask: Mask) -> list[Mask]:
@@ -119,24 +124,16 @@ def conjuncts(mask: Mask) -> list[Mask]:
 
 
 @described
-class Either(Mask):
-    left: Mask
-    right: Mask
+class Either(Pair):
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return self.left.predicate(b, h, i, j, sides) | self.right.predicate(b, h, i, j, sides)
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         return self.left.visible(b, h, i, j, env) | self.right.visible(b, h, i, j, env)
 
     @property
-    def depends(self) -> str:
-        return "".join(sorted(set(self.left.depends + self.right.depends)))
-
-    @property
     def causal(self) -> bool:
         return self.left.causal and self.right.causal
-
-    @property
-    def relative(self) -> bool:
-        return self.left.relative and self.right.relative
 
 
 @described
@@ -365,6 +362,35 @@ class Padding(Mask):
     @property
     def depends(self) -> str:
         return "b"
+
+
+@described
+class Kept(Mask):
+    """Keys marked True in the input `kept` (B, H, Lk), a bool tensor: each head's own choice of tokens."""
+
+    inputs: tuple[Input, ...] = (Input("kept", "bhk", dtype="bool"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        kept = env["kept"]
+        at = [index if size > 1 else torch.zeros_like(index) for index, size in zip((b, h), kept.shape, strict=False)]
+        return kept[at[0], at[1], 0, j] & (i == i)
+
+    def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return inputs["kept"].any(2).any(1)
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return (("mask_kept", "bhk"),)
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        return {"mask_kept": inputs["kept"]}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return sides["mask_kept"] > 0
+
+    @property
+    def depends(self) -> str:
+        return "bh"
 
 
 @described

@@ -7,6 +7,8 @@ from .bigla import BiGLA2D, ViG, both_directions
 from .codes import Codebook, LongVQBlock, VQAttention
 from .decoder import Block, Decoder
 from .efficient import EfficientAttention
+from .estimated import SEAAttention
+from .eviction import BudgetController, LTEAttention, lalte_layers
 from .filter import AdaptiveFilterAttention
 from .frugal import FrugalAttention
 from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
@@ -41,6 +43,7 @@ __all__ = [
     "Attention",
     "BiGLA2D",
     "Block",
+    "BudgetController",
     "Codebook",
     "Decoder",
     "Dress",
@@ -62,6 +65,7 @@ __all__ = [
     "ISAB",
     "KeyValueBias",
     "KeyValueMemory",
+    "LTEAttention",
     "LatentAlignment",
     "LayerScale",
     "LayerState",
@@ -87,6 +91,7 @@ __all__ = [
     "RepBN",
     "RoutingAttention",
     "SAB",
+    "SEAAttention",
     "SetTransformer",
     "ShortConv",
     "SoftmaxFreeAttention",
@@ -106,6 +111,7 @@ __all__ = [
     "based_mixers",
     "both_directions",
     "importance_factor",
+    "lalte_layers",
     "laplacian_positions",
     "maxplus_matmul",
     "position_embedding",

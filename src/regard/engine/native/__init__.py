@@ -8,6 +8,7 @@ from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import Sizes, asks
+from ...errors import RegardError
 from ..kernels import declared_sides
 from ..symbolic import Untraceable
 from ..tiled.stage import position_of
@@ -41,7 +42,7 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: A
         generate(mechanism, mask, declared_sides(mechanism, mask))
     except Untraceable as why:
         return str(why)
-    except (AttributeError, KeyError, TypeError, IndexError):
+    except (AttributeError, KeyError, TypeError, IndexError, RegardError):
         return "its mask is no expression of b, h, i, j and elementwise tensors"
     return build_problem()
 

@@ -6,7 +6,7 @@ from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import Sizes
-from ...errors import MissingDependency
+from ...errors import MissingDependency, RegardError
 from ..kernels import declared_sides
 from ..symbolic import Untraceable
 
@@ -36,7 +36,7 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes) -> str:
         generate(mechanism, mask, declared_sides(mechanism, mask))
     except Untraceable as why:
         return str(why)
-    except (AttributeError, KeyError, TypeError, IndexError):
+    except (AttributeError, KeyError, TypeError, IndexError, RegardError):
         return "its mask is no expression of b, h, i, j and elementwise tensors"
     return ""
 

@@ -6,8 +6,9 @@ S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(D);
 import torch
 from torch import Tensor
 
-from ...algebra import Input, Projected, Recipe, Recurrent
+from ...algebra import Input, Projected, Recipe, Recurrent, bind
 from ...catalog.registry import register
+from .gla import log_gate
 
 
 def twice_sigmoid(x: Tensor) -> Tensor:
@@ -23,4 +24,18 @@ def deltanet(negative_eigenvalues: bool = False, short_conv: int = 4) -> Recurre
         write="delta",
         inputs=(Input("beta", "bhk", layer=gate),),
         recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", rope=False),
+    )
+
+
+def gated_deltanet(short_conv: int = 4, tau: float = 16.0) -> Recurrent:
+    """Gated DeltaNet: the delta rule on a state that fades, S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T (Yang et al., 2024).
+    Inputs `log_decay` (B, H, L) <= 0 and `beta` (B, H, L)."""
+    return Recurrent(
+        decay="token",
+        write="delta",
+        inputs=(
+            Input("log_decay", "bhk", layer=Projected(bind(log_gate, tau=tau), bias=2.0)),
+            Input("beta", "bhk", layer=Projected(torch.sigmoid)),
+        ),
+        recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", out_gate="silu", rope=False),
     )
