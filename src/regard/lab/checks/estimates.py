@@ -311,30 +311,34 @@ def needle_kept(scored: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     length, letters = 40, 8
     layer = LTEAttention(32, 2, window=8, sinks=1, budget=64, dropout=0.0)
-    embed, head = torch.nn.Embedding(2 * letters + 2, 32), torch.nn.Linear(32, letters)
+    embed, head = torch.nn.Embedding(2 * letters + 2, 32), torch.nn.Linear(32, letters + 1)
     parameters = [*layer.parameters(), *embed.parameters(), *head.parameters()]
     optimiser = torch.optim.Adam(parameters, 3e-3)
 
     def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
         tokens = torch.randint(letters, (count, length))  # hay
         answer, at = torch.randint(letters, (count,)), torch.randint(2, length - 20, (count,))
-        tokens[torch.arange(count), at] = letters + answer
+        # Some sequences hold no needle: else one needle need not be kept, its absence would tell.
+        answer = torch.where(torch.rand(count) < 0.2, letters, answer)
+        held = torch.arange(count)[answer < letters]
+        tokens[held, at[held]] = letters + answer[held]
         tokens[:, -1] = 2 * letters
         return tokens, answer, at
 
-    for step in range(700):
+    for step in range(600):
         tokens, answer, at = batch(32)
         out = head((embed(tokens) + layer(embed(tokens)))[:, -1])
         loss = F.cross_entropy(out, answer)
         if scored and step > 100:
-            loss = loss + 0.05 * layer.penalty().mean()
+            loss = loss + 0.02 * layer.penalty().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     tokens, answer, at = batch(200)
     layer(embed(tokens))
     kept = layer.kept
-    return float(kept.any(1)[torch.arange(200), at].double().mean()), float(kept.double().mean())
+    found = kept.any(1)[torch.arange(200), at][answer < letters]
+    return float(found.double().mean()), float(kept.double().mean())
 
 
 @check(

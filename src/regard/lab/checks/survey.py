@@ -23,6 +23,7 @@ OPTIONS = {
     "flowformer": {"causal": True},
     "cosformer": {"horizon": 512.0},
     "performer": {"features": 16},
+    "swat": {"window": 64},
     "moba": {"block_size": 16, "top_k": 2},
 }
 
