@@ -22,6 +22,9 @@ SMALL = {
     "routing-transformer": {"clusters": 3},
     "qknorm": {"init": 5.0},
     "neural-attention": {"width": 6},
+    "gsa": {"slots": 5},
+    "nha": {"slots": 5, "window": 6},
+    "local-linear-attention": {"iterations": 40},
 }
 
 
@@ -74,14 +77,15 @@ def sample(
     sizes = Sizes(batch, heads, kv_heads, q_len, k_len, dim, value_dim)
     inputs = {}
     for item in inputs_of(mechanism):
-        shape = [sizes.letter(c) or 1 for c in item.shape]
+        free = getattr(item.layer, "channels", None) or 1
+        shape = [sizes.letter(c) or free for c in item.shape]
         if isinstance(item.layer, Learned):
             torch.manual_seed(seed)
             value = item.layer.init(sizes) if callable(item.layer.init) else torch.full(shape, float(item.layer.init))
             value = value.double()
             value = value.expand(shape).clone() if value.dim() == 0 and shape else value
         elif isinstance(item.layer, Projected):
-            value = draw(*shape)
+            value = draw(*shape[:-1], shape[-1] * item.layer.times) if shape else draw()
         else:
             continue
         inputs[item.name] = item.layer.transform(value) if item.layer.transform is not None else value

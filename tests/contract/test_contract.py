@@ -8,12 +8,15 @@ from samples import CAUSAL, NAMES, described, sample
 
 import regard
 from regard import Causal
-from regard.algebra import Recurrent, Relayed, Weighted
+from regard.algebra import LogLinear, Recurrent, Relayed, Slots, Weighted
 from regard.algebra.mechanism import Clustered, Nystrom
 
 MASKABLE = [n for n in NAMES if isinstance(described(n), Weighted)]
 CROSS = [
-    n for n in NAMES if not (isinstance(described(n), Recurrent) and described(n).causal_only) and n not in ("moba", "sparse-transformer")
+    n
+    for n in NAMES
+    if not (isinstance(described(n), (Recurrent, Slots, LogLinear)) and described(n).causal_only)
+    and n not in ("moba", "sparse-transformer")
 ]
 
 

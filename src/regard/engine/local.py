@@ -109,8 +109,9 @@ def run(
     check_names(given, {**{item.name: item for item in mechanism.declared}, **of_mask}, mechanism)
     if scale is not None and mechanism.kernel != "dot":
         raise RegardError(f"scale={scale}: the rbf kernel has a width in its place; expected None")
-    wide, dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
-    q, k, v = (x.to(wide) for x in (q, repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)))
+    dtype = v.dtype
+    # Where few keys weigh anything the systems are nearly singular: float32 would leave three digits.
+    q, k, v = (x.double() for x in (q, repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)))
     scale = sizes.head_dim**-0.5 if scale is None else scale
     at = {"b": sizes.batch, "h": sizes.heads, "j": sizes.k_len}
     index = {name: torch.arange(size, device=q.device) for name, size in at.items()}

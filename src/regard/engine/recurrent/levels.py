@@ -73,7 +73,7 @@ def run(
     attend: Callable[..., Tensor],
 ) -> Tensor:
     scan, scales = prepared(mechanism, mask, q, k, v, scale, given, 0)
-    return chunked(scan, scales)[0].to(v.dtype)
+    return chunked(scan, scales)[0][..., -q.shape[-2] :, :].to(v.dtype)
 
 
 def step(

@@ -86,8 +86,9 @@ def prepared(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """q (scaled), k, v, log gates, writes, and the last divisor of writes."""
     sizes = sizes_of(q, k, v)
-    if sizes.q_len != sizes.k_len:
-        raise RegardError(f"{sizes.q_len} queries but {sizes.k_len} keys: slots are written and read a token at a time; expected as many")
+    if sizes.q_len > sizes.k_len:
+        raise RegardError(f"{sizes.q_len} queries but {sizes.k_len} keys: slots need a key for every query")
+    q = pad(q, (0, 0, sizes.k_len - sizes.q_len, 0))
     if scale is not None and not mechanism.scaled:
         raise RegardError(f"scale={scale}: this mechanism's scores are not scaled; expected None")
     specs = declared(mechanism)
@@ -123,7 +124,7 @@ def slots(
     attend: Callable[..., Tensor],
 ) -> Tensor:
     check_mask(Recurrent(), mask)
-    return run(mechanism, q, k, v, scale, given, None)[0]
+    return run(mechanism, q, k, v, scale, given, None)[0][..., -q.shape[-2] :, :]
 
 
 def step(
