@@ -19,6 +19,7 @@ from .key_bias import KeyValueBias
 from .mega import MegaLayer, MultiHeadEMA
 from .memory import KeyValueMemory
 from .minimax import Experts, MiniMaxConfig, MiniMaxLike
+from .mixers import mixer, mixer_names
 from .monotonic import MonotonicDecoder
 from .multi_token import MultiTokenAttention
 from .operator import OperatorAttention, OperatorModel
@@ -114,6 +115,8 @@ __all__ = [
     "lalte_layers",
     "laplacian_positions",
     "maxplus_matmul",
+    "mixer",
+    "mixer_names",
     "position_embedding",
     "rnope_layers",
 ]

@@ -144,6 +144,8 @@ class LongVQBlock(nn.Module):
     tokens read one by one in blocks, at least window - 1. After a pass `commitment` holds the loss to be added times 1e-4.
     """
 
+    residual = True
+
     commitment: Tensor
 
     def __init__(

@@ -10,34 +10,37 @@ from torch import Tensor, nn
 
 from ..algebra import Mechanism
 from ..errors import RegardError
-from .attention import Attention, LayerState
+from .attention import LayerState
+from .mixers import mixer
 from .parts import GatedMLP, LayerScale, head_norm
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). `mixer` may be any module with forward(x) and step(x, state)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). `mixer` may be any module with forward(x) and step(x, state); one that says
+    `residual = True` brings its own norm and residual."""
 
     def __init__(self, dim: int, mixer: nn.Module, hidden: int, layer_scale: float | None = None, norm: str = "rms", mlp: str = "swiglu"):
         super().__init__()
-        self.norm1, self.norm2 = head_norm(norm, dim), head_norm(norm, dim)
+        self.whole = bool(getattr(mixer, "residual", False))
+        self.norm1, self.norm2 = nn.Identity() if self.whole else head_norm(norm, dim), head_norm(norm, dim)
         self.mixer, self.mlp = mixer, GatedMLP(dim, hidden, mlp)
         scales = [nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)]
         self.scale1, self.scale2 = scales
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.scale1(self.mixer(self.norm1(x)))
+        x = self.mixer(x) if self.whole else x + self.scale1(self.mixer(self.norm1(x)))
         return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(self.norm1(x), state)  # type: ignore[operator]
-        x = x + self.scale1(y)
+        y, state = self.mixer.step(x if self.whole else self.norm1(x), state)  # type: ignore[operator]
+        x = y if self.whole else x + self.scale1(y)
         return x + self.scale2(self.mlp(self.norm2(x))), state
 
 
 class Decoder(nn.Module):
     """tokens (B, L) -> logits (B, L, vocab).
 
-    mechanism: one for all layers, or a sequence with one a layer (names, descriptions, or ready modules). rope: rotary positions where
+    mechanism: one for all layers, or a sequence with one a layer (names, also of layers such as "mega", descriptions, or ready modules). rope: rotary positions where
     the mechanism has none. hidden: width of the MLP (None: 8/3 dim, rounded to 16). norm: of `head_norm`; mlp: "swiglu", or "sglu"
     without activation. Embedding and output share weights.
     """
@@ -59,7 +62,8 @@ class Decoder(nn.Module):
         mlp: str = "swiglu",
     ):
         super().__init__()
-        chosen = list(mechanism) if isinstance(mechanism, (list, tuple)) else [mechanism] * layers
+        one_for_all = isinstance(mechanism, (str, Mechanism))
+        chosen: list[str | Mechanism | nn.Module] = [mechanism] * layers if one_for_all else list(mechanism)  # type: ignore[list-item, arg-type]
         if len(chosen) != layers:
             raise RegardError(f"mechanism names {len(chosen)} layers; expected layers={layers}")
         hidden = hidden or -(-dim * 8 // 3 // 16) * 16
@@ -67,8 +71,8 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.blocks = nn.ModuleList()
         for one in chosen:
-            mixer = one if isinstance(one, nn.Module) else Attention(dim, heads, one, kv_heads=kv_heads, rope=rope, context_len=context_len)  # type: ignore[arg-type]
-            self.blocks.append(Block(dim, mixer, hidden, layer_scale, norm, mlp))
+            layer = one if isinstance(one, nn.Module) else mixer(one, dim, heads, kv_heads=kv_heads, rope=rope, context_len=context_len)
+            self.blocks.append(Block(dim, layer, hidden, layer_scale, norm, mlp))
         self.norm = head_norm(norm, dim)
         for block in self.blocks:  # residual branches start small, so that depth does not change the scale of the stream
             block.mlp.down.weight.data.div_((2 * layers) ** 0.5)  # type: ignore[union-attr, operator]

@@ -128,6 +128,8 @@ class MegaLayer(nn.Module):
     the averages out. reach: offsets with a bias of their own.
     """
 
+    residual = True
+
     def __init__(
         self,
         dim: int,

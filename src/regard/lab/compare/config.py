@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...algebra import Mechanism
+from torch import nn
+
 from ...catalog import get
 from ...errors import RegardError
+from ...nn.mixers import mixer, mixer_names
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 BASELINE = "softmax"
@@ -49,7 +51,11 @@ class Config:
         if not 16 <= self.seq_len <= 8192:
             raise RegardError(f"--seq-len {self.seq_len}: expected between 16 and 8192")
         for name in self.mechanisms:
-            mechanism = described(name)
+            plain, options = parsed(name)
+            if plain in mixer_names():
+                mixer(plain, self.dim, self.heads, **options)  # says what is wrong with the hyperparameters
+                continue
+            mechanism = get(plain, **options)
             if not (mechanism.can_be_causal or mechanism.causal_only):
                 raise RegardError(f"mechanism {name!r} reads the whole sequence at once, so it cannot be trained as a language model")
 
@@ -73,8 +79,8 @@ class Config:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in shown.items()}
 
 
-def described(spec: str) -> Mechanism:
-    """The description of "name" or "name:key=value,..."; values are Python literals or bare words."""
+def parsed(spec: str) -> tuple[str, dict[str, Any]]:
+    """The name and hyperparameters of "name:key=value,..."; values are Python literals or bare words."""
     name, _, rest = spec.partition(":")
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
@@ -85,4 +91,10 @@ def described(spec: str) -> Mechanism:
             options[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
             options[key.strip()] = value.strip()
-    return get(name.strip(), **options)
+    return name.strip(), options
+
+
+def layer_of(spec: str, dim: int, heads: int, **options: Any) -> nn.Module:
+    """A token mixer of "name:key=value,..."."""
+    name, own = parsed(spec)
+    return mixer(name, dim, heads, **options, **own)

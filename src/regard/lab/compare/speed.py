@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from ...nn import Attention
 from ..memory import peak_bytes
-from .config import BASELINE, Config, described
+from .config import BASELINE, Config, layer_of
 
 DIM, HEADS = 128, 2
 DECODED = 8
 
 
-def layer_of(config: Config, spec: str) -> Attention:
+def seeded(config: Config, spec: str) -> nn.Module:
     torch.manual_seed(config.seed)
-    return Attention(DIM, HEADS, described(spec)).eval()
+    return layer_of(spec, DIM, HEADS).eval()
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -37,7 +37,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def measure(config: Config, tick: Callable[[float], None]) -> dict[str, dict[str, Any]]:
     """For each mechanism and length: prefill seconds, peak bytes, decode seconds a token, state bytes; and ratios to softmax."""
     specs = list(config.mechanisms) + ([BASELINE] if BASELINE not in config.mechanisms else [])
-    layers = {spec: layer_of(config, spec) for spec in specs}
+    layers: dict[str, Any] = {spec: seeded(config, spec) for spec in specs}
     found: dict[str, dict[str, Any]] = {spec: {"prefill": {}, "memory": {}, "decode": {}, "state": {}} for spec in specs}
     for length in config.lengths:
         x = torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(config.seed))

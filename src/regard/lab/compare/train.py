@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...nn import Attention, Decoder
 from ...tasks import Corpus, copying, recall
-from .config import Config, described
+from .config import Config, layer_of
 
 VOCAB, PAIRS, RECALL_LENGTH = 64, (4, 8, 16), 64
 Tick = Callable[[float], None]
@@ -22,7 +22,8 @@ Tick = Callable[[float], None]
 def model_of(config: Config, spec: str, vocab: int = 256) -> Decoder:
     """The model of a mechanism: everything but the mechanism, and the seed, is the same for all."""
     torch.manual_seed(config.seed)
-    return Decoder(described(spec), vocab=vocab, dim=config.dim, layers=config.layers, heads=config.heads, context_len=config.seq_len)
+    mixers = [layer_of(spec, config.dim, config.heads, rope=True, context_len=config.seq_len) for _ in range(config.layers)]
+    return Decoder(mixers, vocab=vocab, dim=config.dim, layers=config.layers, heads=config.heads, context_len=config.seq_len)
 
 
 def optimizer_of(model: Decoder, rate: float) -> torch.optim.Optimizer:
@@ -99,8 +100,7 @@ def sink_mass(model: Decoder, tokens: Tensor) -> float | None:
     x, shares = model.embed(tokens[:, :-1]), []
     for block in model.blocks:
         mixer = block.mixer
-        assert isinstance(mixer, Attention)
-        w = mixer.weights(block.norm1(x))  # type: ignore[operator]
+        w = mixer.weights(block.norm1(x)) if isinstance(mixer, Attention) else None  # type: ignore[operator]
         if w is None:
             return None
         size = w.abs()[:, :, w.shape[-2] // 2 :]
