@@ -36,8 +36,6 @@ def spread(inputs, length):
 @pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
 @pytest.mark.parametrize("strength", [1e-6, 1.0, 8.0, 150.0])
 def test_forms_equal_the_loop(decay, write, strength):
-    if (decay, write) == ("channel", "delta"):
-        pytest.skip("delta writes under per-channel decay are refused with an error (planned with the gated delta rows)")
     mechanism = Recurrent(decay=decay, write=write)
     for length in (1, 63, 64, 65, 130):
         q, k, v, inputs = problem(length, decay, write, strength)
@@ -78,10 +76,38 @@ def test_long_streams_stay_finite_in_float32():
         assert torch.isfinite(out).all()
 
 
-def test_delta_refuses_channel_decay():
-    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
-    with pytest.raises(regard.RegardError, match="not available"):
-        regard.attend(q, k, v, Recurrent(decay="channel", write="delta"), log_decay=-torch.rand(1, 2, 9, 8), beta=torch.rand(1, 2, 9))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gla", "deltanet", "efla", "gsa", "lightnet", "regla", "log-linear-attention"])
+def test_64k_tokens_at_decays_of_nothing_and_everything(name):
+    """Logs of decays at -1e-6 and at -60: finite, forward and backward, and the last token as a stream of pieces has it."""
+    n = 65_536
+    mechanism = regard.get(name, **({"slots": 4} if name == "gsa" else {}))
+    for g in (-1e-6, -60.0):
+        q, k, v = (torch.randn(1, 1, n, 4) for _ in range(3))
+        known = {
+            "log_decay": torch.full((1, 1, n) if name == "log-linear-attention" else (1, 1, n, 4), g),
+            "beta": torch.rand(1, 1, n),
+            "log_forget": torch.full((1, 1, n, 4), g),
+            "level_scales": torch.ones(1, 1, n, 17),
+        }
+        k = torch.nn.functional.normalize(k, dim=-1) if "beta" in names_of(mechanism) else k
+        inputs = {name: known[name] for name in names_of(mechanism) if name in known}
+        q.requires_grad_()
+        out = regard.attend(q, k, v, mechanism, mask=Causal(), **inputs)
+        (grad,) = torch.autograd.grad(out.sum(), q)
+        assert out.isfinite().all() and grad.isfinite().all()
+        with torch.no_grad():
+            state = None
+            for a, b in ((0, 40_000), (40_000, n - 1), (n - 1, n)):
+                now = {name: x[:, :, a:b] for name, x in inputs.items()}
+                if name == "log-linear-attention" and a == 40_000:
+                    return  # a long piece after the first goes token by token
+                last, state = regard.step(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mechanism, state, **now)
+        assert float((last[:, :, -1] - out[:, :, -1]).abs().max()) < 1e-3 * float(1 + out[:, :, -1].abs().max())
+
+
+def names_of(mechanism):
+    return {item.name for item in regard.engine.composed.inputs_of(mechanism)}
 
 
 def test_bidirectional_linear_attention_is_the_full_product():

@@ -18,7 +18,8 @@ def is_mixer(factory: Any) -> bool:
     """Whether a registered class is a layer x (B, L, dim) -> (B, L, dim) that also steps, made from dim (and heads)."""
     if not (inspect.isclass(factory) and issubclass(factory, nn.Module) and hasattr(factory, "step")):
         return False
-    needed = [p.name for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
+    parameters = inspect.signature(factory).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     return "dim" in needed and set(needed) <= {"dim", "heads"}
 
 

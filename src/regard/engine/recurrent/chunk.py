@@ -185,9 +185,7 @@ def carry(writes: Tensor, fade: Tensor | None, state: Tensor) -> tuple[Tensor, T
 
 def wy(k: Tensor, v: Tensor, beta: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
     """(W, U) of the delta rule: a chunk that meets the state S writes U - W S in place of its values."""
-    overlap, reads = k @ k.transpose(-1, -2), k
-    if total is not None:
-        overlap, reads = overlap * decay_matrix(total), k * torch.exp(total)
+    overlap, reads, _, _ = within(k, k, total)
     system = (beta * overlap).tril(-1) + torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
     solved = torch.linalg.solve_triangular(system, torch.cat((beta * reads, beta * v), -1), upper=False, unitriangular=True)
     w, u = solved.split((k.shape[-1], v.shape[-1]), -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,7 @@ def pair_weights(scan: Scan) -> Tensor:
 def delta_weights(scan: Scan) -> Tensor:
     """W with o = W v for delta writes: tril(Q K^T o D) (I + tril(beta K K^T o D, -1))^-1 diag(beta)."""
     assert scan.beta is not None
-    past = (scan.q @ scan.k.transpose(-1, -2)).tril()
-    overlap = scan.k @ scan.k.transpose(-1, -2)
-    if scan.decay is not None:
-        fade = decay_matrix(running(scan.decay, scan.length))
-        past, overlap = past * fade, overlap * fade
+    past, overlap = pair_weights(scan), pair_weights(replace(scan, q=scan.k))
     erase = (scan.beta * overlap).tril(-1)
     eye = torch.eye(scan.length, dtype=erase.dtype, device=erase.device)
     strength = torch.diag_embed(scan.beta.squeeze(-1))

@@ -181,8 +181,6 @@ def pose(
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
         if mechanism.strength is not None:
             beta = mechanism.strength(beta, k.square().sum(-1, keepdim=True))
-        if mechanism.decay == "channel":
-            raise RegardError("write='delta' with decay='channel' is not available; use decay='none', 'head' or 'token'")
     read: Callable[..., Tensor] | None = bind(divided, eps=mechanism.eps) if mechanism.readout == "sum" else None
     if callable(mechanism.readout):
         read = functools.partial(called, mechanism.readout, plain)
