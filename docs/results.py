@@ -1,6 +1,7 @@
-"""Writes docs/results/weighted.md from a report of `regard compare`.
+"""Writes docs/results/weighted.md or recurrent.md from a report of `regard compare`, and for the latter from benchmarks/results/recall.json.
 
-python docs/results.py runs/weighted/report.json > docs/results/weighted.md
+python docs/results.py runs/weighted/report.json weighted > docs/results/weighted.md
+python docs/results.py runs/recurrent/report.json recurrent > docs/results/recurrent.md
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalog import records
+from regard.lab.compare.report import figure
 from regard.lab.compare.verdict import verdict
 
 
@@ -36,7 +38,7 @@ def row(name: str, one: dict[str, Any], claims: dict[str, str]) -> str:
         number(mean, 2),
         number(synthetic.get("copying"), 2),
     ]
-    return "| " + " | ".join([*cells, claims.get(name, "the baseline")]) + " |"
+    return "| " + " | ".join([*cells, claims.get(name.partition(":")[0], "the baseline")]) + " |"
 
 
 def main() -> None:
@@ -44,14 +46,15 @@ def main() -> None:
     claims = {record.slug: first_sentence(record.claim) for record in records()}
     config, results = report["config"], report["mechanisms"]
     order = sorted((n for n in results if "language" in results[n]), key=lambda n: results[n]["language"]["valid_bits"]["1"])
-    head = f"""# Weighted mechanisms at equal budget
+    kind = sys.argv[2]
+    head = f"""# {kind.capitalize()} mechanisms at equal budget
 
 One small byte-level model a mechanism ({config["layers"]} layers, {config["dim"]} channels, {config["heads"]} heads), the same text, seed, tokens and
 {report["steps"]["language"]} steps of {config["batch"]} x {config["seq_len"]} bytes; on {report["environment"]["threads"]} CPU threads. Made by
 
 ```
-regard compare {" ".join(config["mechanisms"])} --minutes {config["minutes"]:g} --out runs/weighted
-python docs/results.py runs/weighted/report.json > docs/results/weighted.md
+regard compare {" ".join(config["mechanisms"])} --minutes {config["minutes"]:g} --out runs/{kind}
+python docs/results.py runs/{kind}/report.json {kind} > docs/results/{kind}.md
 ```
 
 What this is not: a test of the papers' claims, which are about models a thousand times larger. Differences below about 0.02 bits between neighbours
@@ -66,6 +69,39 @@ speeds were taken while the machine did other work and are left out; docs/speed.
 bits a byte: held-out, at the training length. recall: multi-query associative recall, mean over numbers of pairs. copying: share of tokens right. At
 this budget nobody solves recall."""
     sys.stdout.write("\n".join([head, *[row(name, results[name], claims) for name in order], foot]) + "\n")
+    if kind == "recurrent":
+        sys.stdout.write(recall_section())
+
+
+def recall_section() -> str:
+    """Recall against the size of the state, as a table, and a plot beside the page."""
+    measured = json.loads(Path("benchmarks/results/recall.json").read_text(encoding="utf-8"))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    rows = []
+    for name, widths in measured["results"].items():
+        found = [(one["state"], sum(one["accuracy"].values()) / len(one["accuracy"])) for one in widths.values()]
+        lines[name] = sorted(found)
+        rows.append(f"| `{name}` | " + " | ".join(f"{share:.2f} ({state:,} B)" for state, share in found) + " |")
+    steps = next(iter(next(iter(measured["results"].values())).values()))["steps"]
+    plot = figure("Recall and state", "bytes of state a layer", "share of keys answered", lines, log_x=True)
+    Path("docs/results/recall.svg").write_text(plot, encoding="utf-8")
+    widths = " | ".join(f"{dim} channels" for dim in next(iter(measured["results"].values())))
+    bars = "|---" * (1 + widths.count("|") + 1) + "|"
+    return (
+        f"""
+## Recall and the size of the state
+
+Multi-query associative recall (sequences of {measured["length"]} tokens, 4, 8 and 16 pairs), two layers of one head, {steps} steps each, by
+`python benchmarks/recall.py`. The state is one layer's after the sequence; softmax's and local linear attention's grow with its length.
+
+![share of keys answered against bytes of state](recall.svg)
+
+| mechanism | {widths} |
+{bars}
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def log_refined(x: Tensor) -> Tensor:
     """The log of the refined gate of two logits side by side: log g + log(g + 2 r (1 - g))."""
     a, b = x.chunk(2, -1)
     g, r = torch.sigmoid(a), torch.sigmoid(b)
-    return torch.nn.functional.logsigmoid(a) + torch.log(g + 2 * r * torch.sigmoid(-a))
+    # Rounding may leave the sum of both logs a little above zero where the gate is open.
+    return (torch.nn.functional.logsigmoid(a) + torch.log(g + 2 * r * torch.sigmoid(-a))).clamp_max(0)
 
 
 @register("regla")
