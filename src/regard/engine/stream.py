@@ -137,6 +137,8 @@ def step(
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs, mask)
     if type(description) in STEP:
+        if not (mask is None or isinstance(mask, Causal)):
+            raise RegardError(f"mask={mask!r}: a stream of {type(description).__name__} reads every token; expected None or Causal()")
         return STEP[type(description)](description, q, k, v, state, scale, inputs)
     if isinstance(description, Hybrid) and description.how != "head":
         states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)

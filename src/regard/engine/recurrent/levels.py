@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.mask import Causal, Mask
+from ...algebra.mask import Causal, Full, Mask
 from ...algebra.states import LogLinear
 from ...errors import RegardError
 from ..problem import check_names
 from .chunk import cut, within, wy
 from .parallel import delta_weights, pair_weights, running
-from .pose import Scan, check_mask, declared_of, pose
+from .pose import Scan, declared_of, pose
 
 SIZE = 64
 
@@ -49,7 +49,8 @@ def levels_needed(length: int) -> int:
 def prepared(
     mechanism: LogLinear, mask: Mask, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any], first: int
 ) -> tuple[Scan, Tensor]:
-    check_mask(mechanism.inner, mask)
+    if not isinstance(mask, (Full, Causal)):
+        raise RegardError(f"mask={mask!r}: spans are counted from the first token, padding included; expected Causal() or no mask")
     declared = {**declared_of(mechanism.inner), **{item.name: item for item in mechanism.inputs}}
     check_names(given, declared, mechanism)
     scales = given.get("level_scales")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...algebra.mask import Causal, Mask, Window
+from ...algebra.mask import Causal, Mask, Padding, Window
 from ...algebra.mechanism import Recurrent, Weighted
 from ...algebra.position import Rope
 from ...algebra.states import Slots
@@ -18,7 +18,7 @@ from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
 from .chunk import SAFE, SEGMENT, SUB, carry, chunked
-from .pose import CLAMP, Scan, check_mask, from_logits
+from .pose import CLAMP, Scan, check_mask, from_logits, kept_keys
 
 SIZE = 64
 
@@ -82,9 +82,16 @@ def declared(mechanism: Slots) -> dict[str, Any]:
 
 
 def prepared(
-    mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any], last: Tensor | None
+    mechanism: Slots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    given: Mapping[str, Any],
+    last: Tensor | None,
+    real: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """q (scaled), k, v, log gates, writes, and the last divisor of writes."""
+    """q (scaled), k, v, log gates, writes, and the last divisor of writes; what is no `real` token (B, 1, L, 1) writes and fades nothing."""
     sizes = sizes_of(q, k, v)
     if sizes.q_len > sizes.k_len:
         raise RegardError(f"{sizes.q_len} queries but {sizes.k_len} keys: slots need a key for every query")
@@ -98,19 +105,22 @@ def prepared(
     )
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)))
+    if real is not None:
+        k, v = (torch.where(real, x, 0.0) for x in (k, v))
     q = q * ((sizes.head_dim**-0.5 if scale is None else scale) if mechanism.scaled else 1.0)
     shape = (sizes.batch, sizes.heads, sizes.k_len)
     write = found["write"].to(wide) if "write" in found else None
     if mechanism.gates == "sum":
         assert write is not None
-        write, decay, last = from_logits("softmax", write.expand(*shape, -1), None, True, last)
+        write, decay, last = from_logits("softmax", write.expand(*shape, -1), real, True, last)
         assert decay is not None
-        return q, k, v, decay, write, last
+        return q, k, v, decay, write if real is None else write * real, last
     decay = found["log_forget"].to(wide)
     if bool((decay > 0).any()):
         raise RegardError(f"input 'log_forget' has entries up to {float(decay.max()):.3g}; expected logs of gates, all <= 0")
     write = -torch.expm1(decay) if write is None else write
-    return q, k, v, decay.clamp_min(CLAMP).expand(*shape, -1), write.expand(*shape, -1), None
+    decay, write = decay.clamp_min(CLAMP).expand(*shape, -1), write.expand(*shape, -1)
+    return (q, k, v, decay, write, None) if real is None else (q, k, v, decay * real, write * real, None)
 
 
 def slots(
@@ -124,7 +134,8 @@ def slots(
     attend: Callable[..., Tensor],
 ) -> Tensor:
     check_mask(Recurrent(), mask)
-    return run(mechanism, q, k, v, scale, given, None)[0][..., -q.shape[-2] :, :]
+    keep, given = kept_keys(mask, given, sizes_of(q, k, v))
+    return run(mechanism, q, k, v, scale, given, None, keep)[0][..., -q.shape[-2] :, :]
 
 
 def step(
@@ -134,12 +145,20 @@ def step(
 
 
 def run(
-    mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: Mapping[str, Any], state: SlotState | None
+    mechanism: Slots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    given: Mapping[str, Any],
+    state: SlotState | None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, SlotState]:
-    """(out (B, H, L, Dv), the state after the last token)."""
+    """(out (B, H, L, Dv), the state after the last token); keep (B, L): tokens that are no padding, where a stream begins."""
     dtype, length = v.dtype, k.shape[-2]
     read = 0 if state is None else state.length
-    q, k, v, decay, write, last = prepared(mechanism, q, k, v, scale, given, None if state is None else state.last)
+    real = None if keep is None else keep[:, None, :, None]
+    q, k, v, decay, write, last = prepared(mechanism, q, k, v, scale, given, None if state is None else state.last, real)
     window = mechanism.window or 0
     old = (k, v, decay, write) if state is None else state.recent
     # Tokens reach the slots `window` later: those before the first write nothing and let nothing fade.
@@ -153,11 +172,11 @@ def run(
     p = torch.softmax(logits, -1)
     out, new_v = chunked(Scan(p, late_write, late_v, late_decay, None, True), None if state is None else state.v)
     if window:
-        out = joined(mechanism, q, queue[0], queue[1], out, logits, read)
+        out = joined(mechanism, q, queue[0], queue[1], out, logits, read, keep)
     return out.to(dtype), SlotState(new_k, new_v, last, recent, read + length)
 
 
-def joined(mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logits: Tensor, read: int) -> Tensor:
+def joined(mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logits: Tensor, read: int, keep: Tensor | None) -> Tensor:
     """One softmax over the slots and the window; k and v hold `window` tokens more than q, those not there yet among them."""
     from ..door import attend_with_stats
 
@@ -165,14 +184,20 @@ def joined(mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logit
     missing = max(0, window - read)
     k, v = (x[..., missing + (1 if read >= window else 0) :, :] for x in (k, v))
     local = Weighted(position=None if mechanism.rope is None else Rope(mechanism.rope))
-    near, stats = attend_with_stats(q, k, v, local, mask=Causal() & Window(window), scale=1.0)
-    at = torch.arange(read, read + length, device=q.device)[:, None]
-    reached = at >= window  # before the first write slots are out of sight
+    near_mask: Mask = Causal() & Window(window)
+    given: dict[str, Any] = {}
+    if keep is None:
+        reached = torch.arange(read, read + length, device=q.device)[:, None] >= window  # before the first write slots are out of sight
+    else:
+        near_mask, given = near_mask & Padding(), {"keep": keep}
+        reached = (pad(keep.cumsum(-1), (window, 0))[:, :length] > 0)[:, None, :, None]
+    near, stats = attend_with_stats(q, k, v, local, mask=near_mask, scale=1.0, **given)
     return blend(near, stats, out, logits.logsumexp(-1, keepdim=True), reached)
 
 
 def blend(near: Tensor, stats: Stats, far: Tensor, far_mass: Tensor, reached: Tensor) -> Tensor:
     """Two softmax results over disjoint keys as one, from the logs of their sums."""
-    near_mass = stats.shift + torch.log(stats.total)
-    share = torch.sigmoid(far_mass - near_mass) * reached
+    empty = stats.total <= 0  # a padded query sees nothing
+    near_mass = stats.shift + torch.log(torch.where(empty, 1.0, stats.total))
+    share = torch.where(empty, 1.0, torch.sigmoid(far_mass - near_mass)) * reached
     return near + share * (far - near)
