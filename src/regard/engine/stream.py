@@ -192,8 +192,6 @@ def step_scan(
         raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism")
     first = 0 if state is None else state.length
     full: Mask = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
-    if isinstance(inputs.get("keep"), Tensor):  # it covers all keys so far, of which the newest are read now
-        inputs = {**inputs, "keep": inputs["keep"][:, -k.shape[-2] :]}
     scan = scans.pose(description, full, q, k, v, scale, inputs, first=first, carry=None if state is None else state.carry)
     out, s = scans.run(scan, "step" if q.shape[-2] == 1 else "chunk", None if state is None else state.s)
     assert s is not None

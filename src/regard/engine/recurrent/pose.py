@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,22 +84,22 @@ def check_mask(mechanism: Recurrent, mask: Mask) -> bool:
     return mechanism.causal_only or any(isinstance(part, Causal) for part in parts)
 
 
-def kept_keys(mask: Mask, given: Mapping[str, Any], sizes: Sizes) -> tuple[Tensor | None, dict[str, Any]]:
-    """(B, Lk) bool of keys that are no padding, or None; and the inputs that are not the mask's."""
+def kept_keys(mask: Mask, given: Mapping[str, Any], sizes: Sizes, first: int = 0) -> tuple[Tensor | None, dict[str, Any]]:
+    """(B, first + Lk) bool of keys that are no padding, those before a stream's piece included, or None; and the inputs that are not the mask's."""
     specs = [item for part in mask.parts() for item in getattr(part, "inputs", ())]
     if not specs:
         return None, dict(given)
     keep = given.get(specs[0].name)
     if not isinstance(keep, Tensor):
         raise RegardError(f"mask={mask!r} needs the input {specs[0].name!r}, a bool tensor (B, Lk)")
-    specs[0].check(keep, sizes)
+    specs[0].check(keep, replace(sizes, k_len=first + sizes.k_len))
     return keep, {name: x for name, x in given.items() if name != specs[0].name}
 
 
 def visible_tokens(at: Tensor, q_at: Tensor, keep: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """How many keys each query sees, and how many tokens there are up to each key, itself included (all of them when not causal):
-    (B or 1, 1, L, 1). Tokens before a stream's first count, as there is no padding in a stream."""
-    every = (at + 1)[None] if keep is None else keep.cumsum(-1)
+    (B or 1, 1, L, 1). keep (B, all tokens so far)."""
+    every = (at + 1)[None] if keep is None else keep.cumsum(-1)[:, -at.numel() :]
     every = (every if causal else every[:, -1:]).clamp_min(1)[:, None, :, None]
     return (every[:, :, at.numel() - q_at.numel() :] if causal else every), every
 
@@ -126,7 +126,7 @@ def pose(
     if scale is not None and not mechanism.scaled:
         raise RegardError(f"scale={scale}: this mechanism's feature map fixes its own scale; expected None")
     wide = dtype or torch.promote_types(q.dtype, torch.float32)
-    keep, given = kept_keys(mask, given, sizes)
+    keep, given = kept_keys(mask, given, sizes, first)
     declared = declared_of(mechanism)
     check_names(given, declared, mechanism)
     inputs = {name: x.to(wide) if x.is_floating_point() else x for name, x in fill_inputs(declared, given, sizes, q).items()}
@@ -142,7 +142,7 @@ def pose(
         for name, x in inputs.items()
     }
     plain = {name: x.expand(sizes.heads) if declared[name].shape == "h" else x for name, x in plain.items()}
-    real = None if keep is None else keep[:, None, :, None]
+    real = None if keep is None else keep[:, None, -sizes.k_len :, None]
     if real is not None:  # what stands in padding, NaN even, must reach nothing
         k, v = (torch.where(real, x, 0.0) for x in (k, v))
     seen = tuple(x.to(wide) for x in visible_tokens(at, q_at, keep, causal))
@@ -211,7 +211,8 @@ def weighed(kernel: Function, inputs: Mapping[str, Any], d: int, s: Tensor) -> T
 
 
 def divided(o: Tensor, mass: Tensor, mean: Any, n: Any, eps: float) -> Tensor:
-    return o / mass.clamp_min(eps)
+    mass = mass.clamp_min(eps)
+    return o / torch.where(mass == 0, 1.0, mass)  # a row that sees nothing gives zeros
 
 
 def called(readout: Function, inputs: Mapping[str, Any], o: Tensor, mass: Any, mean: Any, n: Any) -> Tensor:

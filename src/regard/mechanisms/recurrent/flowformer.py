@@ -29,10 +29,13 @@ def flows(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None, eps: float, limi
 
 
 def causal_flows(
-    q: Tensor, k: Tensor, position: Tensor, carry: tuple[Tensor, ...] | None, eps: float, limit: float
+    q: Tensor, k: Tensor, n: Tensor, real: Tensor | None, carry: tuple[Tensor, ...] | None, eps: float, limit: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The same with sums up to each token; `carry` holds the five sums where a stream stopped."""
-    q, k, n = torch.sigmoid(q), torch.sigmoid(k), (position + 1).to(q.dtype)[:, None]
+    if q.shape[-2] != k.shape[-2]:
+        raise RegardError(f"{q.shape[-2]} queries but {k.shape[-2]} keys: causal flows need every token's query; expected as many")
+    q, k = torch.sigmoid(q), torch.sigmoid(k)
+    q, k = (q, k) if real is None else (q * real, k * real)
     old, new = list(carry) if carry else [], []
 
     def running(x: Tensor) -> Tensor:
@@ -46,7 +49,8 @@ def causal_flows(
     inflow, outflow = n / met(q, running(k)), n / met(k, running(q))
     sink = met(q, running(k * outflow)) / n
     source = torch.exp((met(k, running(q * inflow)) / n).clamp(-limit, limit))
-    competition = source / running(source) * n
+    source = source if real is None else source * real
+    competition = source / running(source).clamp_min(1e-30) * n
     return q * inflow / n * torch.sigmoid(sink), k * competition, tuple(new)
 
 
