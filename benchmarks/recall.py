@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from regard.lab.compare.train import accuracy, optimise
 from regard.lab.files import write_text
-from regard.nn import Decoder, mixer
+from regard.nn import Decoder, GatedConv, mixer
 from regard.tasks import recall
 
 MECHANISMS = (
@@ -28,12 +28,12 @@ MECHANISMS = (
     "lightning-attention-2",
     "lightnet",
     "gsa:slots=16",
-    "nha:window=16,slots=16",
+    "nha:window=8,slots=16",
     "log-linear-attention",
     "hedgehog",
     "local-linear-attention:iterations=4",
 )
-WIDTHS, LENGTH, PAIRS, VOCAB = (16, 32, 64), 64, (4, 8, 16), 128
+WIDTHS, LENGTH, PAIRS, VOCAB = (16, 32, 64), 64, (4, 8, 16), 64
 
 
 def model_of(spec: str, dim: int) -> Decoder:
@@ -41,7 +41,8 @@ def model_of(spec: str, dim: int) -> Decoder:
 
     torch.manual_seed(0)
     name, options = parsed(spec)
-    layers = [mixer(name, dim, 1, rope=True, context_len=LENGTH, **options) for _ in range(2)]
+    # A short convolution brings each value to its key; what is compared is the layer that must remember the pairs.
+    layers = [GatedConv(dim), mixer(name, dim, 1, context_len=LENGTH, **options)]
     return Decoder(layers, vocab=VOCAB, dim=dim, layers=2, heads=1, context_len=LENGTH)
 
 
@@ -59,7 +60,7 @@ def one(spec: str, dim: int, steps: int) -> dict[str, Any]:
     fresh = torch.Generator().manual_seed(2)
     with torch.no_grad():
         found = {str(n): accuracy(model, *recall(128, LENGTH, n, VOCAB, fresh)) for n in PAIRS}
-        state = model.step(recall(1, LENGTH, 4, VOCAB, fresh)[0])[1][0].bytes
+        state = model.step(recall(1, LENGTH, 4, VOCAB, fresh)[0])[1][1].bytes
     return {"accuracy": found, "state": state, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
 
 

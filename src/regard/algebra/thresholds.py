@@ -12,6 +12,7 @@ from .part import described
 from .rows import packed, row_count, row_max
 from .select import Selection, Selector
 
+PROBES = 4
 MARGIN = 1e-6  # a converged iterate lies on the bracket's edge: with strict bounds it would be thrown away
 
 
@@ -44,7 +45,7 @@ class ActiveTiles(Selector):
     """The tiles of block_size x block_size that hold a weight above zero under alpha-entmax; the others change nothing when left out.
 
     iterations: Halley steps for each row's threshold; `slack` below it a tile still counts, for the error that is left.
-    Where more than `worthwhile` of the tiles would stay, none is left out: then following tiles costs more than it saves.
+    Where more than `worthwhile` of the tiles would stay (in a few probes, or in all), none is left out: following tiles would cost more than it saves.
     """
 
     alpha: float = 1.5
@@ -58,14 +59,21 @@ class ActiveTiles(Selector):
 
     def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection | None:
         size, k = self.block_size, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        rows = []
-        for start in range(0, q.shape[-2], size):
-            part = q[..., start : start + size, :]
+        count = -(-q.shape[-2] // size)
+
+        def tiles(block: int) -> Tensor:
+            """(B, H, key blocks): those of a block of queries that hold weight."""
+            part = q[..., block * size : (block + 1) * size, :]
             s = part @ k.transpose(-1, -2)
-            seen = visible(torch.arange(start, start + part.shape[-2], device=q.device) + first).expand_as(s)
+            seen = visible(torch.arange(block * size, block * size + part.shape[-2], device=q.device) + first).expand_as(s)
             tau = halley(s, seen, self.alpha, self.iterations)
             on = seen & ((self.alpha - 1) * s > tau - self.slack)
-            padded = torch.nn.functional.pad(on, (0, -on.shape[-1] % size))
-            rows.append(padded.unflatten(-1, (-1, size)).any(-1).any(-2))
-        found = Selection(torch.stack(rows, -2), size, size)
-        return found if found.density <= self.worthwhile else None
+            return torch.nn.functional.pad(on, (0, -on.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1).any(-2)
+
+        # A few blocks tell whether looking at all of them can pay.
+        probes = {round((at + 0.5) * (count - 1) / PROBES) for at in range(PROBES)}
+        found = {block: tiles(block) for block in probes}
+        if float(torch.stack(list(found.values())).float().mean()) > self.worthwhile:
+            return None
+        whole = Selection(torch.stack([found[at] if at in found else tiles(at) for at in range(count)], -2), size, size)
+        return whole if whole.density <= self.worthwhile else None
