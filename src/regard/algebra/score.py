@@ -114,7 +114,8 @@ class Distance(Pairing):
     eps: float = 1e-3
 
     def pair(self, q: Tensor, k: Tensor, env: Mapping[str, Any]) -> Tensor:
-        # |q|^2 + |k|^2 - 2 q.k cancels where q is close to k, exactly where inverse distances matter.
+        # |q|^2 + |k|^2 - 2 q.k cancels where q is close to k, exactly where inverse distances matter: form differences
+        # one channel at a time, which costs time but no (Lq, Lk, D) tensor.
         squared = SquaredDistance.apply(q, k)
         d = squared if self.power == 2 else squared.clamp_min(torch.finfo(squared.dtype).tiny) ** (self.power / 2)
         if self.link == "negative":
@@ -130,10 +131,6 @@ class SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
         ctx.save_for_backward(q, k)
-        if q.dtype != torch.float64:  # |q|^2 + |k|^2 - 2 q.k in float64 loses nothing that float32 holds, and is a matrix product
-            a, b = q.double(), k.double()
-            squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(-2)
-            return squares.sub_(a @ b.transpose(-1, -2), alpha=2).clamp_min_(0).to(q.dtype)
         lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
         distance = torch.cdist(q.expand(*lead, *q.shape[-2:]), k.expand(*lead, *k.shape[-2:]), compute_mode="donot_use_mm_for_euclid_dist")
         return distance.square_()
