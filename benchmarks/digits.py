@@ -28,7 +28,7 @@ NETS = {
     "slab": lambda: GridNet(1, 8, 10, (("slab",), ("slab",)), (24, 48)),
     "l2vit": lambda: GridNet(1, 8, 10, (("window", "l2vit"), ("window", "l2vit")), (24, 48), concentration=True),
     "vig": lambda: ViG(1, 10, dim=48, heads=2, layers=2, patch=1),
-    "convolutions alone": lambda: GridNet(1, 8, 10, ((), ()), (24, 48)),
+    "no blocks": lambda: GridNet(1, 8, 10, ((), ()), (24, 48)),
 }
 
 
