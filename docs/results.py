@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalog import records
-from regard.lab.compare.report import figure
 from regard.lab.compare.verdict import verdict
+from regard.lab.plots import figure
 
 
 def first_sentence(text: str, limit: int = 200) -> str:

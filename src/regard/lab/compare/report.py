@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 from typing import Any
 
-from ...errors import MissingDependency
 from ..files import write_text
+from ..plots import figure
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
@@ -17,34 +16,6 @@ h1{margin-bottom:0}p.sub{color:#666;margin-top:.2rem}p.verdict{background:#f4f6f
 figcaption{color:#555;font-size:.9rem}table{border-collapse:collapse;width:100%;margin:1rem 0}
 th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}
 """
-
-
-def figure(title: str, x: str, y: str, lines: dict[str, list[tuple[float, float]]], log_x: bool = False, log_y: bool = False) -> str:
-    """An SVG plot of one line a mechanism."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise MissingDependency("the report's plots need matplotlib: pip install 'regard[report]'") from None
-    fig, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for number, (name, points) in enumerate(lines.items()):
-        style: dict[str, Any] = {"marker": "osv^Dx*P"[number % 8], "markersize": 4} if len(points) < 20 else {}
-        axes.plot([p for p, _ in points], [p for _, p in points], label=name, color=f"C{number % 10}", **style)
-    axes.set(title=title, xlabel=x, ylabel=y)
-    if log_x:
-        axes.set_xscale("log", base=2)
-        ticks = sorted({p for points in lines.values() for p, _ in points})
-        axes.set_xticks(ticks, [f"{int(t)}" for t in ticks])
-    if log_y:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    text = io.StringIO()
-    fig.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(fig)
-    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def curves(report: dict[str, Any], stage: str, pick: Any) -> dict[str, list[tuple[float, float]]]:

@@ -15,6 +15,7 @@ from ...catalog import get
 from ...engine import attend
 from ...engine.weights import weights
 from ...errors import RegardError
+from ..plots import figure
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class FlowResult:
     points: Tensor
     energy: tuple[float, ...]
     asymmetry: float
+
+    def plot(self) -> str:
+        """The energy after each step as an SVG."""
+        return figure("Energy of the flow", "step", "energy", {"W": [(float(n), x) for n, x in enumerate(self.energy)]})
 
 
 def attention_flow(x: Tensor, m: Tensor, *, iterations: int = 101, steps: int = 20, step_size: float = 0.1) -> FlowResult:

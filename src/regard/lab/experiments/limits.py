@@ -17,6 +17,7 @@ from ...catalog import get
 from ...catalog.registry import register
 from ...engine import attend
 from ...errors import RegardError
+from ..plots import figure
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Limits:
     distinct: tuple[float, ...]
     jacobian: float
     jacobian_bound: float
+
+    def plot(self) -> str:
+        """Separation of the top N, its bound and its expectation for random sets, as an SVG."""
+        lines = {"separation": self.separation, "bound": self.separation_bound, "random sets": self.random_separation}
+        return figure(
+            "Separation of the top N",
+            "N",
+            "separation",
+            {name: list(zip(map(float, self.tops), y, strict=True)) for name, y in lines.items()},
+        )
 
 
 def normalised(logits: Tensor, normalizer: str | Weighted | Callable[[Tensor], Tensor], temperature: float) -> Tensor:

@@ -16,6 +16,7 @@ from ...catalog.registry import register
 from ...engine import weights
 from ...errors import RegardError
 from ...nn import Attention
+from ..plots import figure
 
 
 def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -94,8 +95,6 @@ class RankReport:
 
     def plot(self) -> str:
         """The curve as an SVG."""
-        from ..compare.report import figure
-
         return figure("Rank across a cut", "cut", "effective rank of the block below", {"block": [(float(a), r) for a, r in self.curve]})
 
 

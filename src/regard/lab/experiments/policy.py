@@ -15,6 +15,7 @@ from torch import Tensor
 from ...catalog.registry import register
 from ...errors import RegardError
 from ...nn.minimax import MiniMaxConfig, MiniMaxLike
+from ..plots import figure
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -88,8 +89,6 @@ class PolicyRun:
 
     def plot(self) -> str:
         """The rewards as an SVG."""
-        from ..compare.report import figure
-
         return figure("Rewards", "round", "mean reward", {self.loss: [(float(n), r) for n, r in enumerate(self.rewards)]})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...catalog.registry import register
 from ...errors import RegardError
+from ..plots import figure
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Recruitment:
     @property
     def anchors(self) -> Tensor:
         return torch.nn.functional.normalize(self.means, dim=-1)
+
+    def plot(self) -> str:
+        """The description length after each accepted decision as an SVG."""
+        points = [(float(n), decision.length) for n, decision in enumerate(self.accepted)]
+        return figure("Description length", "accepted decision", "bits", {"J": points})
 
     @property
     def accepted(self) -> list[Decision]:

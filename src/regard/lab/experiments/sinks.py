@@ -19,6 +19,7 @@ from ...catalog.registry import register
 from ...errors import RegardError, nearest
 from ...nn import Attention
 from ...nn.parts import SwiGLU
+from ..plots import figure
 from ..statistics import importance, kurtosis, sink_rate
 
 BOS, TRIGGERS, VOCAB = 0, (1, 2, 3), 32
@@ -77,6 +78,10 @@ class SinkResult:
     kurtosis: float
     logit_range: float
     loss: tuple[float, ...]
+
+    def plot(self) -> str:
+        """The loss of training as an SVG."""
+        return figure("Training", "step", "loss", {"loss": [(float(n), x) for n, x in enumerate(self.loss)]})
 
 
 def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
