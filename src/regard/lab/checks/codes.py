@@ -16,8 +16,8 @@ from ...nn.codes import normed, sinusoids
 from ...tasks import python_text
 from .. import naive
 from ..verification import check
-from .grids import gradients
-from .models import ema_loop
+from .comparing import gradients
+from .mega import ema_loop
 from .weighted import qkv
 
 F64 = torch.float64

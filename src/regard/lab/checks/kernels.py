@@ -19,7 +19,7 @@ from .. import naive
 from ..memory import peak_bytes
 from ..statistics import entropy, log_variance, spectral_gap
 from ..verification import check
-from .grids import gap_with_gradients
+from .comparing import gap_with_gradients
 from .weighted import qkv
 
 F64 = torch.float64
