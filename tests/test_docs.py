@@ -40,3 +40,10 @@ def test_the_guide_runs():
     q, k, v = (torch.randn(1, 8, 32, 64) for _ in range(3))
     for source in blocks("docs/own.md"):
         exec(compile(source, "own.md", "exec"), {"torch": torch, "regard": regard, "q": q, "k": k, "v": v})
+
+
+def test_names_that_docstrings_point_to_exist():
+    root = Path(regard.__file__).parent
+    for path in root.rglob("*.py"):
+        for name in re.findall(r"`regard\.nn\.(\w+)", path.read_text(encoding="utf-8")):
+            assert hasattr(regard.nn, name), f"{path.relative_to(root)} points to regard.nn.{name}"

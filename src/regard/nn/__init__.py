@@ -16,6 +16,7 @@ from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacia
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
+from .lightnet import AxisMixing, LightNet
 from .mega import MegaLayer, MultiHeadEMA
 from .memory import KeyValueMemory
 from .minimax import Experts, MiniMaxConfig, MiniMaxLike
@@ -42,6 +43,7 @@ __all__ = [
     "AdaptiveFilterAttention",
     "AgentAttention",
     "Attention",
+    "AxisMixing",
     "BiGLA2D",
     "Block",
     "BudgetController",
@@ -70,6 +72,7 @@ __all__ = [
     "LatentAlignment",
     "LayerScale",
     "LayerState",
+    "LightNet",
     "LocalConcentration",
     "LongVQBlock",
     "MAB",

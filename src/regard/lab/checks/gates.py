@@ -12,6 +12,7 @@ from ...algebra import Causal, Padding
 from ...catalog import get
 from ...engine import attend
 from ...mechanisms.recurrent.regla import refined, safe_query
+from ...nn import AxisMixing
 from .. import naive
 from ..verification import check
 from .comparing import F64, gap_with_gradients, streamed
@@ -148,3 +149,25 @@ def _() -> tuple[float, float]:
     truth = attend(q[:, :, 9:], f[:, :, 9:], v[:, :, 9:], "lightnet", mask=Causal())
     bad = math.inf if not all(bool(g.isfinite().all()) for g in grads) else 0.0
     return max(bad, naive.gap(out[:, :, 9:], truth)), naive.gap(attend(q, f, v, "lightnet", mask=Causal())[:, :, 9:], truth)
+
+
+@check(
+    "lightnet", "mixing along the axes of a 4 x 5 grid == sums over each row and column in loops", below=1e-10, control="along rows alone"
+)
+def _() -> tuple[float, float]:
+    layer, x = AxisMixing(6, 2, ndim=2).double(), torch.randn(2, 20, 6, dtype=F64)
+
+    def along(axis: int, line: Tensor) -> Tensor:
+        """One line (B, n, 6): every pair's coefficient, both ways."""
+        found = torch.zeros_like(line)
+        kernel = layer.mixers[axis].kernel(line.shape[1])  # type: ignore[operator]
+        for t in range(line.shape[1]):
+            for s in range(line.shape[1]):
+                found[:, t] += ((kernel[0][:, t - s] if s <= t else 0) + (kernel[1][:, s - t] if s >= t else 0)) * line[:, s]
+        return found
+
+    plane = x.unflatten(1, (4, 5))
+    columns = torch.stack([along(0, plane[:, :, c]) for c in range(5)], 2)
+    rows = torch.stack([along(1, plane[:, r]) for r in range(4)], 1)
+    out = layer(x, (4, 5))
+    return naive.gap(out, (plane + columns + rows).flatten(1, 2)), naive.gap(out, (plane + rows).flatten(1, 2))

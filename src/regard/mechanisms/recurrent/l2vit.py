@@ -21,6 +21,6 @@ def clamped(o: Tensor, mass: Tensor, tau: Tensor, floor: float) -> Tensor:
 @register("l2vit")
 def l2vit(floor: float = 100.0) -> Recurrent:
     """floor: the smallest divisor. Input `tau` (H,), by default D^-1/2; rows of weights sum to at most tau. The blocks with window
-    attention and local concentration: `regard.nn.L2Block`."""
+    attention and local concentration: `regard.nn.GridBlock` ("window" and "l2vit", concentration=True)."""
     tau = Input("tau", "h", default=inverse_root, layer=Learned(inverse_root))
     return Recurrent(FeatureMap(torch.relu), readout=bind(clamped, floor=floor), scaled=False, inputs=(tau,), recipe=Recipe(rope=False))
