@@ -47,3 +47,11 @@ def test_import_is_light():
         assert bad.strip() == "[]"
         fastest = min(fastest, float(seconds))
     assert fastest < 0.3
+
+
+@pytest.mark.parametrize("name", regard.names(None))
+def test_every_system_has_a_card(name):
+    from regard.lab.card import card
+
+    text = card(name, next((r for r in regard.records() if r.slug == name), None))
+    assert name in text and "\n" in text
