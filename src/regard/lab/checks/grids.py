@@ -26,11 +26,6 @@ def elu(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(x))
 
 
-def relu_linear(q: Tensor, k: Tensor) -> Tensor:
-    w = q.clamp_min(0) @ k.clamp_min(0).mT
-    return w / w.sum(-1, keepdim=True)
-
-
 def scaled(x: Tensor, factor: float) -> Tensor:
     return factor * scaled_elu(x)
 

@@ -61,7 +61,7 @@ def _() -> tuple[float, float]:
     "lln-attention",
     "entropy of rows: distance from softmax's in nats, falling in c; spectral gaps at hand",
     below=1.5,
-    control="elu + 1 at c = 1.5, in excess of LLN's x 3",
+    control="elu + 1 at c = 2",
 )
 def _() -> tuple[float, float]:
     own, soft, flat = [], [], 0.0
