@@ -3,6 +3,7 @@
 from .feature_map import FeatureMap, JointMap, elu_plus_one, favor, hedgehog, identity, taylor
 from .local import LocalLinear
 from .mask import (
+    BlockPowers,
     Both,
     Causal,
     Columns,
@@ -12,11 +13,13 @@ from .mask import (
     FixedBlock,
     Full,
     Kept,
+    Lifetime,
     Mask,
     Padding,
     PerHead,
     Prefix,
     Segments,
+    Since,
     Sinks,
     Strided,
     Where,
@@ -24,7 +27,7 @@ from .mask import (
     Without,
     as_mask,
 )
-from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Recipe, Recurrent, Relayed, Weighted
+from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Recipe, Recurrent, Relayed, Weighted
 from .neighborhood import Neighborhood
 from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
 from .pairings import Network, Phase, Relative
@@ -32,7 +35,8 @@ from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
-from .select import Chosen, Selection, Selector, TopBlocks
+from .permute import Permutation
+from .select import Chosen, Selection, Selector, TopBlocks, View
 from .states import LogLinear, Slots
 from .thresholds import ActiveTiles
 
@@ -40,6 +44,7 @@ __all__ = [
     "ActiveTiles",
     "Additive",
     "Alibi",
+    "BlockPowers",
     "Both",
     "Bound",
     "Causal",
@@ -62,6 +67,7 @@ __all__ = [
     "JointMap",
     "Kept",
     "Learned",
+    "Lifetime",
     "LocalLinear",
     "LogLinear",
     "Mask",
@@ -75,9 +81,11 @@ __all__ = [
     "Pairwise",
     "Part",
     "PerHead",
+    "Permutation",
     "Phase",
     "Position",
     "Prefix",
+    "Program",
     "Projected",
     "Recipe",
     "Recurrent",
@@ -92,11 +100,13 @@ __all__ = [
     "Selection",
     "Selector",
     "Sinkhorn",
+    "Since",
     "Sinks",
     "Sizes",
     "Slots",
     "Strided",
     "TopBlocks",
+    "View",
     "Weighted",
     "Where",
     "Window",

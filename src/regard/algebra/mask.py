@@ -394,6 +394,92 @@ class Kept(Mask):
 
 
 @described
+class KeyTime(Mask):
+    """Base of masks that compare a query's position with a number of each key."""
+
+    def time_of(self, b: Tensor, h: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        times = env[self.inputs[0].name]  # type: ignore[attr-defined]
+        at = [index if size > 1 else torch.zeros_like(index) for index, size in zip((b, h), times.shape, strict=False)]
+        return times[at[0], at[1], 0, j]  # type: ignore[no-any-return]
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return (("mask_" + self.inputs[0].name, "bhk"),)  # type: ignore[attr-defined]
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+        name = self.inputs[0].name  # type: ignore[attr-defined]
+        return {"mask_" + name: inputs[name]}
+
+    @property
+    def depends(self) -> str:
+        return "bh"
+
+
+@described
+class Lifetime(KeyTime):
+    """Key j is read up to query until[b, h, j] (absolute positions): tokens that die. Input `until` (B, H, Lk), integers."""
+
+    inputs: tuple[Input, ...] = (Input("until", "bhk", dtype="int"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return i <= self.time_of(b, h, j, env)
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return i <= sides["mask_until"]
+
+
+@described
+class Since(KeyTime):
+    """Key j is read from query since[b, h, j] on (absolute positions): keys out of order. Input `since` (B, H, Lk), integers.
+
+    segment: since lies in the segment of so many tokens that j lies in, so whole segments are past or future (None: it may be anything).
+    """
+
+    segment: int | None = None
+    inputs: tuple[Input, ...] = (Input("since", "bhk", dtype="int"),)
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return i >= self.time_of(b, h, j, env)
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return i >= sides["mask_since"]
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
+        if self.segment is None:
+            return None
+        return j0 // self.segment <= i1 // self.segment, j1 // self.segment < i0 // self.segment
+
+
+@described
+class BlockPowers(Mask):
+    """Blocks of `size`: a query block reads the key blocks 0, 1, 2, 4, 8, ... blocks back, the last `window` and the first `sinks`."""
+
+    size: int
+    window: int = 0
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "size")
+
+    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
+        return self.keeps(i // self.size, j // self.size)
+
+    def keeps(self, u: Tensor, w: Tensor) -> Tensor:
+        back = u - w
+        return (back >= 0) & (((back & (back - 1)) == 0) | (back < self.window) | (w < self.sinks))
+
+    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
+        if not bool(((i0 // self.size == i1 // self.size).all() & (j0 // self.size == j1 // self.size).all())):
+            return None  # blocks of another size: look at the pairs
+        whole = self.keeps(i0 // self.size, j0 // self.size)
+        return whole, whole
+
+    @property
+    def causal(self) -> bool:
+        return self.size == 1
+
+
+@described
 class Explicit(Mask):
     """A bool tensor broadcastable to (B, H, Lq, Lk): True is visible. `attend(mask=tensor)` makes one; input `visible`."""
 

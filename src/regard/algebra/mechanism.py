@@ -110,11 +110,16 @@ class Weighted(Mechanism):
     def can_be_causal(self) -> bool:
         # A neighbourhood's windows shift inwards at the end of the grid, so they depend on tokens to come.
         grids = [part for part in self.parts() if isinstance(part, Neighborhood)]
-        return self.normalizer.row_local and all(grid.causal for grid in grids)
+        return self.normalizer.row_local and all(grid.causal for grid in grids) and not self.looks_ahead
 
     @property
     def causal_only(self) -> bool:
-        return isinstance(self.mask, Mask) and self.mask.causal
+        return isinstance(self.mask, Mask) and self.mask.causal and not self.looks_ahead
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether which keys a query reads depends on later queries: a policy for prompts."""
+        return self.select is not None and self.select.looks_ahead
 
 
 DECAYS = ("none", "head", "token", "channel")
@@ -285,4 +290,33 @@ class Hybrid(Mechanism):
         return all(member.can_be_causal for member in self.members)
 
 
-__all__ = ["Clustered", "Hybrid", "Mechanism", "Nystrom", "Recipe", "Recurrent", "Relayed", "Rope", "Weighted"]
+@described
+class Program(Mechanism):
+    """A plain function made of calls of other mechanisms: `function(q, k, v, call)` -> o (B, H, Lq, Dv), and by name declared inputs.
+
+    call: the mask and scale given, and `call.attend`, `call.with_stats`, `call.merge`, which run a weighted mechanism inside.
+    under: "none": it takes no mask; "causal": always under Causal(); "any": with or without. causal: its choices do not look ahead
+    either, so it also trains and decodes token by token. Fixed constants belong to the function (`bind`).
+    """
+
+    function: Function = lambda q, k, v, call: v  # replaced by the mechanism's
+    under: str = "none"
+    causal: bool = False
+    inputs: tuple[Input, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.under not in ("none", "causal", "any"):
+            raise RegardError(f"Program(under={self.under!r}): expected none, causal or any")
+
+    @property
+    def can_be_causal(self) -> bool:
+        return self.causal
+
+    @property
+    def causal_only(self) -> bool:
+        return self.causal and self.under == "causal"
+
+
+__all__ = ["Clustered", "Hybrid", "Mechanism", "Nystrom", "Program", "Recipe", "Recurrent", "Relayed", "Rope", "Weighted"]

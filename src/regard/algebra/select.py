@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import positive
-from .part import Function, Part, asks, described
+from .part import Function, Part, call, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +30,32 @@ class Selection:
         return float(self.keep.float().mean())
 
 
-@described
-class Selector(Part):
-    """`select(q, k, first, visible)` -> Selection (None: everything), without gradient, from q and k as they are scored.
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a selector may look at beside q and k.
 
     first: the absolute position of the first query. visible: absolute positions of queries (n,) -> what the mask shows them,
-    (B or 1, H or 1, n, Lk).
+    (B or 1, H or 1, n, Lk). blocks: (block_q, block_k) -> (some pair visible, every pair visible), each (B or 1, H or 1, nq, nk).
+    inputs: the tensors that the mechanism declares.
     """
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection | None:
+    first: int
+    visible: Callable[[Tensor], Tensor]
+    blocks: Callable[[int, int], tuple[Tensor, Tensor]]
+    inputs: Mapping[str, Any]
+
+
+@described
+class Selector(Part):
+    """`select(q, k, view)` -> Selection (None: everything), without gradient, from q and k as they are scored (q times scale)."""
+
+    def select(self, q: Tensor, k: Tensor, view: View) -> Selection | None:
         raise NotImplementedError
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the choice for a query may depend on later queries; what is read never does."""
+        return False
 
 
 @described
@@ -52,8 +68,8 @@ class TopBlocks(Selector):
     def __post_init__(self) -> None:
         positive(self, "block_size", "top_k")
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection:
-        size, heads = self.block_size, q.shape[1]
+    def select(self, q: Tensor, k: Tensor, view: View) -> Selection:
+        size, heads, first = self.block_size, q.shape[1], view.first
         k_len = k.shape[-2]
         complete = k_len // size
         count = -(-k_len // size)
@@ -80,9 +96,21 @@ class TopBlocks(Selector):
 
 @described
 class Chosen(Selector):
-    """A user's selector: `function(q, k, first) -> Selection`, or `function(q, k, first, visible)` where it looks at the mask."""
+    """A plain function as selector: `function(q, k, view) -> Selection`, and by name tensors that the mechanism declares.
 
-    function: Function = lambda q, k, first: None  # replaced by the user's
+    ahead: it looks at later queries to choose, so it cannot run token by token. decode: whether a single query is chosen for as well
+    (else it reads everything).
+    """
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Any:
-        return self.function(q, k, first, visible) if asks(self.function, 3) else self.function(q, k, first)
+    function: Function = lambda q, k, view: None  # replaced by the user's
+    ahead: bool = False
+    decode: bool = True
+
+    def select(self, q: Tensor, k: Tensor, view: View) -> Any:
+        if not self.decode and q.shape[-2] == 1:
+            return None
+        return call(self.function, q, k, view, env=view.inputs)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.ahead

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .mask import positive
 from .part import described
 from .rows import packed, row_count, row_max
-from .select import Selection, Selector
+from .select import Selection, Selector, View
 
 PROBES = 4
 MARGIN = 1e-6  # a converged iterate lies on the bracket's edge: with strict bounds it would be thrown away
@@ -57,7 +55,7 @@ class ActiveTiles(Selector):
     def __post_init__(self) -> None:
         positive(self, "block_size", "iterations")
 
-    def select(self, q: Tensor, k: Tensor, first: int, visible: Callable[[Tensor], Tensor]) -> Selection | None:
+    def select(self, q: Tensor, k: Tensor, view: View) -> Selection | None:
         size, k = self.block_size, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         count = -(-q.shape[-2] // size)
 
@@ -65,7 +63,7 @@ class ActiveTiles(Selector):
             """(B, H, key blocks): those of a block of queries that hold weight."""
             part = q[..., block * size : (block + 1) * size, :]
             s = part @ k.transpose(-1, -2)
-            seen = visible(torch.arange(block * size, block * size + part.shape[-2], device=q.device) + first).expand_as(s)
+            seen = view.visible(torch.arange(block * size, block * size + part.shape[-2], device=q.device) + view.first).expand_as(s)
             tau = halley(s, seen, self.alpha, self.iterations)
             on = seen & ((self.alpha - 1) * s > tau - self.slack)
             return torch.nn.functional.pad(on, (0, -on.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1).any(-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from ..algebra.local import LocalLinear
 from ..algebra.mask import Causal, Explicit, Full, Mask
-from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Relayed
+from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Relayed, Weighted
+from ..algebra.part import call
 from ..algebra.score import SquaredDistance
 from ..algebra.states import LogLinear, Slots
 from ..errors import RegardError
 from . import local
+from .merge import merge
 from .problem import check_names, fill_inputs, sizes_of
 from .recurrent import levels, slots
 from .reference import repeat_heads
@@ -200,6 +203,41 @@ def inputs_of(mechanism: Mechanism) -> Any:
     return declared_of(mechanism).values() if isinstance(mechanism, Recurrent) else mechanism.declared
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a program's function is called with: the mask, the scale (None: D^-1/2), and how to run what it is made of."""
+
+    mask: Mask
+    scale: float | None
+    attend: Attend
+    with_stats: Callable[..., Any]
+
+    def logit_scale(self, q: Tensor) -> float:
+        return float(q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+
+    def merge(self, parts: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        """One softmax over disjoint sets of keys, from `(out, stats)` of each."""
+        return merge(Weighted(), parts)[0]
+
+
+def program(
+    mechanism: Program, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
+) -> Tensor:
+    from .door import attend_with_stats
+
+    mask = Causal() if mechanism.under == "causal" and isinstance(mask, Full) else mask
+    known = {"none": (Full,), "causal": (Causal,), "any": (Full, Causal)}[mechanism.under]
+    if not isinstance(mask, known):
+        raise RegardError(f"mask={mask!r}: this mechanism runs under {' or '.join(f'{kind.__name__}()' for kind in known)}")
+    sizes = sizes_of(q, k, v)
+    declared = {item.name: item for item in mechanism.declared}
+    check_names(given, declared, mechanism)
+    dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    made = Call(mask, scale, attend, attend_with_stats)
+    return call(mechanism.function, q, k, v, made, env={**dict.fromkeys(declared), **fill_inputs(declared, given, sizes, q)}).to(dtype)  # type: ignore[no-any-return]
+
+
 RUN: dict[type[Mechanism], Callable[..., Tensor]] = {
     Relayed: relayed,
     Nystrom: nystrom,
@@ -208,6 +246,7 @@ RUN: dict[type[Mechanism], Callable[..., Tensor]] = {
     Slots: slots.slots,
     LogLinear: levels.run,
     LocalLinear: local.run,
+    Program: program,
 }
 # How a stream of these goes on: (mechanism, q, k, v, state, scale, inputs) -> (out, state).
 STEP: dict[type[Mechanism], Callable[..., tuple[Tensor, Any]]] = {Slots: slots.step, LogLinear: levels.step}

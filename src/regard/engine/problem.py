@@ -14,7 +14,7 @@ from ..algebra.mask import Causal, Full, Mask, Window, conjuncts
 from ..algebra.mechanism import Mechanism, Weighted
 from ..algebra.part import Input, Sizes, asks, call, show
 from ..algebra.rows import RowWise
-from ..algebra.select import Selection
+from ..algebra.select import Selection, View
 from ..errors import RegardError, nearest
 
 
@@ -259,12 +259,22 @@ def pose(
     q, k = mechanism.score.prepare(q, k, scale, env)  # type: ignore[union-attr]
     selection = None
     if mechanism.select is not None:
-        at, around = indices(sizes, q.device), {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
         with torch.no_grad():
-            selection = mechanism.select.select(
-                q, k, sizes.k_len - sizes.q_len, lambda i: visible(mask, at["b"], at["h"], i[:, None], at["j"], around)
-            )
+            selection = mechanism.select.select(q, k, view_of(mask, sizes, inputs, q.device))
     return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
+
+
+def view_of(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> View:
+    """What a selector sees of a call: the mask as pairs and as blocks, and the inputs."""
+    from .layout import some_and_every
+
+    at, around = indices(sizes, device), {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
+    return View(
+        sizes.k_len - sizes.q_len,
+        lambda i: visible(mask, at["b"], at["h"], i[:, None], at["j"], around),
+        lambda block_q, block_k: some_and_every(mask, sizes, block_q, block_k, inputs, device),
+        inputs,
+    )
 
 
 def scaled_values(mechanism: Weighted, v: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

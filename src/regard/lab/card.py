@@ -21,6 +21,7 @@ COSTS = {
     "Hybrid": "the sum of its members",
     "Slots": "time O(L (m + w) D), m slots and a window w; decode O((m + w) D) a token, state (m + w) (D + Dv)",
     "LogLinear": "time O(L log L F Dv), decode O(log L F Dv) a token, up to log2(L) + 2 states of F x Dv",
+    "Program": "the sum of the calls it is made of",
     "LocalLinear": "time O(Lq Lk D iterations), memory O(block Lk); decode O(L D iterations) a token, cache O(L)",
 }
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Mask
+from ...algebra import Causal, Mask, Selection
 from ...algebra.part import Sizes
 from ...catalog import get
 from ...engine import attend, step
 from ...engine.composed import unit
-from ...engine.problem import indices
+from ...engine.problem import indices, view_of
 from ...mechanisms.selected.routing import update_centroids
 from ...mechanisms.selected.sparse_transformer import patterns
 from ...nn import RoutingAttention, SparseBlock
@@ -32,6 +33,12 @@ def spelled(mask: Mask, n: int, heads: int = 1) -> Tensor:
     at = indices(Sizes(1, heads, heads, n, n, 1, 1), torch.device("cpu"))
     seen = mask.visible(at["b"], at["h"], at["i"], at["j"], {"k_len": n, "offset": 0})
     return seen.expand(1, heads, n, n)[0, 0]
+
+
+def selection_of(selector: Any, q: Tensor, k: Tensor, mask: Mask | None = None, **inputs: Tensor) -> Selection:
+    """What a selector chooses for scaled q and k, under Causal() unless another mask is given."""
+    sizes = Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3])
+    return selector.select(q * q.shape[3] ** -0.5, k, view_of(mask or Causal(), sizes, inputs, q.device))
 
 
 @check(
@@ -239,7 +246,7 @@ def _() -> tuple[float, float]:
 
     def off(top: int) -> float:
         selector = get("moba", block_size=16, top_k=top).select  # type: ignore[attr-defined]
-        keep = selector.select(q, k, 0, lambda rows: torch.arange(203) <= rows[:, None]).keep
+        keep = selection_of(selector, q, k).keep
         own = torch.arange(203) // 16
         count = keep.sum(-1)
         return float((count != (own + 1).clamp(max=3)).sum() + (~keep.gather(-1, own.expand(1, 2, -1)[..., None])).sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ...algebra import Causal, Padding, Segments
+from ...algebra import Causal, Full, Padding, Segments
 from ...algebra.thresholds import ActiveTiles, halley
 from ...catalog import get
 from ...engine import attend
@@ -18,6 +18,7 @@ from ...nn import KeyValueBias
 from .. import naive
 from ..experiments.sinks import sink_metric, studied, trained
 from ..verification import check
+from .selected import selection_of
 from .weighted import qkv
 
 F64 = torch.float64
@@ -125,7 +126,7 @@ def _() -> tuple[float, float]:
         group = torch.arange(512) // 64 if structured else torch.randint(8, (512,))
         x = centres[group] + 0.3 * torch.randn(512, 16, dtype=F64)
         q = k = x[None, None]
-        found = ActiveTiles(1.5, 64, worthwhile=1.0).select(q * 0.25, k, 0, lambda i: torch.ones(1, 1, i.numel(), 512, dtype=torch.bool))
+        found = selection_of(ActiveTiles(1.5, 64, worthwhile=1.0), q, k, Full())
         gap = naive.gap(attend(q, k, k, get("adasplash")), attend(q, k, k, get("entmax", alpha=1.5)))
         assert found is not None
         return 1 - found.density if gap <= 1e-12 else math.nan

@@ -1,0 +1,77 @@
+"""FlexPrefill: each head takes the pattern its last queries call for, and as many blocks as reach a share of mass (id 224; Lai et al., 2025).
+
+A = softmax(q_last k^T), the last block of queries; d = sqrt(JSD(pooled estimate, block sums of A))
+d < tau: blocks of the pooled map until their mass is gamma n;  else: the columns and diagonals that hold gamma of A's mass
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra.blocks import block_sums, heads_of, pooled, probabilities, top_k, top_p
+from ...catalog.registry import register
+
+
+@register("flexprefill")
+def flexprefill(
+    gamma: float = 0.9, tau: float = 0.1, min_budget: int = 512, max_budget: int | None = None, block_size: int = 128
+) -> Weighted:
+    """gamma: mass to keep (from 1 on: everything). tau: distance under which a head is query-aware. min_budget, max_budget: tokens a query
+    block may read of columns, and of diagonals. Prompts of at most max(2 block_size, min_budget) tokens, and chunks after others, run dense."""
+    constants = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget, "block_size": block_size}
+    return Weighted(mask=Causal(), select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False))
+
+
+def last_block(q: Tensor, k: Tensor, size: int) -> Tensor:
+    """Causal probabilities of the last `size` queries, (B, H, size, L)."""
+    length = k.shape[-2]
+    rows = torch.arange(length - size, length, device=q.device)
+    seen = torch.arange(length, device=q.device) <= rows[:, None]
+    return probabilities(q[..., -size:, :] @ k.transpose(-1, -2), seen)
+
+
+def diagonals(p: Tensor) -> Tensor:
+    """Mean over rows of the mass at each distance i - j: (..., n, L) of the last n rows -> (..., L)."""
+    rows, length = p.shape[-2:]
+    back = torch.arange(length - rows, length, device=p.device)[:, None] - torch.arange(length, device=p.device)
+    place = back.clamp(min=0).flatten().expand(*p.shape[:-2], -1)
+    return torch.zeros(*p.shape[:-2], length, dtype=p.dtype, device=p.device).scatter_add_(-1, place, p.flatten(-2)) / rows
+
+
+def distance(q: Tensor, k: Tensor, p: Tensor, size: int) -> Tensor:
+    """sqrt of the Jensen-Shannon divergence (natural log) between the pooled estimate and the true block mass of the last queries."""
+    estimate = (q[..., -size:, :].mean(-2, keepdim=True) @ pooled(k, size).transpose(-1, -2)).softmax(-1).squeeze(-2)
+    truth = block_sums(p.mean(-2), size)
+    middle = (estimate + truth) / 2
+    parts = [torch.where(x > 0, x * (x / middle.clamp_min(1e-30)).log(), 0.0).sum(-1) for x in (estimate, truth)]
+    return (sum(parts, torch.zeros_like(parts[0])) / 2).clamp_min(0).sqrt()
+
+
+def flex_plan(
+    q: Tensor, k: Tensor, view: View, *, gamma: float, tau: float, min_budget: int, max_budget: int | None, block_size: int
+) -> Selection | None:
+    """Which key blocks each block of queries reads (q times scale)."""
+    size, length = block_size, k.shape[-2]
+    if gamma >= 1 or q.shape[-2] != length or length <= max(2 * size, min_budget):
+        return None
+    k = heads_of(k, q.shape[1])
+    p = last_block(q, k, size)
+    aware = distance(q, k, p, size) < tau
+    count = -(-length // size)
+    floor, ceiling = max(1, min_budget // size), count if max_budget is None else max(1, max_budget // size)
+    chosen = []
+    for mass in (p.mean(-2), diagonals(p)):
+        needed = (mass.sort(-1, descending=True).values.cumsum(-1) <= gamma).sum(-1, keepdim=True) + 1
+        budget = torch.where(aware[..., None], floor, (needed // size + 1).clamp(floor, max(floor, ceiling)))
+        blocks = block_sums(mass, size)
+        blocks[..., 0] = float("inf")  # the first key block, and the diagonal
+        chosen.append(top_k(blocks, torch.ones_like(blocks, dtype=torch.bool), budget))
+    columns, slashes = chosen
+    u, w = torch.arange(count, device=q.device)[:, None], torch.arange(count, device=q.device)
+    causal = w <= u
+    keep = causal & (columns[..., None, :] | slashes[..., (u - w).clamp(min=0)])
+    pool = probabilities(pooled(q, size) @ pooled(k, size).transpose(-1, -2), causal)
+    flat = top_p(pool.flatten(-2), gamma * count, reach=False).unflatten(-1, (count, count))
+    return Selection(keep | (flat & aware[..., None, None] & causal), size, size)

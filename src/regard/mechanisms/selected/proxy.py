@@ -1,0 +1,66 @@
+"""ProxyAttn: few proxy heads rank the blocks, every head says how many it needs (id 276; Wang et al., 2025).
+
+I_c(u, w) = max over sampled (i, j) of block pair (u, w) of softmax(q_c k_c^T), q_c, k_c means over a group of heads
+head h keeps the best ceil(r_h available) blocks of a row, r_h: the share that holds gamma of its last queries' mass
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra.blocks import block_sums, heads_of, probabilities, top_k
+from ...catalog.registry import register
+from .flexprefill import last_block
+
+
+@register("proxyattn")
+def proxyattn(groups: int | None = None, gamma: float = 0.95, block_size: int = 128, stride: int = 8, min_blocks: int = 1) -> Weighted:
+    """groups: proxy heads (None: one a key head). stride: every so many queries and keys are scored. min_blocks: a row's least.
+    Scores evaluated: groups (L / stride)^2 + heads block_size L. A prompt after others runs dense."""
+    constants = {"groups": groups, "gamma": gamma, "block_size": block_size, "stride": stride, "min_blocks": min_blocks}
+    return Weighted(mask=Causal(), select=Chosen(bind(proxy_plan, **constants), ahead=True, decode=False))
+
+
+def evaluations(heads: int, length: int, groups: int, block_size: int, stride: int) -> int:
+    """Token pairs scored by the plan."""
+    sampled = -(-length // stride)
+    return groups * sampled * sampled + heads * min(block_size, length) * length
+
+
+def block_importance(q: Tensor, k: Tensor, groups: int, block_size: int, stride: int) -> Tensor:
+    """(B, groups, n, n): the largest sampled probability of each block pair, by proxy heads."""
+    proxy_q, proxy_k = (x.unflatten(1, (groups, -1)).mean(2)[..., ::stride, :] for x in (q, heads_of(k, q.shape[1])))
+    at = torch.arange(0, k.shape[-2], stride, device=q.device)
+    p = probabilities(proxy_q @ proxy_k.transpose(-1, -2), at <= at[:, None])
+    count = -(-k.shape[-2] // block_size)
+    block = at // block_size
+    rows = torch.zeros(*p.shape[:2], count, p.shape[-1], dtype=p.dtype, device=p.device)
+    rows.scatter_reduce_(2, block[:, None].expand(p.shape), p, "amax")
+    whole = torch.zeros(*p.shape[:2], count, count, dtype=p.dtype, device=p.device)
+    return whole.scatter_reduce_(3, block.expand(rows.shape), rows, "amax")
+
+
+def head_shares(q: Tensor, k: Tensor, gamma: float, block_size: int) -> Tensor:
+    """(B, H): the share of available blocks that reaches mass gamma in the last block of queries."""
+    mass = block_sums(last_block(q, heads_of(k, q.shape[1]), min(block_size, q.shape[-2])).mean(-2), block_size)
+    ordered = mass.sort(-1, descending=True).values.cumsum(-1)
+    return ((ordered < gamma * (1 - 1e-12)).sum(-1) + 1).clamp(max=mass.shape[-1]).to(q.dtype) / mass.shape[-1]
+
+
+def proxy_plan(
+    q: Tensor, k: Tensor, view: View, *, groups: int | None, gamma: float, block_size: int, stride: int, min_blocks: int
+) -> Selection | None:
+    """Which key blocks each block of queries reads (q times scale)."""
+    heads, length = q.shape[1], k.shape[-2]
+    if gamma >= 1 or q.shape[-2] != length:
+        return None
+    groups = groups or k.shape[1]
+    importance = block_importance(q, k, groups, block_size, stride).repeat_interleave(heads // groups, 1)
+    count = importance.shape[-1]
+    available = torch.arange(1, count + 1, device=q.device)
+    causal = torch.arange(count, device=q.device) < available[:, None]
+    wanted = (head_shares(q, k, gamma, block_size)[..., None] * available - 1e-9).ceil().clamp(min=min_blocks)
+    forced = torch.eye(count, dtype=torch.bool, device=q.device) | (torch.arange(count, device=q.device) == 0)
+    return Selection(top_k(importance, causal, wanted[..., None]) | (forced & causal), block_size, block_size)

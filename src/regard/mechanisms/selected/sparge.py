@@ -1,0 +1,142 @@
+"""SpargeAttn: blocks by pooled scores where a block's tokens are alike, everything where they are not (id 24; Zhang et al., 2025).
+
+poolable(X) = |mean_r x_r / |x_r||^2 > theta;  P = softmax(mean(Q_u).mean(K_w)) over poolable key blocks
+row u keeps its largest entries while their sum stays <= tau, and every key block that is not poolable; rows not poolable keep all
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra.blocks import cut, heads_of, lengths, pooled, probabilities, top_k, top_p
+from ...catalog.registry import register
+from ...errors import RegardError
+
+Head = float | tuple[float, ...]
+
+
+@register("spargeattn")
+def sparge(
+    theta: Head = 0.6, tau: Head = 0.98, block_q: int = 128, block_k: int = 64, ratio: float | None = None, first: bool = False, causal: bool = False
+) -> Weighted:
+    """theta: self-similarity above which a block is pooled; tau: mass to keep (from 1 on: all); a number, or one a head.
+    ratio: keep this share of the blocks instead of a mass. first: always the first key block. Prompts only: one query reads everything."""
+    constants = {"theta": theta, "tau": tau, "block_q": block_q, "block_k": block_k, "ratio": ratio, "first": first}
+    chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False)
+    return Weighted(mask=Causal(), select=chosen) if causal else Weighted(select=chosen)
+
+
+def self_similarity(x: Tensor, size: int) -> Tensor:
+    """|mean of unit tokens|^2 of each block: the mean cosine over all ordered pairs. (..., n); -1 for a block that is not full."""
+    units = cut(torch.nn.functional.normalize(x, dim=-1), size).mean(-2)
+    return units.square().sum(-1).masked_fill(lengths(x.shape[-2], size, x.device) < size, -1.0)
+
+
+def by_head(value: Head, like: Tensor) -> Tensor:
+    """A number, or one a head, to compare with (B, H, nq, nk)."""
+    found = torch.tensor(value, dtype=like.dtype, device=like.device)
+    if found.dim() and len(found) != like.shape[1]:
+        raise RegardError(f"{len(found)} values for {like.shape[1]} heads; expected one, or one a head")
+    return found.reshape(-1, 1, 1)
+
+
+def sparge_plan(
+    q: Tensor, k: Tensor, view: View, *, theta: Head, tau: Head, block_q: int, block_k: int, ratio: float | None, first: bool
+) -> Selection:
+    """Which key blocks each block of queries reads (q times scale; keys are centred, which changes no weight)."""
+    k = heads_of(k, q.shape[1])
+    k = k - k.mean(-2, keepdim=True)
+    scores = pooled(q, block_q) @ pooled(k, block_k).transpose(-1, -2)
+    bound = by_head(theta, scores)[..., 0]
+    alike_q, alike_k = self_similarity(q, block_q) > bound, self_similarity(k, block_k) > bound
+    seen = view.blocks(block_q, block_k)[0].expand(scores.shape)
+    allowed = seen & alike_k[..., None, :]
+    p = probabilities(scores, allowed)
+    if ratio is not None:
+        keep = top_k(p, allowed, max(1, round(ratio * scores.shape[-1])))
+    else:
+        limit = by_head(tau, scores)
+        keep = kept_mass(p, limit) | top_k(p, allowed, 1) | (allowed & (limit >= 1))
+    keep = keep | ~alike_k[..., None, :] | ~alike_q[..., None]
+    if first:
+        keep = keep | (torch.arange(keep.shape[-1], device=keep.device) == 0)
+    return Selection(keep & seen, block_q, block_k)
+
+
+def kept_mass(p: Tensor, limit: Tensor) -> Tensor:
+    """The largest entries of each row while their sum stays <= limit (a number a head)."""
+    ordered, ranked = p.sort(dim=-1, descending=True, stable=True)
+    chosen = (ordered.cumsum(-1) <= limit) & (ordered > 0)
+    return torch.zeros_like(chosen).scatter_(-1, ranked, chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Sparged:
+    """out (B, H, Lq, D); keep: the block map; qk_sparsity: share of visible tiles not scored; pv_skips: tiles scored but not multiplied with v."""
+
+    out: Tensor
+    keep: Tensor
+    qk_sparsity: float
+    pv_skips: int
+
+
+def quantised(x: Tensor, size: int) -> Tensor:
+    """x as int8 with one scale a block sees it: round(x / s) s, s = max|x| / 127."""
+    blocks = cut(x, size)
+    scale = (blocks.abs().amax((-1, -2), keepdim=True) / 127).clamp_min(1e-12)
+    steps = torch.trunc(blocks / scale + 0.5 * blocks.sign())  # halves away from zero
+    return (steps * scale).flatten(-3, -2)[..., : x.shape[-2], :]
+
+
+def sparge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    theta: Head = 0.6,
+    tau: Head = 0.98,
+    pv_lambda: float | None = None,
+    quant: str | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+) -> Sparged:
+    """Both stages, tile by tile: q, k, v (B, H, L, D). pv_lambda: a kept tile whose largest weight lies 2^-lambda under its rows' running
+    maximum adds nothing (None: off). quant: "int8" scores from quantised q and centred k."""
+    from ...engine.problem import sizes_of, view_of
+
+    if quant not in (None, "int8"):
+        raise RegardError(f"quant={quant!r}; expected None or 'int8'")
+    k, v = heads_of(k, q.shape[1]), heads_of(v, q.shape[1])
+    sizes, mask = sizes_of(q, k, v), sparge(theta, tau, block_q, block_k, causal=causal).mask
+    scaled = q * (sizes.head_dim**-0.5 if scale is None else scale)
+    view = view_of(mask, sizes, {}, q.device)  # type: ignore[arg-type]
+    keep = sparge_plan(scaled, k, view, theta=theta, tau=tau, block_q=block_q, block_k=block_k, ratio=None, first=False).keep
+    if quant:
+        scaled, k = quantised(scaled, block_q), quantised(k - k.mean(-2, keepdim=True), block_k)
+    out, skips = torch.zeros_like(v[..., :1, :]).expand(*q.shape[:-1], -1).clone(), 0
+    for u in range(keep.shape[2]):
+        rows = slice(u * block_q, min((u + 1) * block_q, sizes.q_len))
+        at = torch.arange(rows.start, rows.stop, device=q.device) + view.first
+        top = q.new_full((*q.shape[:2], len(at), 1), float("-inf"))
+        total, sums = torch.zeros_like(top), q.new_zeros(*q.shape[:2], len(at), v.shape[-1])
+        for w in range(keep.shape[3]):
+            columns = slice(w * block_k, min((w + 1) * block_k, sizes.k_len))
+            seen = keep[:, :, u, w, None, None] & view.visible(at)[..., columns]
+            s = (scaled[..., rows, :] @ k[..., columns, :].transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+            local = s.amax(-1, keepdim=True)
+            now = torch.maximum(top, local)
+            fade = torch.exp(torch.where(now.isfinite(), top - now, 0.0)).nan_to_num(0.0)
+            gap = torch.where(seen.any(-1, keepdim=True), local - now, float("-inf")).amax((-1, -2), keepdim=True) * 1.4426950408889634
+            used = keep[:, :, u, w, None, None] & ((gap + (float("inf") if pv_lambda is None else pv_lambda)) > 0)
+            skips += int((keep[:, :, u, w, None, None] & ~used).sum())
+            p = torch.where(used & seen, torch.exp(s - torch.where(now.isfinite(), now, 0.0)), 0.0)
+            total, sums, top = total * fade + p.sum(-1, keepdim=True), sums * fade + p @ v[..., columns, :], now
+        out[..., rows, :] = torch.where(total > 0, sums / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    visible = view.blocks(block_q, block_k)[0].expand(keep.shape)
+    return Sparged(out, keep, 1 - float(keep.sum()) / float(visible.sum()), skips)
