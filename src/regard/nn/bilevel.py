@@ -1,0 +1,110 @@
+"""BiFormer's bi-level routing: regions choose regions, tokens attend within the chosen ones (Zhu et al., 2023).
+
+A_r = scale q_r k_r^T of region means; I = top-k of each row;  o = softmax(scale q K_I^T) V_I + LePE(v), LePE a depthwise convolution
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..algebra import Chosen, Input, Selection, View, Weighted
+from ..algebra.permute import tiles
+from ..catalog.registry import register
+from ..engine import attend
+from ..errors import RegardError
+
+
+def by_region(q: Tensor, k: Tensor, view: View, regions: Tensor, real: Tensor) -> Selection:
+    """regions (B, n, n) bool, of tokens that lie region by region."""
+    size = q.shape[-2] // regions.shape[-1]
+    return Selection(regions[:, None].expand(-1, q.shape[1], -1, -1), size, size)
+
+
+def shown(s: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real, s, -1e30)
+
+
+ROUTED = Weighted(
+    select=Chosen(by_region), position=shown, inputs=(Input("regions", "bff", dtype="bool"), Input("real", "bk", dtype="bool"))
+)
+
+
+@register("biformer", kind="module")
+class BiLevelRoutingAttention(nn.Module):
+    """x (N, H, W, C) -> (N, H, W, C); after a pass `routes` (N, S^2, top_k) and `route_logits` (N, S^2, S^2) hold the routing.
+
+    regions: S an axis. top_k: regions a region reads. scale: None is qk_dim^-0.5, all channels, as released. lepe: width of the
+    convolution on v (0: none). soft: multiply keys and values by the softmax of the chosen logits. differentiable: let gradient into the logits.
+    auto_pad: pad H and W to multiples of S; padded tokens are not attended to (the released code attends to them).
+    """
+
+    routes: Tensor
+    route_logits: Tensor
+
+    def __init__(
+        self, dim: int, heads: int = 8, *, regions: int = 7, top_k: int = 4, qk_dim: int | None = None, scale: float | None = None,
+        lepe: int = 5, soft: bool = False, differentiable: bool = False, auto_pad: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.qk_dim = qk_dim or dim
+        if not 1 <= top_k <= regions * regions or self.qk_dim % heads or dim % heads:
+            raise RegardError(f"top_k={top_k}, dim={dim}, qk_dim={self.qk_dim}, heads={heads}: expected 1 <= top_k <= {regions**2}, and multiples of heads")
+        self.heads, self.regions, self.top_k, self.scale = heads, regions, top_k, scale or self.qk_dim**-0.5
+        self.soft, self.differentiable, self.auto_pad = soft, differentiable, auto_pad
+        self.qkv, self.out = nn.Linear(dim, 2 * self.qk_dim + dim), nn.Linear(dim, dim)
+        self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim) if lepe else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width, s = x.shape[1], x.shape[2], self.regions
+        bottom, right = -height % s, -width % s
+        if (bottom or right) and not self.auto_pad:
+            raise RegardError(f"a map of {height} x {width} with regions={s}: expected multiples, or auto_pad=True")
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, x.shape[-1]), -1)
+        order = tiles(tuple(x.shape[1:3]), (x.shape[1] // s, x.shape[2] // s))
+        real = F.pad(torch.ones(height, width, dtype=torch.bool, device=x.device), (0, right, 0, bottom)).flatten()
+        flat = [order.apply(y.flatten(1, 2)) for y in (q, k, v)]
+        means = [y.unflatten(1, (s * s, -1)).mean(2) for y in flat[:2]]
+        logits = self.scale * means[0] @ means[1].transpose(-1, -2)
+        logits = logits if self.differentiable else logits.detach()
+        best = logits.topk(self.top_k, -1)
+        self.routes, self.route_logits = best.indices, logits
+        if self.soft:
+            o = self.gathered(flat, best.indices, best.values.softmax(-1), order.apply(real[None, :, None])[..., 0])
+        else:
+            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, True)
+            heads = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat]
+            o = attend(*heads, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0]).transpose(1, 2).flatten(-2)
+        o = order.invert(o).unflatten(1, tuple(x.shape[1:3]))
+        if self.lepe is not None:
+            o = o + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.out(o)[:, :height, :width]  # type: ignore[no-any-return]
+
+    def gathered(self, flat: list[Tensor], routes: Tensor, weights: Tensor, real: Tensor) -> Tensor:
+        """The same attention with keys and values of the routed regions gathered and weighted."""
+        count = self.regions**2
+        q, k, v = (y.unflatten(1, (count, -1)) for y in flat)
+        at = torch.arange(q.shape[0], device=q.device)[:, None, None]
+        k, v = (y[at, routes] * weights[..., None, None] for y in (k, v))
+        seen = real.unflatten(-1, (count, -1)).expand(q.shape[0], -1, -1)[at, routes].flatten(2)
+        q, k, v = (y.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k.flatten(2, 3), v.flatten(2, 3)))
+        o = attend(q, k, v, scale=self.scale, mask=seen.flatten(0, 1)[:, None, None])
+        return o.transpose(1, 2).flatten(-2).unflatten(0, (-1, count)).flatten(1, 2)
+
+
+class BiFormerBlock(nn.Module):
+    """x + 3x3 depthwise convolution, then bi-level routing and an MLP (ratio 3), pre-norm; x (N, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, *, regions: int = 7, top_k: int = 4, ratio: int = 3):
+        super().__init__()
+        self.place = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mixer = BiLevelRoutingAttention(dim, heads, regions=regions, top_k=top_k)
+        self.mlp = nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.place(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.mixer(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
