@@ -32,10 +32,10 @@ from .neighborhood import Neighborhood
 from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
 from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
+from .permute import Permutation
 from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
-from .permute import Permutation
 from .select import Chosen, Selection, Selector, TopBlocks, View
 from .states import LogLinear, Slots
 from .thresholds import ActiveTiles
@@ -89,9 +89,9 @@ __all__ = [
     "Projected",
     "Recipe",
     "Recurrent",
-    "Relayed",
     "Relative",
     "RelativeBias",
+    "Relayed",
     "Rope",
     "RowLocal",
     "RowWise",
@@ -99,8 +99,8 @@ __all__ = [
     "Segments",
     "Selection",
     "Selector",
-    "Sinkhorn",
     "Since",
+    "Sinkhorn",
     "Sinks",
     "Sizes",
     "Slots",

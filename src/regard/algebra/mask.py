@@ -469,7 +469,7 @@ class BlockPowers(Mask):
         return (back >= 0) & (((back & (back - 1)) == 0) | (back < self.window) | (w < self.sinks))
 
     def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
-        if not bool(((i0 // self.size == i1 // self.size).all() & (j0 // self.size == j1 // self.size).all())):
+        if not bool((i0 // self.size == i1 // self.size).all() & (j0 // self.size == j1 // self.size).all()):
             return None  # blocks of another size: look at the pairs
         whole = self.keeps(i0 // self.size, j0 // self.size)
         return whole, whole

@@ -25,7 +25,10 @@ def clustered(length: int, dim: int, centres: int, generator: torch.Generator | 
     middle = middle / middle.norm(dim=-1, keepdim=True) * math.sqrt(dim)
     times = length // centres
     order = torch.randperm(centres, generator=generator)
-    q, k = (0.9 * x.repeat_interleave(times, 0) + 0.3 * torch.randn(length, dim, dtype=F64, generator=generator) for x in (middle[order], middle))
+    q, k = (
+        0.9 * x.repeat_interleave(times, 0) + 0.3 * torch.randn(length, dim, dtype=F64, generator=generator)
+        for x in (middle[order], middle)
+    )
     return q[None, None], k[None, None], torch.randn(1, 1, length, dim, dtype=F64, generator=generator)
 
 

@@ -4,8 +4,10 @@ from .alignment import LatentAlignment
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .bigla import BiGLA2D, ViG, both_directions
+from .bilevel import BiFormerBlock, BiLevelRoutingAttention
 from .codes import Codebook, LongVQBlock, VQAttention
 from .decoder import Block, Decoder
+from .dynamic_mask import DynamicMaskAttention
 from .efficient import EfficientAttention
 from .estimated import SEAAttention
 from .eviction import BudgetController, LTEAttention, lalte_layers
@@ -14,43 +16,62 @@ from .frugal import FrugalAttention
 from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
 from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
+from .halo import HaloAttention2d, HaloNet
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
+from .landmark import LandmarkAttention
+from .lifetimes import NAtSAttention
 from .lightnet import AxisMixing, LightNet
 from .mega import MegaLayer, MultiHeadEMA
 from .memory import KeyValueMemory
 from .minimax import Experts, MiniMaxConfig, MiniMaxLike
 from .mixers import mixer, mixer_names
 from .monotonic import MonotonicDecoder
+from .mosa import MoSA
 from .multi_token import MultiTokenAttention
+from .neighborhood import NeighborhoodAttention2D
 from .operator import OperatorAttention, OperatorModel
 from .parts import LayerScale, ShortConv, SwiGLU
 from .prepbn import PRepBN, RepBN
 from .prototypes import IDWClassifier
+from .recurrent_memory import RecurrentMemoryBlock
 from .relational import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols, SymbolicAttention
 from .relative_conv import RelativeConvMHA
 from .relaxed import RelaxedAttention
 from .rnope import attention_mass, rnope_layers
 from .routing import RoutingAttention
+from .seer import AttnGate, SeerAttention
 from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from .sparse_block import SparseBlock, position_embedding
+from .sparse_linear import SparseLinearAttention
+from .sparsifiner import SparsifinerAttention
 from .spectral import FNetMixer, SpectralEncoder, SpectralMixer
+from .superlinear import SuperlinearAttention
+from .swin import SwinWindowAttention
 from .taylorshift import TaylorShiftAttention
 from .tropical import TropicalAttention, TropicalLinear, maxplus_matmul
 from .vision import AgentAttention, SoftmaxFreeAttention
 
 __all__ = [
+    "ISAB",
+    "MAB",
+    "PMA",
+    "SAB",
     "AdaptiveFilterAttention",
     "AgentAttention",
     "Attention",
+    "AttnGate",
     "AxisMixing",
+    "BiFormerBlock",
     "BiGLA2D",
+    "BiLevelRoutingAttention",
     "Block",
     "BudgetController",
     "Codebook",
     "Decoder",
     "Dress",
     "DualAttention",
+    "DynamicMaskAttention",
     "EfficientAttention",
     "Experts",
     "FNetMixer",
@@ -64,46 +85,54 @@ __all__ = [
     "GridAttention",
     "GridBlock",
     "GridNet",
+    "HaloAttention2d",
+    "HaloNet",
     "IDWClassifier",
-    "ISAB",
     "KeyValueBias",
     "KeyValueMemory",
     "LTEAttention",
+    "LandmarkAttention",
     "LatentAlignment",
     "LayerScale",
     "LayerState",
     "LightNet",
     "LocalConcentration",
     "LongVQBlock",
-    "MAB",
     "MegaLayer",
     "MiniMaxConfig",
     "MiniMaxLike",
+    "MoSA",
     "MonotonicDecoder",
     "MultiHeadEMA",
     "MultiTokenAttention",
+    "NAtSAttention",
+    "NeighborhoodAttention2D",
     "OperatorAttention",
     "OperatorModel",
-    "PMA",
     "PNAAttention",
     "PRepBN",
     "PositionalSymbols",
+    "RecurrentMemoryBlock",
     "RelationalAttention",
     "RelativeConvMHA",
     "RelativeSymbols",
     "RelaxedAttention",
     "RepBN",
     "RoutingAttention",
-    "SAB",
     "SEAAttention",
+    "SeerAttention",
     "SetTransformer",
     "ShortConv",
     "SoftmaxFreeAttention",
     "SparseBlock",
     "SparseGINAdapter",
+    "SparseLinearAttention",
+    "SparsifinerAttention",
     "SpectralEncoder",
     "SpectralMixer",
+    "SuperlinearAttention",
     "SwiGLU",
+    "SwinWindowAttention",
     "SymbolicAttention",
     "TaylorShiftAttention",
     "TropicalAttention",

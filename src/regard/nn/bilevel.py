@@ -50,7 +50,9 @@ class BiLevelRoutingAttention(nn.Module):
         super().__init__()
         self.qk_dim = qk_dim or dim
         if not 1 <= top_k <= regions * regions or self.qk_dim % heads or dim % heads:
-            raise RegardError(f"top_k={top_k}, dim={dim}, qk_dim={self.qk_dim}, heads={heads}: expected 1 <= top_k <= {regions**2}, and multiples of heads")
+            raise RegardError(
+                f"top_k={top_k}, dim={dim}, qk_dim={self.qk_dim}, heads={heads}: expected 1 <= top_k <= {regions**2}, and multiples of heads"
+            )
         self.heads, self.regions, self.top_k, self.scale = heads, regions, top_k, scale or self.qk_dim**-0.5
         self.soft, self.differentiable, self.auto_pad = soft, differentiable, auto_pad
         self.qkv, self.out = nn.Linear(dim, 2 * self.qk_dim + dim), nn.Linear(dim, dim)
@@ -75,8 +77,12 @@ class BiLevelRoutingAttention(nn.Module):
             o = self.gathered(flat, best.indices, best.values.softmax(-1), order.apply(real[None, :, None])[..., 0])
         else:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, True)
-            heads = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat]
-            o = attend(*heads, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0]).transpose(1, 2).flatten(-2)
+            q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat)
+            o = (
+                attend(q, k, v, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0])
+                .transpose(1, 2)
+                .flatten(-2)
+            )
         o = order.invert(o).unflatten(1, tuple(x.shape[1:3]))
         if self.lepe is not None:
             o = o + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

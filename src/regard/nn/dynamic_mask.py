@@ -73,7 +73,17 @@ class DynamicMaskAttention(nn.Module):
     The bias is shared by the query heads of a group; `step` keeps at most `window` keys a kv head and equals `forward`.
     """
 
-    def __init__(self, dim: int, heads: int, kv_heads: int | None = None, *, window: int = 2048, bias: str = "linear", rope: bool = True, smooth: int = 0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        window: int = 2048,
+        bias: str = "linear",
+        rope: bool = True,
+        smooth: int = 0,
+    ):
         super().__init__()
         if bias not in ("linear", "exp"):
             raise RegardError(f"bias={bias!r}; expected linear or exp")

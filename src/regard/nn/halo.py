@@ -38,7 +38,9 @@ class HaloAttention2d(nn.Module):
         super().__init__()
         out = out or dim
         if block % stride or halo < 0 or relative not in ("unscaled", "scaled", "none"):
-            raise RegardError(f"block={block}, stride={stride}, halo={halo}, relative={relative!r}: expected stride | block, halo >= 0, and unscaled, scaled or none")
+            raise RegardError(
+                f"block={block}, stride={stride}, halo={halo}, relative={relative!r}: expected stride | block, halo >= 0, and unscaled, scaled or none"
+            )
         self.heads, self.block, self.halo, self.stride, self.masked, self.relative = heads, block, halo, stride, masked, relative
         self.head_dim, self.value_dim = head_dim, value_dim or out // heads
         self.patch = block + 2 * halo
@@ -74,9 +76,15 @@ class HaloAttention2d(nn.Module):
         q = q.reshape(batch * rows * columns, side * side, self.heads, self.head_dim).transpose(1, 2)
         kv = self.patches(self.kv(x)).unflatten(1, (self.heads, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1)
         k, v = kv.split((self.head_dim, self.value_dim), -1)
-        real = self.patches(torch.ones_like(x[:1, :1]))[0, 0] > 0 if self.masked else torch.ones(rows * columns, self.patch**2, dtype=torch.bool, device=x.device)
+        real = (
+            self.patches(torch.ones_like(x[:1, :1]))[0, 0] > 0
+            if self.masked
+            else torch.ones(rows * columns, self.patch**2, dtype=torch.bool, device=x.device)
+        )
         scale = self.head_dim**-0.5
-        logits = torch.zeros_like(q[..., :1]) if self.relative == "none" else self.relative_logits(q * scale if self.relative == "scaled" else q)
+        logits = (
+            torch.zeros_like(q[..., :1]) if self.relative == "none" else self.relative_logits(q * scale if self.relative == "scaled" else q)
+        )
         o = attend(q, k, v, PATCHES, scale=scale, relative=logits, real=real.repeat(batch, 1))
         o = o.unflatten(0, (batch, rows, columns)).unflatten(4, (side, side)).permute(0, 3, 6, 1, 4, 2, 5)
         return self.project(o.reshape(batch, self.heads * self.value_dim, rows * side, columns * side))  # type: ignore[no-any-return]
@@ -108,7 +116,10 @@ class HaloNet(nn.Module):
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         before = (widths[0], *widths[:-1])
         self.stages = nn.Sequential(
-            *[HaloBlock(a, b, block=block, halo=halo, stride=1 if at == 0 else 2) for at, (a, b) in enumerate(zip(before, widths, strict=True))]
+            *[
+                HaloBlock(a, b, block=block, halo=halo, stride=1 if at == 0 else 2)
+                for at, (a, b) in enumerate(zip(before, widths, strict=True))
+            ]
         )
         self.head = nn.Linear(widths[-1], classes)
 

@@ -122,7 +122,8 @@ class NAtSAttention(nn.Module):
         group = self.heads // self.kv_heads
         if self.training:
             y = F.gumbel_softmax(logits, self.tau, hard=True)
-            o = surrogate(q, *(z.repeat_interleave(group, 1) for z in (k, v, y)), self.window)
+            k, v, y = (z.repeat_interleave(group, 1) for z in (k, v, y))
+            o = surrogate(q, k, v, y, self.window)
         else:
             y = F.one_hot(logits.argmax(-1), 3).to(x.dtype)
             until = type_lifetimes(logits.argmax(-1), self.window).repeat_interleave(group, 1)

@@ -44,7 +44,16 @@ class MoSA(nn.Module):
     """
 
     def __init__(
-        self, dim: int, sparse: int, dense: int = 0, *, head_dim: int = 64, sparsity: int = 16, first: bool = False, rope_share: float = 0.5, window: int | None = None
+        self,
+        dim: int,
+        sparse: int,
+        dense: int = 0,
+        *,
+        head_dim: int = 64,
+        sparsity: int = 16,
+        first: bool = False,
+        rope_share: float = 0.5,
+        window: int | None = None,
     ):
         super().__init__()
         if sparse < 1 or sparsity < 1:

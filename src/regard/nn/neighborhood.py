@@ -11,7 +11,16 @@ from ..mechanisms.selected.fused_neighborhood import Axes, na2d
 class NeighborhoodAttention2D(nn.Module):
     """x (B, X, Y, dim) -> (B, X, Y, dim). bias: a learned relative bias, which needs explicit weights."""
 
-    def __init__(self, dim: int, heads: int, kernel_size: Axes = 7, *, dilation: Axes = 1, causal: bool | tuple[bool, bool] = False, bias: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kernel_size: Axes = 7,
+        *,
+        dilation: Axes = 1,
+        causal: bool | tuple[bool, bool] = False,
+        bias: bool = False,
+    ):
         super().__init__()
         self.heads, self.kernel_size, self.dilation, self.causal = heads, kernel_size, dilation, causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)

@@ -54,7 +54,9 @@ class RecurrentMemoryBlock(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if dim % heads or (slots and not 1 <= written <= slots) or chunk < max(1, written):
-            raise RegardError(f"dim={dim}, heads={heads}, slots={slots}, written={written}, chunk={chunk}: expected a multiple, and 1 <= written <= slots, chunk")
+            raise RegardError(
+                f"dim={dim}, heads={heads}, slots={slots}, written={written}, chunk={chunk}: expected a multiple, and 1 <= written <= slots, chunk"
+            )
         self.heads, self.chunk, self.slots, self.written, self.bptt = heads, chunk, slots, written, bptt
         width = dim // heads
         self.qkv, self.out = nn.Linear(dim, 3 * dim, False), nn.Linear(dim, dim, False)
@@ -98,7 +100,9 @@ class RecurrentMemoryBlock(nn.Module):
             local = a * local + (1 - a) * attend(q, k, v, mask=Causal())
         return self.out(local.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, return_memory: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, return_memory: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v, plain = self.split(x, 0)
         memory, outs = memory or self.empty(x), []
         for number, start in enumerate(range(0, x.shape[1], self.chunk)):

@@ -119,7 +119,9 @@ class SeerAttention(nn.Module):
         if self.rope is None:
             return q, k
         behind = k.shape[-2] - q.shape[-2]
-        return self.rope.rotate(q, torch.arange(behind, k.shape[-2], device=q.device)), self.rope.rotate(k, torch.arange(k.shape[-2], device=k.device))
+        return self.rope.rotate(q, torch.arange(behind, k.shape[-2], device=q.device)), self.rope.rotate(
+            k, torch.arange(k.shape[-2], device=k.device)
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         turned_q, turned_k = self.rotated(q, k)

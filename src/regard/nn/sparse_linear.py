@@ -60,7 +60,16 @@ class SparseLinearAttention(nn.Module):
     over what is neither) or "all" (over all tokens, as the released main branch, with 1e-5 added to its mass). feature: "softmax" over channels, "elu" or "relu".
     """
 
-    def __init__(self, head_dim: int, top: float = 0.05, bottom: float = 0.1, *, block_size: int = 64, feature: str = "softmax", over: str = "marginal"):
+    def __init__(
+        self,
+        head_dim: int,
+        top: float = 0.05,
+        bottom: float = 0.1,
+        *,
+        block_size: int = 64,
+        feature: str = "softmax",
+        over: str = "marginal",
+    ):
         super().__init__()
         if feature not in FEATURES or over not in ("marginal", "all"):
             raise RegardError(f"feature={feature!r}, over={over!r}; expected one of {', '.join(FEATURES)}, and marginal or all")

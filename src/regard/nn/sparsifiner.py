@@ -79,7 +79,9 @@ class SparsifinerAttention(nn.Module):
 
 def distillation(student: Tensor, teacher: Tensor, tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
     """KL(student || teacher) of logits plus the mean squared difference of the last layer's tokens."""
-    return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), log_target=True, reduction="batchmean") + F.mse_loss(tokens, teacher_tokens)
+    return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), log_target=True, reduction="batchmean") + F.mse_loss(
+        tokens, teacher_tokens
+    )
 
 
 def prune_tokens(x: Tensor, attention: Tensor, keep: float) -> Tensor:

@@ -32,10 +32,14 @@ def window_size(skip: int, power: float = 2.0) -> int:
     return max(1, math.floor((skip + 1) ** power + 1e-9) - 1)
 
 
-def span_of(t: int, anchor: int, skip: int, backward: float, forward: float, span_power: float = 0.5, power: float = 2.0) -> tuple[int, int]:
+def span_of(
+    t: int, anchor: int, skip: int, backward: float, forward: float, span_power: float = 0.5, power: float = 2.0
+) -> tuple[int, int]:
     """First and last key of an anchor's span, which ends before the window."""
     reach = (t + 1) ** span_power
-    return max(0, anchor - math.ceil(backward * reach - 1e-9)), min(anchor + math.ceil(forward * reach - 1e-9), t - window_size(skip, power))
+    return max(0, anchor - math.ceil(backward * reach - 1e-9)), min(
+        anchor + math.ceil(forward * reach - 1e-9), t - window_size(skip, power)
+    )
 
 
 def covered(t: int, skip: int, backward: float, forward: float = 0.0) -> set[int]:
@@ -62,7 +66,17 @@ def span_search(q: Tensor, k: Tensor, first: int, top: int, skip: int, power: fl
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, anchors: Tensor, scores: Tensor, first: int, skip: int, backward: float, forward: float, span_power: float, power: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    anchors: Tensor,
+    scores: Tensor,
+    first: int,
+    skip: int,
+    backward: float,
+    forward: float,
+    span_power: float,
+    power: float,
 ) -> Tensor:
     """sum_c softmax(scores)_c O_c for queries q (B, H, n, D) at positions first ..; window and span share one softmax each c."""
     n, device = q.shape[2], q.device
@@ -98,7 +112,9 @@ def span_attention(
         span = part(place, (place <= end[..., c : c + 1]) & valid[..., c : c + 1])
         top = torch.maximum(window[2], span[2])
         fades = [torch.exp(x[2] - top) for x in (window, span)]
-        joined = sum(x[0] * f for x, f in zip((window, span), fades, strict=True)) / sum(x[1] * f for x, f in zip((window, span), fades, strict=True))
+        joined = sum(x[0] * f for x, f in zip((window, span), fades, strict=True)) / sum(
+            x[1] * f for x, f in zip((window, span), fades, strict=True)
+        )
         out = out + gates[..., c : c + 1] * joined
     return out
 
@@ -117,7 +133,9 @@ class SuperlinearAttention(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if top < 1 or skip < 0 or backward < 0 or forward < 0 or power < 1:
-            raise RegardError(f"top={top}, skip={skip}, backward={backward}, forward={forward}, power={power}: expected top >= 1, power >= 1, the others >= 0")
+            raise RegardError(
+                f"top={top}, skip={skip}, backward={backward}, forward={forward}, power={power}: expected top >= 1, power >= 1, the others >= 0"
+            )
         kv_heads = kv_heads or heads
         self.heads, self.kv_heads, self.top, self.skip, self.power = heads, kv_heads, top, skip, power
         self.spans = (backward, forward, span_power)
@@ -151,5 +169,3 @@ class SuperlinearAttention(nn.Module):
         if state is not None:
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
         return self.mixed(search, q, k, v, first), (k, v)
-
-

@@ -37,7 +37,12 @@ def grouped_loop(s: Tensor, block: int) -> Tensor:
     return out
 
 
-@check("landmark-attention", "4 blocks of 7 + 1: weights equal a loop, rows sum to one, landmarks weigh nothing, gradcheck", below=1e-12, control="one softmax over all tokens")
+@check(
+    "landmark-attention",
+    "4 blocks of 7 + 1: weights equal a loop, rows sum to one, landmarks weigh nothing, gradcheck",
+    below=1e-12,
+    control="one softmax over all tokens",
+)
 def _() -> tuple[float, float]:
     s = torch.randn(2, 32, 32, dtype=F64, requires_grad=True)
     p = grouped_softmax(s, 7)
@@ -48,7 +53,12 @@ def _() -> tuple[float, float]:
     return naive.gap(p, truth) + whole if good else math.inf, naive.gap(plain, truth)
 
 
-@check("landmark-attention", "landmark logits set to their block's log-sum-exp give the softmax over ordinary tokens", below=1e-10, control="landmark logits as they are")
+@check(
+    "landmark-attention",
+    "landmark logits set to their block's log-sum-exp give the softmax over ordinary tokens",
+    below=1e-10,
+    control="landmark logits as they are",
+)
 def _() -> tuple[float, float]:
     s = torch.randn(2, 32, 32, dtype=F64)
     set_to = s.clone()
@@ -59,7 +69,12 @@ def _() -> tuple[float, float]:
     return naive.gap(grouped_softmax(set_to, 7), truth), naive.gap(grouped_softmax(s, 7), truth)
 
 
-@check("landmark-attention", "cached steps that retrieve all blocks equal the full pass, with rotary positions too", below=1e-10, control="one block retrieved")
+@check(
+    "landmark-attention",
+    "cached steps that retrieve all blocks equal the full pass, with rotary positions too",
+    below=1e-10,
+    control="one block retrieved",
+)
 def _() -> tuple[float, float]:
     x, gaps = torch.randn(2, 37, 16, dtype=F64), {4: 0.0, 1: 0.0}
     with torch.no_grad():
@@ -75,7 +90,12 @@ def _() -> tuple[float, float]:
     return gaps[4], gaps[1]
 
 
-@check("landmark-attention", "one block retrieved: weight outside the own block and the block of the highest landmark logit", below=0, control="two blocks")
+@check(
+    "landmark-attention",
+    "one block retrieved: weight outside the own block and the block of the highest landmark logit",
+    below=0,
+    control="two blocks",
+)
 def _() -> tuple[float, float]:
     s = torch.randn(1, 37, dtype=F64)
     best = s[0, 7:32:8].argsort(descending=True)
@@ -97,15 +117,28 @@ def _() -> tuple[float, float]:
     return float((found[0] != truth).sum()), float(abs(found[1].shape[1] - 9))
 
 
-@check("superlinear-attention", "window and candidate spans reach every key, t < 1024, s = 0 and 3, beta = 2; anchors <= sqrt(t + 1): queries that miss some", below=0, control="beta = 1")
+@check(
+    "superlinear-attention",
+    "window and candidate spans reach every key, t < 1024, s = 0 and 3, beta = 2; anchors <= sqrt(t + 1): queries that miss some",
+    below=0,
+    control="beta = 1",
+)
 def _() -> tuple[float, float]:
     def missed(beta: float) -> float:
-        return float(sum(covered(t, s, beta) != set(range(t + 1)) or len(anchors_of(t, s)) > math.isqrt(t + 1) for s in (0, 3) for t in range(0, 1024, 7)))
+        return float(
+            sum(
+                covered(t, s, beta) != set(range(t + 1)) or len(anchors_of(t, s)) > math.isqrt(t + 1)
+                for s in (0, 3)
+                for t in range(0, 1024, 7)
+            )
+        )
 
     return missed(2.0), missed(1.0)
 
 
-def superlinear_rows(search: Tensor, q: Tensor, k: Tensor, v: Tensor, top: int, skip: int, beta: float, phi: float, gated: bool = True) -> Tensor:
+def superlinear_rows(
+    search: Tensor, q: Tensor, k: Tensor, v: Tensor, top: int, skip: int, beta: float, phi: float, gated: bool = True
+) -> Tensor:
     """One head, one query after the other, by the rules."""
     rows = []
     for t in range(q.shape[0]):
@@ -126,7 +159,12 @@ def superlinear_rows(search: Tensor, q: Tensor, k: Tensor, v: Tensor, top: int, 
     return torch.stack(rows)
 
 
-@check("superlinear-attention", "L = 200, m = 2: equals a row loop with gradients of all four, and cached decoding", below=1e-10, control="spans weighed alike")
+@check(
+    "superlinear-attention",
+    "L = 200, m = 2: equals a row loop with gradients of all four, and cached decoding",
+    below=1e-10,
+    control="spans weighed alike",
+)
 def _() -> tuple[float, float]:
     leaves = [torch.randn(200, 16, dtype=F64, requires_grad=True) for _ in range(4)]
     search, q, k, v = leaves
@@ -138,7 +176,10 @@ def _() -> tuple[float, float]:
         return span_attention(*at[1:], anchors, scores, 0, 3, 2.0, 0.5, 0.5, 2.0)[0, 0]
 
     out, truth = run(), superlinear_rows(search, q, k, v, 2, 3, 2.0, 0.5)
-    own = max(naive.gap(out, truth), *(naive.gap(a, b) for a, b in zip(*(torch.autograd.grad((y * seed).sum(), leaves) for y in (out, truth)), strict=True)))
+    own = max(
+        naive.gap(out, truth),
+        *(naive.gap(a, b) for a, b in zip(*(torch.autograd.grad((y * seed).sum(), leaves) for y in (out, truth)), strict=True)),
+    )
     layer = SuperlinearAttention(16, 2, 1).double()
     x = torch.randn(1, 60, 16, dtype=F64)
     with torch.no_grad():
@@ -150,7 +191,12 @@ def _() -> tuple[float, float]:
     return own, naive.gap(out, superlinear_rows(search, q, k, v, 2, 3, 2.0, 0.5, False))
 
 
-@check("superlinear-attention", "a needle 1,600 tokens back, near an anchor that the search hits: cosine to its value", above=0.99, control="a window of as many keys")
+@check(
+    "superlinear-attention",
+    "a needle 1,600 tokens back, near an anchor that the search hits: cosine to its value",
+    above=0.99,
+    control="a window of as many keys",
+)
 def _() -> tuple[float, float]:
     d, t = 32, 1999
     k, v = math.sqrt(0.1) * torch.randn(2000, d, dtype=F64), torch.randn(2000, d, dtype=F64)
@@ -166,7 +212,12 @@ def _() -> tuple[float, float]:
     return tuple(float(torch.cosine_similarity(x, v[needle], 0)) for x in (out, window))  # type: ignore[return-value]
 
 
-@check("recurrent-memory-transformer", "token by token equals the chunked pass, L = 70, C = 16, M = 4, with and without the global branch", below=1e-10, control="memory held back a chunk")
+@check(
+    "recurrent-memory-transformer",
+    "token by token equals the chunked pass, L = 70, C = 16, M = 4, with and without the global branch",
+    below=1e-10,
+    control="memory held back a chunk",
+)
 def _() -> tuple[float, float]:
     own, x = 0.0, torch.randn(2, 70, 16, dtype=F64)
     with torch.no_grad():
@@ -198,17 +249,32 @@ def influence(open_gate: bool, slots: int, chunk: int) -> float:
     return naive.gap(a[:, chunk * 8 : chunk * 8 + 8], b[:, chunk * 8 : chunk * 8 + 8])
 
 
-@check("recurrent-memory-transformer", "a token of chunk 0 moves chunk 2 only through open memory: largest move with M = 0 or the gate shut", below=1e-12, control="M = 3, gate open")
+@check(
+    "recurrent-memory-transformer",
+    "a token of chunk 0 moves chunk 2 only through open memory: largest move with M = 0 or the gate shut",
+    below=1e-12,
+    control="M = 3, gate open",
+)
 def _() -> tuple[float, float]:
     return max(influence(True, 0, 2), influence(False, 3, 2)), influence(True, 3, 2)
 
 
-@check("recurrent-memory-transformer", "after M more chunks its slot is gone (gate 1): the move of chunk 4 with M = 3", below=1e-10, control="chunk 3")
+@check(
+    "recurrent-memory-transformer",
+    "after M more chunks its slot is gone (gate 1): the move of chunk 4 with M = 3",
+    below=1e-10,
+    control="chunk 3",
+)
 def _() -> tuple[float, float]:
     return influence(True, 3, 4), influence(True, 3, 3)
 
 
-@check("recurrent-memory-transformer", "M = 0 and C >= L is causal attention with rotary positions a head", below=1e-12, control="one base for all heads")
+@check(
+    "recurrent-memory-transformer",
+    "M = 0 and C >= L is causal attention with rotary positions a head",
+    below=1e-12,
+    control="one base for all heads",
+)
 def _() -> tuple[float, float]:
     layer, x = RecurrentMemoryBlock(16, 2, chunk=64, slots=0).double(), torch.randn(2, 40, 16, dtype=F64)
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)

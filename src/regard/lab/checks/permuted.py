@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,12 @@ def _() -> tuple[float, float]:
     return naive.gap(outs[0], truth), naive.gap(outs[1], truth)
 
 
-@check("delta-attention", "three sparse mechanisms, L = 1000, stride 64: equals the index formula, row by row", below=1e-12, control="rows recomputed, not held")
+@check(
+    "delta-attention",
+    "three sparse mechanisms, L = 1000, stride 64: equals the index formula, row by row",
+    below=1e-12,
+    control="rows recomputed, not held",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(1000)
     dense = attend(q, k, v, mask=Causal())
@@ -40,7 +46,9 @@ def _() -> tuple[float, float]:
     for sparse in (SPARSE, get("hip", mask_k=128, sinks=4, window=32), get("moba", block_size=64, top_k=2)):
         s = attend(q, k, v, sparse, mask=Causal())
         head = 1000 - (1000 % 64 + 128)
-        truth = torch.stack([dense[:, :, i] if i >= head else s[:, :, i] + dense[:, :, i // 64 * 64] - s[:, :, i // 64 * 64] for i in range(1000)], 2)
+        truth = torch.stack(
+            [dense[:, :, i] if i >= head else s[:, :, i] + dense[:, :, i // 64 * 64] - s[:, :, i // 64 * 64] for i in range(1000)], 2
+        )
         outs = [attend(q, k, v, get("delta-attention", sparse=sparse, stride=64, mode=mode)) for mode in ("delta", "recompute")]
         own, other = max(own, naive.gap(outs[0], truth)), max(other, naive.gap(outs[1], truth))
     return own, other
@@ -57,7 +65,12 @@ def cosine_to_dense(mode: str, stride: int) -> float:
     return sum(found) / 3
 
 
-@check("delta-attention", "planted local heads, stride 16: cosine to the dense rows, above the sparse ones' by", above=0.05, control="rows recomputed, not held")
+@check(
+    "delta-attention",
+    "planted local heads, stride 16: cosine to the dense rows, above the sparse ones' by",
+    above=0.05,
+    control="rows recomputed, not held",
+)
 def _() -> tuple[float, float]:
     base = cosine_to_dense("sparse-only", 16)
     return cosine_to_dense("delta", 16) - base, cosine_to_dense("recompute", 16) - base
@@ -66,7 +79,7 @@ def _() -> tuple[float, float]:
 @check("delta-attention", "the cosine grows as the stride falls 64, 16, 4, 1: falls", below=0, control="strides rising")
 def _() -> tuple[float, float]:
     found = [cosine_to_dense("delta", stride) for stride in (64, 16, 4, 1)]
-    return tuple(float(sum(b < a for a, b in zip(order, order[1:], strict=False))) for order in (found, found[::-1]))  # type: ignore[return-value]
+    return tuple(float(sum(b < a for a, b in pairwise(order))) for order in (found, found[::-1]))  # type: ignore[return-value]
 
 
 @check("pbs-attn", "threshold 1 is dense causal attention, L = 1000, and gradients", below=1e-12, control="threshold 0.3")
@@ -82,7 +95,9 @@ def _() -> tuple[float, float]:
     return gaps[0], gaps[1]
 
 
-@check("pbs-attn", "tokens of later segments change nothing before them, blocks held fixed", below=1e-12, control="keys sorted across segments")
+@check(
+    "pbs-attn", "tokens of later segments change nothing before them, blocks held fixed", below=1e-12, control="keys sorted across segments"
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(512)
     late_k, late_v = k.clone(), v.clone()
@@ -90,7 +105,12 @@ def _() -> tuple[float, float]:
 
     def run(k: Tensor, v: Tensor, segment: int) -> Tensor:
         order = by_value(torch.arange(512, dtype=F64).expand(1, 2, -1) % 37, segment)
-        return attend(q, order.apply(k), order.apply(v), mask=torch.ones(512, 512, dtype=torch.bool).tril() if segment > 256 else order.order[:, :, None] <= torch.arange(512)[:, None])
+        return attend(
+            q,
+            order.apply(k),
+            order.apply(v),
+            mask=torch.ones(512, 512, dtype=torch.bool).tril() if segment > 256 else order.order[:, :, None] <= torch.arange(512)[:, None],
+        )
 
     return tuple(naive.gap(run(late_k, late_v, s)[:, :, :256], run(k, v, s)[:, :, :256]) for s in (128, 512))  # type: ignore[return-value]
 
@@ -117,7 +137,12 @@ def far_density(q: Tensor, k: Tensor, permute: bool) -> tuple[float, float]:
     return float(keep[..., w < u].double().mean()), float((p * pairs).sum(-1).mean())
 
 
-@check("pbs-attn", "48 heavy keys: density outside own segments over the unpermuted one's, at captured mass >= 0.95", below=0.75, control="not permuted")
+@check(
+    "pbs-attn",
+    "48 heavy keys: density outside own segments over the unpermuted one's, at captured mass >= 0.95",
+    below=0.75,
+    control="not permuted",
+)
 def _() -> tuple[float, float]:
     ratios = []
     for seed in range(3):
@@ -134,7 +159,12 @@ def _() -> tuple[float, float]:
     return naive.gap(order.invert(order.apply(k)), k), naive.gap(order.apply(order.apply(k)), k)
 
 
-@check("sampleattention", "alpha = 1 is dense causal attention, and 0.999999 nearly so by window and columns", below=1e-4, control="alpha = 0.8")
+@check(
+    "sampleattention",
+    "alpha = 1 is dense causal attention, and 0.999999 nearly so by window and columns",
+    below=1e-4,
+    control="alpha = 0.8",
+)
 def _() -> tuple[float, float]:
     q, k, v = local_and_columns(512)
     truth = attend(q, k, v, mask=Causal())
@@ -143,7 +173,12 @@ def _() -> tuple[float, float]:
     return exact_gap * 1e6 + naive.gap(outs[1], truth), naive.gap(outs[2], truth)
 
 
-@check("sampleattention", "planted head: least of mean CRA over all rows minus alpha, alpha 0.8, 0.9, 0.95", above=-0.03, control="window alone")
+@check(
+    "sampleattention",
+    "planted head: least of mean CRA over all rows minus alpha, alpha 0.8, 0.9, 0.95",
+    above=-0.03,
+    control="window alone",
+)
 def _() -> tuple[float, float]:
     q, k, _ = local_and_columns()
     near = torch.arange(1024)[:, None] - torch.arange(1024) < 82
@@ -151,7 +186,12 @@ def _() -> tuple[float, float]:
     return min(own), float(cra(q, k, near).mean()) - 0.8
 
 
-@check("sampleattention", "planted head at alpha 0.95: relative error, falling with alpha", below=0.12, control="a window of 1.7 times the density")
+@check(
+    "sampleattention",
+    "planted head at alpha 0.95: relative error, falling with alpha",
+    below=0.12,
+    control="a window of 1.7 times the density",
+)
 def _() -> tuple[float, float]:
     q, k, v = local_and_columns()
     truth = attend(q, k, v, mask=Causal())
@@ -162,10 +202,15 @@ def _() -> tuple[float, float]:
     return errors[2] if errors == sorted(errors, reverse=True) else math.inf, window
 
 
-@check("sampleattention", "columns equal a loop, and the output attention over window and columns", below=1e-10, control="columns of the last rows alone")
+@check(
+    "sampleattention",
+    "columns equal a loop, and the output attention over window and columns",
+    below=1e-10,
+    control="columns of the last rows alone",
+)
 def _() -> tuple[float, float]:
     q, k, v = local_and_columns(300, 8)
-    window, rows = round(0.08 * 300), [int(round(x)) for x in torch.linspace(19, 299, 15).tolist()]
+    window, rows = round(0.08 * 300), [round(x) for x in torch.linspace(19, 299, 15).tolist()]
 
     def columns(rows: list[int]) -> list[int]:
         mass, near = [0.0] * 300, 0.0
@@ -193,7 +238,12 @@ def _() -> tuple[float, float]:
     return naive.gap(own, output(columns(rows))), naive.gap(own, output(columns(list(range(285, 300)))))
 
 
-@check("hyperattention", "one block of all keys is dense; causal with blocks of every sub-length is dense causal", below=1e-10, control="log-sum-exps ignored in the merge")
+@check(
+    "hyperattention",
+    "one block of all keys is dense; causal with blocks of every sub-length is dense causal",
+    below=1e-10,
+    control="log-sum-exps ignored in the merge",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(256)
     dense, causal = attend(q, k, v), attend(q, k, v, mask=Causal())
@@ -203,7 +253,10 @@ def _() -> tuple[float, float]:
         naive.gap(attend(q, k, v, get("hyperattention", min_length=256), mask=Causal()), causal),
     )
     scaled = q / math.sqrt(8)
-    parts = [exact(scaled[:, :, 128:], k[:, :, :128], v[:, :, :128]), exact(scaled[:, :, 128:], k[:, :, 128:], v[:, :, 128:], torch.ones(128, 128, dtype=torch.bool).tril())]
+    parts = [
+        exact(scaled[:, :, 128:], k[:, :, :128], v[:, :, :128]),
+        exact(scaled[:, :, 128:], k[:, :, 128:], v[:, :, 128:], torch.ones(128, 128, dtype=torch.bool).tril()),
+    ]
     assert naive.gap(merged(*parts)[0], causal[:, :, 128:]) < 1e-10
     return own, naive.gap((parts[0][0] + parts[1][0]) / 2, causal[:, :, 128:])
 
@@ -235,20 +288,35 @@ def hyper_errors() -> tuple[float, float, float]:
     return sum(own) / 3, sum(uniform) / 3, sum(unsorted) / 3
 
 
-@check("hyperattention", "256 planted clusters, 4096 tokens: relative error over that of 320 uniformly sampled keys", below=0.55, control="blocks without the sort")
+@check(
+    "hyperattention",
+    "256 planted clusters, 4096 tokens: relative error over that of 320 uniformly sampled keys",
+    below=0.55,
+    control="blocks without the sort",
+)
 def _() -> tuple[float, float]:
     own, uniform, unsorted = hyper_errors()
     return own / uniform if own <= 0.35 else math.inf, unsorted / uniform
 
 
-@check("hyperattention", "neighbouring buckets differ in one bit: mean bits between codes of consecutive ranks", below=1.0, control="binary order")
+@check(
+    "hyperattention",
+    "neighbouring buckets differ in one bit: mean bits between codes of consecutive ranks",
+    below=1.0,
+    control="binary order",
+)
 def _() -> tuple[float, float]:
     bits = torch.tensor([[(code >> b) & 1 for b in range(7)] for code in range(128)], dtype=torch.bool)
     ordered = bits[gray_rank(bits).argsort()]
     return tuple(float((x[1:] != x[:-1]).double().sum(-1).mean()) for x in (ordered, bits))  # type: ignore[return-value]
 
 
-@check("hyperattention", "gradients with the hashes held fixed equal autograd of the merged softmax written out", below=1e-9, control="without log(N / m)")
+@check(
+    "hyperattention",
+    "gradients with the hashes held fixed equal autograd of the merged softmax written out",
+    below=1e-9,
+    control="without log(N / m)",
+)
 def _() -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in qkv(64, 8, 1))
     out, _ = hyper_attention(q, k, v, block_size=16, samples=8, min_length=1, seed=3)
@@ -269,7 +337,11 @@ def _() -> tuple[float, float]:
     seed = torch.randn_like(out)
 
     def gap(truth: Tensor) -> float:
-        pairs = zip((out, *torch.autograd.grad((out * seed).sum(), (q, k, v), retain_graph=True)), (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))), strict=True)
+        pairs = zip(
+            (out, *torch.autograd.grad((out * seed).sum(), (q, k, v), retain_graph=True)),
+            (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))),
+            strict=True,
+        )
         return max(naive.gap(a, b) for a, b in pairs)
 
     return gap(written(math.log(8.0))), gap(written(0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,7 +43,10 @@ def _() -> tuple[float, float]:
     q, k, v = clustered(1024, 64, 64)
     truth = attend(q, k, v)
     sizes = {"block_q": 16, "block_k": 16}
-    own = max(naive.gap(attend(q, k, v, get("spargeattn", tau=1.0, **sizes)), truth), naive.gap(sparge_attention(q, k, v, tau=1.0, **sizes).out, truth))
+    own = max(
+        naive.gap(attend(q, k, v, get("spargeattn", tau=1.0, **sizes)), truth),
+        naive.gap(sparge_attention(q, k, v, tau=1.0, **sizes).out, truth),
+    )
     return own, naive.gap(attend(q, k, v, get("spargeattn", tau=0.5, **sizes)), truth)
 
 
@@ -62,11 +66,18 @@ def _() -> tuple[float, float]:
     return 5 * error / random if error <= 0.05 else math.inf, 5.0
 
 
-@check("spargeattn", "a key block of unlike tokens is read by every query block: share of its column", above=1.0, control="without the similarity gate")
+@check(
+    "spargeattn",
+    "a key block of unlike tokens is read by every query block: share of its column",
+    above=1.0,
+    control="without the similarity gate",
+)
 def _() -> tuple[float, float]:
     q, k, _ = clustered(1024, 64, 64)
     k[:, :, 160:176] = torch.randn(1, 1, 16, 64, dtype=F64)
-    column = [float(plan_of("spargeattn", q, k, block_q=16, block_k=16, theta=theta).keep[0, 0, :, 10].double().mean()) for theta in (0.6, -1.0)]
+    column = [
+        float(plan_of("spargeattn", q, k, block_q=16, block_k=16, theta=theta).keep[0, 0, :, 10].double().mean()) for theta in (0.6, -1.0)
+    ]
     return column[0], column[1]
 
 
@@ -85,7 +96,11 @@ def _() -> tuple[float, float]:
             alike.append([sim > 0.4 and len(rows) == 16 for sim, (rows, _) in zip(sims, blocks, strict=True)])
         keep = torch.zeros(6, 6, dtype=torch.bool)
         for u in range(6):
-            s = {w: float(q[0, 0, list(blocks[u][0])].mean(0) @ keys[list(blocks[w][0])].mean(0)) / math.sqrt(8) for w in range(u + 1) if alike[1][w]}
+            s = {
+                w: float(q[0, 0, list(blocks[u][0])].mean(0) @ keys[list(blocks[w][0])].mean(0)) / math.sqrt(8)
+                for w in range(u + 1)
+                if alike[1][w]
+            }
             total, kept = sum(math.exp(x) for x in s.values()), 0.0
             for place, w in enumerate(sorted(s, key=lambda w: -s[w])):
                 kept += math.exp(s[w]) / total
@@ -98,7 +113,12 @@ def _() -> tuple[float, float]:
     return float((own != loop(True)).sum()), float((own != loop(False)).sum())
 
 
-@check("spargeattn", "the tuner keeps the error under its bound (0.08 + 0.02) with a quarter of the tiles left out", below=0.1, control="random blocks of that density")
+@check(
+    "spargeattn",
+    "the tuner keeps the error under its bound (0.08 + 0.02) with a quarter of the tiles left out",
+    below=0.1,
+    control="random blocks of that density",
+)
 def _() -> tuple[float, float]:
     q, k, v = clustered(256, 32, 16)
     tuner = SpargeTuner(block_q=16, block_k=16, grid=0.25).fit(q, k, v)
@@ -165,7 +185,9 @@ def flex_loop(q: Tensor, k: Tensor, b: int, gamma: float, tau: float, low: int, 
             keep[u, w] = w in sets[0] or (u - w) in sets[1]
     if aware:
         pool = [(means_k[: u + 1] @ means_q[u] / math.sqrt(d)).softmax(0).tolist() for u in range(count)]
-        for group in [[(u, w) for w in range(u + 1)] for u in range(count)] if per_row else [[(u, w) for u in range(count) for w in range(u + 1)]]:
+        for group in (
+            [[(u, w) for w in range(u + 1)] for u in range(count)] if per_row else [[(u, w) for u in range(count) for w in range(u + 1)]]
+        ):
             total = 0.0
             for u, w in sorted(group, key=lambda at: -pool[at[0]][at[1]]):
                 total += pool[u][w]
@@ -186,7 +208,12 @@ def flex_heads() -> tuple[Tensor, Tensor]:
     return q, k
 
 
-@check("flexprefill", "patterns, budgets and the flattened choice equal plain Python on 20 heads: blocks that differ", below=0, control="a threshold a row")
+@check(
+    "flexprefill",
+    "patterns, budgets and the flattened choice equal plain Python on 20 heads: blocks that differ",
+    below=0,
+    control="a threshold a row",
+)
 def _() -> tuple[float, float]:
     q, k = flex_heads()
     keep = plan_of("flexprefill", q, k, gamma=0.85, tau=0.1, min_budget=16, block_size=16).keep[0]
@@ -198,7 +225,12 @@ def _() -> tuple[float, float]:
     return wrong if mixed else math.inf, float(sum(int(((keep[h] != rows[h]) & causal).sum()) for h in range(20)))
 
 
-@check("flexprefill", "planted heads: smooth ones lie under tau, heads with strong keys above, whose blocks are read: heads decided right", above=20, control="tau = 2")
+@check(
+    "flexprefill",
+    "planted heads: smooth ones lie under tau, heads with strong keys above, whose blocks are read: heads decided right",
+    above=20,
+    control="tau = 2",
+)
 def _() -> tuple[float, float]:
     q, k = flex_heads()
     d = distance(q / 4, k, last_block(q / 4, k, 16), 16)[0]
@@ -212,12 +244,17 @@ def _() -> tuple[float, float]:
     return right(0.1), right(2.0)
 
 
-@check("flexprefill", "density grows with gamma 0.5, 0.8, 0.9, 0.99 and no block lies in the future: falls", below=0, control="gammas the other way round")
+@check(
+    "flexprefill",
+    "density grows with gamma 0.5, 0.8, 0.9, 0.99 and no block lies in the future: falls",
+    below=0,
+    control="gammas the other way round",
+)
 def _() -> tuple[float, float]:
     q, k = flex_heads()
     maps = [plan_of("flexprefill", q, k, gamma=gamma, min_budget=16, block_size=16) for gamma in (0.5, 0.8, 0.9, 0.99)]
     future = sum(int((one.keep & ~torch.ones(16, 16, dtype=torch.bool).tril()).sum()) for one in maps)
-    falls = [sum(b.density < a.density for a, b in zip(order, order[1:], strict=False)) for order in (maps, maps[::-1])]
+    falls = [sum(b.density < a.density for a, b in pairwise(order)) for order in (maps, maps[::-1])]
     return float(falls[0] + future), float(falls[1])
 
 
@@ -245,7 +282,12 @@ def _() -> tuple[float, float]:
     return differ(same_q, same_k) + dense, differ(q, k)
 
 
-@check("proxyattn", "heads of sharpness 0.5 ... 8: the least mass a head's own budget captures at gamma 0.9", above=0.9, control="one budget, the mean, for all")
+@check(
+    "proxyattn",
+    "heads of sharpness 0.5 ... 8: the least mass a head's own budget captures at gamma 0.9",
+    above=0.9,
+    control="one budget, the mean, for all",
+)
 def _() -> tuple[float, float]:
     base = torch.randn(1, 1, 1, 16, dtype=F64)
     keys = 0.5 * torch.randn(1, 1, 16, 1, 16, dtype=F64).expand(-1, -1, -1, 16, -1).flatten(2, 3)
@@ -289,7 +331,12 @@ def _() -> tuple[float, float]:
     return float((own != loop(0)).sum()), float((own != loop(1)).sum())
 
 
-@check("proxyattn", "token pairs scored: 8 heads, L = 512, 2 proxies, block 32, stride 4, counted from the tensors", below=0, control="every head sampled")
+@check(
+    "proxyattn",
+    "token pairs scored: 8 heads, L = 512, 2 proxies, block 32, stride 4, counted from the tensors",
+    below=0,
+    control="every head sampled",
+)
 def _() -> tuple[float, float]:
     q, k, _ = qkv(512, heads=8)
     sampled = block_importance(q, k, 2, 1, 4)  # blocks of one token: the map's own size is what was scored
@@ -331,13 +378,23 @@ def _() -> tuple[float, float]:
     return captured(2 * torch.randn(1, 1, 8, 32, dtype=F64), k)
 
 
-@check("hip", "keys without locality: the tree misses much of the mass (so it has not scored everything)", below=0.9, control="slowly drifting keys")
+@check(
+    "hip",
+    "keys without locality: the tree misses much of the mass (so it has not scored everything)",
+    below=0.9,
+    control="slowly drifting keys",
+)
 def _() -> tuple[float, float]:
     q = 2 * torch.randn(1, 1, 8, 32, dtype=F64)
     return captured(q, torch.randn(1, 1, 2048, 32, dtype=F64))[0], captured(q, autoregressive(2048, 32, 0.98)[None, None])[0]
 
 
-@check("hip", "equals dense attention under the blocks of the tree, sinks and window in the same softmax, and a query alone", below=1e-10, control="without the sinks")
+@check(
+    "hip",
+    "equals dense attention under the blocks of the tree, sinks and window in the same softmax, and a query alone",
+    below=1e-10,
+    control="without the sinks",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(200, 16)
     sizes = {"mask_k": 32, "block_q": 8, "block_k": 2, "sinks": 4, "window": 12}
@@ -352,7 +409,12 @@ def _() -> tuple[float, float]:
     return max(naive.gap(out, truth), naive.gap(alone, s_attend(q[:, :, -1:], k, v, one))), naive.gap(out, s_attend(q, k, v, without))
 
 
-@check("powerattention", "keys the last of 513 tokens reaches after 1 .. 9 layers: difference from [11, 47, 131, 257, 383, 467, 503, 512, 513]", below=0, control="a window of the same degree")
+@check(
+    "powerattention",
+    "keys the last of 513 tokens reaches after 1 .. 9 layers: difference from [11, 47, 131, 257, 383, 467, 503, 512, 513]",
+    below=0,
+    control="a window of the same degree",
+)
 def _() -> tuple[float, float]:
     known = torch.tensor([11, 47, 131, 257, 383, 467, 503, 512, 513])
     own, window = (receptive_field(mask, 513, 9).sum(-1) for mask in (Causal() & BlockPowers(1), Causal() & Window(11)))
@@ -360,13 +422,25 @@ def _() -> tuple[float, float]:
     return float((own - known).abs().sum()), float((window - known).abs().sum()) * linear
 
 
-@check("powerattention", "odd distances the last of 513 tokens reaches in 9 layers: share", above=1.0, control="a window of 11 keys dilated by 2")
+@check(
+    "powerattention",
+    "odd distances the last of 513 tokens reaches in 9 layers: share",
+    above=1.0,
+    control="a window of 11 keys dilated by 2",
+)
 def _() -> tuple[float, float]:
     odd = (512 - torch.arange(513)) % 2 == 1
-    return tuple(float(receptive_field(mask, 513, 9)[-1][odd].double().mean()) for mask in (Causal() & BlockPowers(1), Causal() & Dilated(11, 2)))  # type: ignore[return-value]
+    return tuple(
+        float(receptive_field(mask, 513, 9)[-1][odd].double().mean()) for mask in (Causal() & BlockPowers(1), Causal() & Dilated(11, 2))
+    )  # type: ignore[return-value]
 
 
-@check("powerattention", "equals dense attention with the block rule spelled out, and the last row from its blocks alone", below=1e-12, control="distances 2^m + 1")
+@check(
+    "powerattention",
+    "equals dense attention with the block rule spelled out, and the last row from its blocks alone",
+    below=1e-12,
+    control="distances 2^m + 1",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(256)
 

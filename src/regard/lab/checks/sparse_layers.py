@@ -49,18 +49,30 @@ def _() -> tuple[float, float]:
     return max(gap(128), zero), gap(16)
 
 
-@check("dma", "per-row top 16 of 128, grouped heads: equals a loop, with gradients of q, k, v and the bias", below=1e-10, control="one top 16 of the whole sequence")
+@check(
+    "dma",
+    "per-row top 16 of 128, grouped heads: equals a loop, with gradients of q, k, v and the bias",
+    below=1e-10,
+    control="one top 16 of the whole sequence",
+)
 def _() -> tuple[float, float]:
     leaves = [x.requires_grad_() for x in (*qkv(128, 8, 4, 2), torch.randn(1, 2, 128, dtype=F64))]
     q, k, v, bias = leaves
     until = top_lifetimes(bias, 16).repeat_interleave(2, 1)
     out, seed = attend(q, k, v, BIASED, bias=bias.repeat_interleave(2, 1), until=until), torch.randn(1, 4, 128, 8, dtype=F64)
     truth = biased_rows(q, k, v, bias, 16)
-    pairs = zip((out, *torch.autograd.grad((out * seed).sum(), leaves)), (truth, *torch.autograd.grad((truth * seed).sum(), leaves)), strict=True)
+    pairs = zip(
+        (out, *torch.autograd.grad((out * seed).sum(), leaves)), (truth, *torch.autograd.grad((truth * seed).sum(), leaves)), strict=True
+    )
     return max(naive.gap(a, b) for a, b in pairs), naive.gap(out, biased_rows(q, k, v, bias, 16, True))
 
 
-@check("dma", "decoding with a cache of w keys equals the parallel form; it never holds more than w", below=1e-10, control="a cache that drops the oldest")
+@check(
+    "dma",
+    "decoding with a cache of w keys equals the parallel form; it never holds more than w",
+    below=1e-10,
+    control="a cache that drops the oldest",
+)
 def _() -> tuple[float, float]:
     layer = DynamicMaskAttention(32, 4, 2, window=16).double()
     torch.nn.init.normal_(layer.strength)
@@ -97,7 +109,12 @@ def _() -> tuple[float, float]:
     return worst, least
 
 
-@check("nats", "masked form equals a loop over the three lifetimes, and the surrogate with one-hot types", below=1e-12, control="local tokens dropped one step early")
+@check(
+    "nats",
+    "masked form equals a loop over the three lifetimes, and the surrogate with one-hot types",
+    below=1e-12,
+    control="local tokens dropped one step early",
+)
 def _() -> tuple[float, float]:
     q, k, v = (torch.randn(2, 2, 96, 8, dtype=F64) for _ in range(3))
     types = torch.randint(3, (2, 2, 96))
@@ -111,7 +128,9 @@ def _() -> tuple[float, float]:
                     following = next((g for g in range(j, 96) if types[b, h, g] == GLOBAL), 96)
                     for i in range(j, 96):
                         kind = int(types[b, h, j])
-                        keep[b, h, i, j] = kind == GLOBAL or (kind == LOCAL and (i <= following - early or i == j)) or (kind == SLIDING and i <= j + 8)
+                        keep[b, h, i, j] = (
+                            kind == GLOBAL or (kind == LOCAL and (i <= following - early or i == j)) or (kind == SLIDING and i <= j + 8)
+                        )
         return (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(~keep, -math.inf).softmax(-1) @ v
 
     out = attend(q, k, v, MASKED, until=type_lifetimes(types, 8))
@@ -119,14 +138,18 @@ def _() -> tuple[float, float]:
     return max(naive.gap(out, loop(0)), naive.gap(soft, loop(0))), naive.gap(out, loop(1))
 
 
-@check("nats", "decoding with the evicting cache equals the masked form, its sizes the formula's, grouped heads", below=1e-10, control="a cache that keeps everything")
+@check(
+    "nats",
+    "decoding with the evicting cache equals the masked form, its sizes the formula's, grouped heads",
+    below=1e-10,
+    control="a cache that keeps everything",
+)
 def _() -> tuple[float, float]:
     layer = NAtSAttention(32, 4, 2, window=8).double().eval()
     x = torch.randn(2, 96, 32, dtype=F64)
     with torch.no_grad():
         whole, _ = layer(x)
-        q, k, v, logits = layer.heads_of(x)
-        types = logits.argmax(-1)
+        types = layer.heads_of(x)[3].argmax(-1)
         expected, cache, outs, wrong = cache_size(types, 8), NAtSCache([], [], [], []), [], 0
         for t in range(96):
             out, cache = layer.step(x[:, t : t + 1], cache)
@@ -181,7 +204,12 @@ def three_classes(layer: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor,
     return torch.stack(rows).reshape(q.shape)
 
 
-@check("sla", "output and gradients of q, k, v, W_l equal a three-class loop, both variants and three feature maps", below=1e-9, control="marginal blocks dropped")
+@check(
+    "sla",
+    "output and gradients of q, k, v, W_l equal a three-class loop, both variants and three feature maps",
+    below=1e-9,
+    control="marginal blocks dropped",
+)
 def _() -> tuple[float, float]:
     own = other = 0.0
     for over, feature in (("marginal", "softmax"), ("marginal", "elu"), ("marginal", "relu"), ("all", "softmax")):
@@ -190,13 +218,22 @@ def _() -> tuple[float, float]:
         torch.nn.init.normal_(layer.linear.weight)
         leaves, seed = (q, k, v, layer.linear.weight), torch.randn(1, 1, 112, 16, dtype=F64)
         out, truth = layer(q, k, v), three_classes(layer, q, k, v)
-        pairs = zip((out, *torch.autograd.grad((out * seed).sum(), leaves)), (truth, *torch.autograd.grad((truth * seed).sum(), leaves)), strict=True)
+        pairs = zip(
+            (out, *torch.autograd.grad((out * seed).sum(), leaves)),
+            (truth, *torch.autograd.grad((truth * seed).sum(), leaves)),
+            strict=True,
+        )
         own = max(own, *(naive.gap(a, b) for a, b in pairs))
         other = max(other, naive.gap(out, three_classes(layer, q, k, v, True)))
     return own, other
 
 
-@check("sla", "at the start it is the sparse part; top = 1 is dense attention; top = bottom = 0 linear attention", below=1e-10, control="top = 0.25 against dense")
+@check(
+    "sla",
+    "at the start it is the sparse part; top = 1 is dense attention; top = bottom = 0 linear attention",
+    below=1e-10,
+    control="top = 0.25 against dense",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(256, 16, 2)
     truth = attend(q, k, v)
@@ -206,11 +243,20 @@ def _() -> tuple[float, float]:
     torch.nn.init.eye_(linear.linear.weight)
     torch.nn.init.eye_(dense.linear.weight)
     w = q.softmax(-1) @ k.softmax(-1).transpose(-1, -2)
-    own = max(naive.gap(start(q, k, v), start.branches(q, k, v)[0]), naive.gap(dense(q, k, v), truth), naive.gap(linear(q, k, v), w / w.sum(-1, keepdim=True) @ v))
+    own = max(
+        naive.gap(start(q, k, v), start.branches(q, k, v)[0]),
+        naive.gap(dense(q, k, v), truth),
+        naive.gap(linear(q, k, v), w / w.sum(-1, keepdim=True) @ v),
+    )
     return own, naive.gap(start(q, k, v), truth)
 
 
-@check("sla", "slowly drifting tokens, W_l fitted to the dense output: error over the sparse part's, the worst of 3 seeds", below=0.7, control="the sparse part")
+@check(
+    "sla",
+    "slowly drifting tokens, W_l fitted to the dense output: error over the sparse part's, the worst of 3 seeds",
+    below=0.7,
+    control="the sparse part",
+)
 def _() -> tuple[float, float]:
     ratios, own, alone = [], [], []
 

@@ -49,7 +49,12 @@ def mean_routes(layer: BiLevelRoutingAttention, x: Tensor, count: int) -> Tensor
     return (means[0] @ means[1].transpose(-1, -2)).topk(count, -1).indices
 
 
-@check("biformer", "top_k = S^2 is full attention with LePE; top_k = 3 the region mask of explicit means, with gradients", below=1e-10, control="the wrong regions")
+@check(
+    "biformer",
+    "top_k = S^2 is full attention with LePE; top_k = 3 the region mask of explicit means, with gradients",
+    below=1e-10,
+    control="the wrong regions",
+)
 def _() -> tuple[float, float]:
     x = torch.randn(2, 12, 12, 16, dtype=F64, requires_grad=True)
     own = other = 0.0
@@ -79,7 +84,12 @@ def _() -> tuple[float, float]:
     return gaps[0], gaps[1]
 
 
-@check("biformer", "gradient reaches the routing only when soft and differentiable: largest gradient of the logits otherwise", below=0, control="soft and differentiable")
+@check(
+    "biformer",
+    "gradient reaches the routing only when soft and differentiable: largest gradient of the logits otherwise",
+    below=0,
+    control="soft and differentiable",
+)
 def _() -> tuple[float, float]:
     found = []
     for flag in (False, True):
@@ -90,7 +100,12 @@ def _() -> tuple[float, float]:
     return found[0], found[1]
 
 
-@check("biformer", "13 x 11 with auto_pad: same shape, padding not attended to (equals the valid pixels alone when one region is all)", below=1e-10, control="padded keys attended to")
+@check(
+    "biformer",
+    "13 x 11 with auto_pad: same shape, padding not attended to (equals the valid pixels alone when one region is all)",
+    below=1e-10,
+    control="padded keys attended to",
+)
 def _() -> tuple[float, float]:
     layer = BiLevelRoutingAttention(16, 4, regions=2, top_k=4, lepe=0, auto_pad=True).double()
     x = torch.randn(1, 13, 11, 16, dtype=F64)
@@ -118,7 +133,11 @@ def halo_loop(layer: HaloAttention2d, x: Tensor) -> Tensor:
                     inside = 0 <= a < height and 0 <= c < width
                     if not inside and layer.masked:
                         continue
-                    kk, vv = kv[..., a, c].split((d, e), -1) if inside else (torch.zeros(n, layer.heads, d, dtype=x.dtype), torch.zeros(n, layer.heads, e, dtype=x.dtype))
+                    kk, vv = (
+                        kv[..., a, c].split((d, e), -1)
+                        if inside
+                        else (torch.zeros(n, layer.heads, d, dtype=x.dtype), torch.zeros(n, layer.heads, e, dtype=x.dtype))
+                    )
                     relative = layer.rel_h[a - i + p - 1] + layer.rel_w[c - j + p - 1]
                     logits.append((q[..., i, j] * (d**-0.5 * kk + relative)).sum(-1))
                     values.append(vv)
@@ -127,7 +146,12 @@ def halo_loop(layer: HaloAttention2d, x: Tensor) -> Tensor:
     return layer.project(out.flatten(1, 2))  # type: ignore[no-any-return]
 
 
-@check("halonet", "equals a loop over pixels for (b, h) = (4, 2), (4, 1), (6, 3), padding masked and not, and stride 2", below=1e-10, control="relative logits left out")
+@check(
+    "halonet",
+    "equals a loop over pixels for (b, h) = (4, 2), (4, 1), (6, 3), padding masked and not, and stride 2",
+    below=1e-10,
+    control="relative logits left out",
+)
 def _() -> tuple[float, float]:
     x, own, other = torch.randn(2, 6, 12, 12, dtype=F64), 0.0, 0.0
     for block, halo, masked, stride in ((4, 2, True, 1), (4, 1, False, 1), (6, 3, True, 1), (6, 3, False, 1), (4, 1, True, 2)):
@@ -146,7 +170,10 @@ def _() -> tuple[float, float]:
         torch.manual_seed(1)
         layer = HaloAttention2d(6, 6, 3, block=4, halo=halo, head_dim=4, relative="none").double()
         windows = x.unflatten(3, (3, 4)).unflatten(2, (3, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        q, kv = layer.q(windows).flatten(2).unflatten(1, (3, 4)).transpose(-1, -2), layer.kv(windows).flatten(2).unflatten(1, (3, 6)).transpose(-1, -2)
+        q, kv = (
+            layer.q(windows).flatten(2).unflatten(1, (3, 4)).transpose(-1, -2),
+            layer.kv(windows).flatten(2).unflatten(1, (3, 6)).transpose(-1, -2),
+        )
         o = attend(q, *kv.split((4, 2), -1)).transpose(-1, -2).flatten(1, 2).unflatten(2, (4, 4))
         truth = o.unflatten(0, (2, 3, 3)).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
         gaps.append(naive.gap(layer(x), truth))
@@ -160,7 +187,12 @@ def _() -> tuple[float, float]:
     return tuple(naive.gap(layer(x.roll(step, -1))[..., 8:16, 12:16], out.roll(step, -1)[..., 8:16, 12:16]) for step in (4, 1))  # type: ignore[return-value]
 
 
-@check("sparsifiner", "keep = 1 is dense attention; 0.25 has ceil(N / 4) keys a row (class row all) and equals dense masked softmax", below=1e-12, control="keep = 0.25 against dense")
+@check(
+    "sparsifiner",
+    "keep = 1 is dense attention; 0.25 has ceil(N / 4) keys a row (class row all) and equals dense masked softmax",
+    below=1e-12,
+    control="keep = 0.25 against dense",
+)
 def _() -> tuple[float, float]:
     x = torch.randn(2, 65, 32, dtype=F64)
     layer = SparsifinerAttention(32, 4, 65, keep=1.0).double()
@@ -175,7 +207,12 @@ def _() -> tuple[float, float]:
     return max(own, naive.gap(out, layer.out(truth.transpose(1, 2).flatten(-2)))) + wrong, naive.gap(out, dense)
 
 
-@check("sparsifiner", "a predictor trained by reconstruction: mass of its top 17 over the teacher's own, new samples", above=0.95, control="one fixed mask for all inputs")
+@check(
+    "sparsifiner",
+    "a predictor trained by reconstruction: mass of its top 17 over the teacher's own, new samples",
+    above=0.95,
+    control="one fixed mask for all inputs",
+)
 def _() -> tuple[float, float]:
     torch.manual_seed(0)
     directions, place = torch.randn(6, 16), torch.randn(65, 16)
@@ -204,7 +241,12 @@ def _() -> tuple[float, float]:
     return tuple(float(teacher.gather(-1, at).sum() / oracle) for at in (chosen, fixed))  # type: ignore[return-value]
 
 
-@check("seerattention", "the tiled ground truth equals max-pooling of the full map, causal, grouped heads, normalised and not", below=1e-10, control="mean-pooling")
+@check(
+    "seerattention",
+    "the tiled ground truth equals max-pooling of the full map, causal, grouped heads, normalised and not",
+    below=1e-10,
+    control="mean-pooling",
+)
 def _() -> tuple[float, float]:
     q, k, _ = qkv(320, 8, 4, 2)
     causal = torch.ones(320, 320, dtype=torch.bool).tril()
@@ -227,7 +269,12 @@ def topics(count: int, generator: torch.Generator, directions: Tensor) -> tuple[
     return q[:, None], k.flatten(1, 2)[:, None]
 
 
-@check("seerattention", "needles hidden from the mean: mass in the trained gate's top 3 blocks over the true top 3's", above=0.9, control="mean-pooled keys")
+@check(
+    "seerattention",
+    "needles hidden from the mean: mass in the trained gate's top 3 blocks over the true top 3's",
+    above=0.9,
+    control="mean-pooled keys",
+)
 def _() -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -250,7 +297,12 @@ def _() -> tuple[float, float]:
     return tuple(float(mass.gather(-1, s[..., 4:, :].topk(3, -1).indices).sum() / best) for s in (gate(q, k), means))  # type: ignore[return-value]
 
 
-@check("seerattention", "realised density for ratio 0.1, 0.3, 0.5 and 0.9: largest difference; threshold 0 is dense", below=0.02, control="ratio as a share of each whole row")
+@check(
+    "seerattention",
+    "realised density for ratio 0.1, 0.3, 0.5 and 0.9: largest difference; threshold 0 is dense",
+    below=0.02,
+    control="ratio as a share of each whole row",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(1024, 16, 2)
     layer = SeerAttention(2, 2, 16, width=16, block_size=8, threshold=0.0).double()

@@ -51,7 +51,12 @@ def _() -> tuple[float, float]:
     return naive.gap(attend(q, k, v, get("psa", block_size=16), levels=levels), truth), naive.gap(without(), truth[0, 0])
 
 
-@check("psa", "random levels with 0 equal an explicit concatenation of pooled tokens, with gradients", below=1e-10, control="skipped blocks read at level 8")
+@check(
+    "psa",
+    "random levels with 0 equal an explicit concatenation of pooled tokens, with gradients",
+    below=1e-10,
+    control="skipped blocks read at level 8",
+)
 def _() -> tuple[float, float]:
     q, k, v = (x.requires_grad_() for x in qkv(96))
     levels = torch.tensor([0, 1, 2, 4, 8])[torch.randint(5, (1, 2, 6, 6))]
@@ -77,11 +82,20 @@ def _() -> tuple[float, float]:
 
     out = attend(q, k, v, get("psa", block_size=16), levels=levels)
     truth, seed = written(levels), torch.randn(1, 2, 96, 8, dtype=F64)
-    pairs = zip((out, *torch.autograd.grad((out * seed).sum(), (q, k, v))), (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))), strict=True)
+    pairs = zip(
+        (out, *torch.autograd.grad((out * seed).sum(), (q, k, v))),
+        (truth, *torch.autograd.grad((truth * seed).sum(), (q, k, v))),
+        strict=True,
+    )
     return max(naive.gap(a, b) for a, b in pairs), naive.gap(out, written(torch.where(levels == 0, 8, levels)))
 
 
-@check("psa", "slowly drifting tokens at the cost of 5 of 16 blocks: relative error over that of the best 5 blocks alone", below=0.5, control="the best 5 blocks")
+@check(
+    "psa",
+    "slowly drifting tokens at the cost of 5 of 16 blocks: relative error over that of the best 5 blocks alone",
+    below=0.5,
+    control="the best 5 blocks",
+)
 def _() -> tuple[float, float]:
     own, binary = [], []
     ranges = ((1, 2 / 16), (2, 4 / 16), (4, 8 / 16), (8, 1.0))
@@ -94,7 +108,12 @@ def _() -> tuple[float, float]:
     return sum(own) / sum(binary), 1.0
 
 
-@check("psa", "both modes give every pair one level, by rank shares and by cumulative mass of a loop: pairs that differ", below=0, control="the other mode")
+@check(
+    "psa",
+    "both modes give every pair one level, by rank shares and by cumulative mass of a loop: pairs that differ",
+    below=0,
+    control="the other mode",
+)
 def _() -> tuple[float, float]:
     scores = torch.rand(1, 1, 20, 20, dtype=F64)
 
@@ -113,7 +132,12 @@ def _() -> tuple[float, float]:
     return own, float((found["topk"] != loop("threshold")).sum())
 
 
-@check("draftattention", "every 16 consecutive reordered tokens are one 4 x 4 patch of one frame, and the order undoes", below=0, control="raster blocks")
+@check(
+    "draftattention",
+    "every 16 consecutive reordered tokens are one 4 x 4 patch of one frame, and the order undoes",
+    below=0,
+    control="raster blocks",
+)
 def _() -> tuple[float, float]:
     order = tiles((4, 16, 16), (1, 4, 4), 5)
 
@@ -134,14 +158,23 @@ def smooth(seed: int, dim: int = 32) -> Tensor:
     return (x / x.std()).flatten(1).T[None, None]
 
 
-@check("draftattention", "sparsity 0 is dense attention, text included; 0.75 equals dense attention under the token mask in the original order", below=1e-12, control="output not put back")
+@check(
+    "draftattention",
+    "sparsity 0 is dense attention, text included; 0.75 equals dense attention under the token mask in the original order",
+    below=1e-12,
+    control="output not put back",
+)
 def _() -> tuple[float, float]:
     q, k, v = (torch.randn(1, 1, 1029, 32, dtype=F64) for _ in range(3))
     settings = {"grid": (4, 16, 16), "pool": (4, 4), "text": 5}
     dense = naive.gap(attend(q, k, v, get("draftattention", sparsity=0.0, **settings)), attend(q, k, v))
     order = tiles((4, 16, 16), (1, 4, 4), 5)
     plan = Chosen(bind(draft_plan, size=16, visual=1024, sparsity=0.75, every_row=True))
-    keep = selection_of(plan, order.apply(q), order.apply(k), Full()).keep.repeat_interleave(16, -2).repeat_interleave(16, -1)[0, 0, :1029, :1029]
+    keep = (
+        selection_of(plan, order.apply(q), order.apply(k), Full())
+        .keep.repeat_interleave(16, -2)
+        .repeat_interleave(16, -1)[0, 0, :1029, :1029]
+    )
     original = torch.zeros(1029, 1029, dtype=torch.bool)
     original[order.order[:, None], order.order] = keep
     out = attend(q, k, v, get("draftattention", sparsity=0.75, **settings))
@@ -149,7 +182,12 @@ def _() -> tuple[float, float]:
     return max(dense, naive.gap(out, truth)), naive.gap(order.apply(out), truth)
 
 
-@check("draftattention", "smooth latents, a quarter kept: relative error over a random map's, and under raster blocks'", below=0.6, control="the random map")
+@check(
+    "draftattention",
+    "smooth latents, a quarter kept: relative error over a random map's, and under raster blocks'",
+    below=0.6,
+    control="the random map",
+)
 def _() -> tuple[float, float]:
     own, random, raster = [], [], []
     for seed in range(2):
@@ -163,7 +201,12 @@ def _() -> tuple[float, float]:
     return sum(own) / sum(random) if sum(own) < sum(raster) else math.inf, 1.0
 
 
-@check("nabla", "kept entries equal an ascending loop, keep at least thr, and one fewer would not: rows wrong", below=0, control="a rule that keeps from above until thr")
+@check(
+    "nabla",
+    "kept entries equal an ascending loop, keep at least thr, and one fewer would not: rows wrong",
+    below=0,
+    control="a rule that keeps from above until thr",
+)
 def _() -> tuple[float, float]:
     p = torch.randn(50, 24, dtype=F64).mul(2).softmax(-1)
     wrong = other = 0
@@ -176,7 +219,11 @@ def _() -> tuple[float, float]:
                 if total >= 1 - thr:
                     truth.add(at)
             smallest = float(row[kept].min())
-            wrong += set(kept.nonzero().flatten().tolist()) != truth or float(row[kept].sum()) < thr - 1e-12 or float(row[kept].sum()) - smallest > thr + 1e-12
+            wrong += (
+                set(kept.nonzero().flatten().tolist()) != truth
+                or float(row[kept].sum()) < thr - 1e-12
+                or float(row[kept].sum()) - smallest > thr + 1e-12
+            )
             down, greedy = 0.0, set()
             for at in sorted(range(24), key=lambda at: -float(row[at])):
                 if down + float(row[at]) > thr:
@@ -203,17 +250,28 @@ def _() -> tuple[float, float]:
     docs = (torch.arange(1024) // 512)[None]
     settings = {"patch": 4, "thr": 0.6}
     truth = torch.cat([attend(*(x[:, :, a : a + 512] for x in (q, k, v)), get("nabla", grid=(2, 16, 16), **settings)) for a in (0, 512)], 2)
-    packed, plain = attend(q, k, v, get("nabla", grid=(4, 16, 16), **settings), docs=docs), attend(q, k, v, get("nabla", grid=(4, 16, 16), **settings))
+    packed, plain = (
+        attend(q, k, v, get("nabla", grid=(4, 16, 16), **settings), docs=docs),
+        attend(q, k, v, get("nabla", grid=(4, 16, 16), **settings)),
+    )
     return naive.gap(packed, truth), naive.gap(plain, truth)
 
 
-@check("nabla", "the union with sliding tiles holds both maps, tiles by a loop over coordinates: blocks missing", below=0, control="the map alone")
+@check(
+    "nabla",
+    "the union with sliding tiles holds both maps, tiles by a loop over coordinates: blocks missing",
+    below=0,
+    control="the map alone",
+)
 def _() -> tuple[float, float]:
     near = tile_neighbours((4, 4, 4), (3, 1, 3))
     spots = [(t, h, w) for t in range(4) for h in range(4) for w in range(4)]
     truth = torch.tensor([[abs(a[0] - b[0]) <= 1 and a[1] == b[1] and abs(a[2] - b[2]) <= 1 for b in spots] for a in spots])
     q, k, _ = (torch.randn(1, 1, 1024, 32, dtype=F64) for _ in range(3))
-    maps = [selection_of(Chosen(bind(with_docs, size=16, visual=1024, thr=0.4, near=tile)), q, k, Full()).keep[0, 0] for tile in (((4, 4, 4), (3, 1, 3)), None)]
+    maps = [
+        selection_of(Chosen(bind(with_docs, size=16, visual=1024, thr=0.4, near=tile)), q, k, Full()).keep[0, 0]
+        for tile in (((4, 4, 4), (3, 1, 3)), None)
+    ]
     missing = float((near != truth).sum() + (truth & ~maps[0]).sum() + (maps[1] & ~maps[0]).sum())
     return missing, float((truth & ~maps[1]).sum())
 
@@ -237,10 +295,17 @@ def _() -> tuple[float, float]:
     own = grads(attend(q, k, v, get("nabla", grid=(1, 16, 16), patch=4, thr=0.5)))
     fewer = keep.clone()
     fewer[0, keep[0].nonzero()[0]] = False
-    return max(naive.gap(a, b) for a, b in zip(own, grads(masked(keep)), strict=True)), max(naive.gap(a, b) for a, b in zip(own, grads(masked(fewer)), strict=True))
+    return max(naive.gap(a, b) for a, b in zip(own, grads(masked(keep)), strict=True)), max(
+        naive.gap(a, b) for a, b in zip(own, grads(masked(fewer)), strict=True)
+    )
 
 
-@check("vmoba", "partitions are bijections whose blocks hold the declared tokens, grid 4 x 6 x 8: tokens out of place", below=0, control="raster blocks")
+@check(
+    "vmoba",
+    "partitions are bijections whose blocks hold the declared tokens, grid 4 x 6 x 8: tokens out of place",
+    below=0,
+    control="raster blocks",
+)
 def _() -> tuple[float, float]:
     grid, tile = (4, 6, 8), (2, 3, 4)
     at = torch.arange(192)
@@ -274,7 +339,9 @@ def vmoba_loop(gate: Tensor, own: Tensor, scope: str, threshold: float, softmax:
     """The choice for gate (1, H, L, n), pair by pair."""
     _, heads, length, count = gate.shape
     pairs = [(h, t, c) for h in range(heads) for t in range(length) for c in range(count)]
-    key = {"query_head": lambda p: (p[0], p[1]), "head_global": lambda p: p[0], "overall": lambda p: 0, "block": lambda p: (p[0], p[2])}[scope]
+    key = {"query_head": lambda p: (p[0], p[1]), "head_global": lambda p: p[0], "overall": lambda p: 0, "block": lambda p: (p[0], p[2])}[
+        scope
+    ]
     groups: dict[object, list[tuple[int, int, int]]] = {}
     for pair in pairs:
         groups.setdefault(key(pair), []).append(pair)
@@ -331,7 +398,12 @@ def _() -> tuple[float, float]:
     return tuple(max(naive.gap(a, b) for a, b in zip(own, both(written(mask)), strict=True)) for mask in (keep, alone))  # type: ignore[return-value]
 
 
-@check("vmoba", "queries times 4 get more blocks than the others in scope head_global, none in query_head: ratio", above=1.2, control="scope query_head")
+@check(
+    "vmoba",
+    "queries times 4 get more blocks than the others in scope head_global, none in query_head: ratio",
+    above=1.2,
+    control="scope query_head",
+)
 def _() -> tuple[float, float]:
     q, k, _ = (torch.randn(1, 1, 384, 16, dtype=F64) for _ in range(3))
     q[:, :, 1::2] *= 4

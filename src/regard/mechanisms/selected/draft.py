@@ -46,7 +46,16 @@ def draft_plan(q: Tensor, k: Tensor, view: View, *, size: int, visual: int, spar
 
 
 def drafted(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, *, grid: tuple[int, int, int] | None, pool: tuple[int, int], sparsity: float, every_row: bool, text: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    *,
+    grid: tuple[int, int, int] | None,
+    pool: tuple[int, int],
+    sparsity: float,
+    every_row: bool,
+    text: int,
 ) -> Tensor:
     length, size = q.shape[-2], math.prod(pool)
     visual = length - text if grid is None else math.prod(grid)

@@ -67,7 +67,10 @@ class KeyConv(nn.Module):
     def forward(self, k: Tensor) -> Tensor:
         width = self.taps.shape[1]
         past = F.pad(k, (0, 0, width - 1, 0))
-        mixed = sum((past[:, :, width - 1 - lag : width - 1 - lag + k.shape[2]] * self.taps[:, lag, None] for lag in range(width)), torch.zeros_like(k))
+        mixed = sum(
+            (past[:, :, width - 1 - lag : width - 1 - lag + k.shape[2]] * self.taps[:, lag, None] for lag in range(width)),
+            torch.zeros_like(k),
+        )
         return k + F.silu(mixed)
 
 
@@ -95,17 +98,29 @@ def column_lists(index: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
 
 @register("flashmoba", kind="module")
-def flash_moba(q: Tensor, k: Tensor, v: Tensor, *, block_size: int = 128, top_k: int = 8, lengths: tuple[int, ...] | None = None, scale: float | None = None) -> Tensor:
+def flash_moba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int = 128,
+    top_k: int = 8,
+    lengths: tuple[int, ...] | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """MoBA by key block: q (B, H, L, D), k, v (B, Hkv, L, D) -> (B, H, L, Dv); the same result as mechanism "moba".
 
     Each key block's queries are gathered into one dense product; partial results meet through their log-sum-exps. lengths: packed sequences.
     """
     if block_size < 1 or top_k < 1 or (lengths is not None and sum(lengths) != k.shape[2]):
-        raise RegardError(f"block_size={block_size}, top_k={top_k}, lengths={lengths}: expected at least 1, and lengths that sum to {k.shape[2]}")
+        raise RegardError(
+            f"block_size={block_size}, top_k={top_k}, lengths={lengths}: expected at least 1, and lengths that sum to {k.shape[2]}"
+        )
     k, v = heads_of(k, q.shape[1]), heads_of(v, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts = lengths or (k.shape[2],)
-    outs = [packed(*one, block_size, top_k, scale) for one in zip(*(x.split(parts, 2) for x in (q, k, v)), strict=True)]
+    split = (x.split(parts, 2) for x in (q, k, v))
+    outs = [packed(q_, k_, v_, block_size, top_k, scale) for q_, k_, v_ in zip(*split, strict=True)]
     return torch.cat(outs, 2)
 
 
@@ -114,7 +129,9 @@ def packed(q: Tensor, k: Tensor, v: Tensor, size: int, top_k: int, scale: float)
     length, complete = k.shape[2], k.shape[2] // size
     tail = -length % size
     own_q, own_k, own_v = (F.pad(x, (0, 0, 0, tail)).unflatten(2, (-1, size)) for x in (q, k, v))
-    s = (own_q @ own_k.transpose(-1, -2) * scale).masked_fill(~torch.ones(size, size, dtype=torch.bool, device=q.device).tril(), float("-inf"))
+    s = (own_q @ own_k.transpose(-1, -2) * scale).masked_fill(
+        ~torch.ones(size, size, dtype=torch.bool, device=q.device).tril(), float("-inf")
+    )
     own_lse = s.logsumexp(-1, keepdim=True)
     pieces = [((torch.exp(s - own_lse) @ own_v).flatten(2, 3)[:, :, :length], own_lse.flatten(2, 3)[:, :, :length])]
     if top_k > 1 and complete:

@@ -20,7 +20,9 @@ Axes = int | tuple[int, ...]
 BACKENDS = ("fused", "unfused", "naive")
 
 
-def neighbours(shape: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def neighbours(
+    shape: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
     """(places (L, prod(kernel)) of each token's neighbours in row-major order, which of them exist): causal windows hold fewer at the start."""
     place, real = torch.zeros((*shape, 1), dtype=torch.long), torch.ones((*shape, 1), dtype=torch.bool)
     for axis, (length, k, d, c) in enumerate(zip(shape, kernel, dilation, causal, strict=True)):
@@ -74,27 +76,30 @@ def neighborhood_attention(
     backend: "fused" (tiles, memory O(L D)), "unfused" (weights (B, H, L, window) exist; the only one with `bias` (H, prod(2 k - 1))) or "naive".
     """
     if q.dim() != axes + 3 or backend not in BACKENDS:
-        raise RegardError(f"q has shape {tuple(q.shape)}, backend={backend!r}: expected {axes + 3} dimensions (B, grid, H, D), and one of {', '.join(BACKENDS)}")
-    kernel, dilated, causal = (x if isinstance(x, tuple) else (x,) * axes for x in (kernel_size, dilation, is_causal))
+        raise RegardError(
+            f"q has shape {tuple(q.shape)}, backend={backend!r}: expected {axes + 3} dimensions (B, grid, H, D), and one of {', '.join(BACKENDS)}"
+        )
+    kernel, dilated = (x if isinstance(x, tuple) else (x,) * axes for x in (kernel_size, dilation))
+    causal = is_causal if isinstance(is_causal, tuple) else (is_causal,) * axes
     shape = tuple(q.shape[1:-2])
     mask = Neighborhood(shape, kernel, 1, dilated, causal)  # refuses windows that do not fit
-    flat = [x.flatten(1, -3).transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if (bias is not None and backend != "unfused") or (return_lse and backend != "fused"):
         raise RegardError(f"backend={backend!r}: a relative bias needs 'unfused', log-sum-exps need 'fused'")
     if backend == "fused":
         if return_lse:
-            out, stats = attend_with_stats(*flat, Weighted(mask=mask), scale=scale)
+            out, stats = attend_with_stats(q, k, v, Weighted(mask=mask), scale=scale)
             lse = (stats.shift + stats.total.log()).squeeze(-1)
             return out.transpose(1, 2).unflatten(1, shape), lse.transpose(1, 2).unflatten(1, shape)
-        o = attend(*flat, Weighted(mask=mask), scale=scale)
+        o = attend(q, k, v, Weighted(mask=mask), scale=scale)
     else:
         place, real = (x.to(q.device) for x in neighbours(shape, kernel, dilated, causal))
         if backend == "naive":
-            o = naive(*flat, place, real, scale)
+            o = naive(q, k, v, place, real, scale)
         else:
             table = None if bias is None else bias[:, offsets(place, shape, kernel, dilated)]
-            o = unfused(*flat, place, real, scale, table)
+            o = unfused(q, k, v, place, real, scale, table)
     return o.transpose(1, 2).unflatten(1, shape)
 
 
@@ -123,5 +128,3 @@ def na2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: Axes, **options: object) 
 def na3d(q: Tensor, k: Tensor, v: Tensor, kernel_size: Axes, **options: object) -> Tensor:
     """`neighborhood_attention` on volumes: q, k, v (B, X, Y, Z, H, D)."""
     return neighborhood_attention(q, k, v, 3, kernel_size, **options)  # type: ignore[arg-type, return-value]
-
-

@@ -16,7 +16,13 @@ from ...catalog.registry import register
 
 @register("hip")
 def hip(
-    mask_k: int = 512, block_q: int = 32, block_k: int = 2, sinks: int = 4, window: int = 64, query_stride: int = 2, representative: str = "first"
+    mask_k: int = 512,
+    block_q: int = 32,
+    block_k: int = 2,
+    sinks: int = 4,
+    window: int = 64,
+    query_stride: int = 2,
+    representative: str = "first",
 ) -> Weighted:
     """mask_k: keys a query block reads, beside the first `sinks` and the last `window`. query_stride: every so many queries of a block score.
     representative: "first" or "middle" block of a group. Training-free; a single query descends by itself."""
@@ -48,14 +54,33 @@ def descend(q: Tensor, k: Tensor, last: int, blocks: int, block_k: int, represen
 
 
 def hip_plan(
-    q: Tensor, k: Tensor, view: View, *, mask_k: int, block_q: int, block_k: int, sinks: int, window: int, query_stride: int, representative: str
+    q: Tensor,
+    k: Tensor,
+    view: View,
+    *,
+    mask_k: int,
+    block_q: int,
+    block_k: int,
+    sinks: int,
+    window: int,
+    query_stride: int,
+    representative: str,
 ) -> Selection:
     """Which key blocks each block of queries reads; `hip_reads` tells what the choice cost."""
     return tree(q, k, view.first, mask_k, block_q, block_k, sinks, window, query_stride, representative)[0]
 
 
 def tree(
-    q: Tensor, k: Tensor, first: int, mask_k: int, block_q: int, block_k: int, sinks: int, window: int, query_stride: int, representative: str
+    q: Tensor,
+    k: Tensor,
+    first: int,
+    mask_k: int,
+    block_q: int,
+    block_k: int,
+    sinks: int,
+    window: int,
+    query_stride: int,
+    representative: str,
 ) -> tuple[Selection, list[int]]:
     """The selection, and how many keys each query block's descent has read."""
     k, blocks = heads_of(k, q.shape[1]), max(1, mask_k // block_k)

@@ -66,7 +66,9 @@ def by_rows(attention: Callable[..., Part], q: Tensor, *rest: Tensor, rows: int 
     return torch.cat([o for o, _ in found], -2), torch.cat([lse for _, lse in found], -2)
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, block_size: int, samples: int, directions: Tensor, min_length: int, generator: torch.Generator) -> Part:
+def core(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, samples: int, directions: Tensor, min_length: int, generator: torch.Generator
+) -> Part:
     """All keys for all queries: sorted blocks and sampled keys. q comes scaled."""
     n, m = k.shape[-2], q.shape[-2]
     if n <= block_size or m < min_length:
@@ -75,16 +77,22 @@ def core(q: Tensor, k: Tensor, v: Tensor, block_size: int, samples: int, directi
     qs, ks, vs = (x.gather(-2, o[..., None].expand_as(x)) for x, o in ((q, order_q), (k, order_k), (v, order_k)))
     count = -(-n // block_size)
     q_block = -(-m // count)
-    own = [torch.nn.functional.pad(x, (0, 0, 0, count * size - x.shape[-2])).unflatten(-2, (count, size)) for x, size in ((qs, q_block), (ks, block_size), (vs, block_size))]
+    q_own, k_own, v_own = (
+        torch.nn.functional.pad(x, (0, 0, 0, count * size - x.shape[-2])).unflatten(-2, (count, size))
+        for x, size in ((qs, q_block), (ks, block_size), (vs, block_size))
+    )
     real = (torch.arange(count * block_size, device=q.device) < n).unflatten(-1, (count, 1, block_size))
-    near = tuple(x.flatten(-3, -2)[..., :m, :] for x in exact(*own, real))
+    near = tuple(x.flatten(-3, -2)[..., :m, :] for x in exact(q_own, k_own, v_own, real))
     if not samples:
         result = near
     else:
         drawn = torch.randint(n, (*q.shape[:2], samples), generator=generator).to(q.device)
-        picked = [x.gather(-2, drawn[..., None].expand(*drawn.shape, x.shape[-1])) for x in (ks, vs)]
+        keys, values = (x.gather(-2, drawn[..., None].expand(*drawn.shape, x.shape[-1])) for x in (ks, vs))
         outside = (torch.arange(m, device=q.device)[:, None] // q_block) != drawn[..., None, :] // block_size
-        far = [exact(part, *picked, seen, math.log(n / samples)) for part, seen in zip(qs.split(1024, -2), outside.split(1024, -2), strict=True)]
+        far = [
+            exact(part, keys, values, seen, math.log(n / samples))
+            for part, seen in zip(qs.split(1024, -2), outside.split(1024, -2), strict=True)
+        ]
         result = merged(near, (torch.cat([o for o, _ in far], -2), torch.cat([lse for _, lse in far], -2)))  # type: ignore[arg-type]
     back = order_q.argsort(-1)[..., None]
     return tuple(x.gather(-2, back.expand(*back.shape[:-1], x.shape[-1])) for x in result)  # type: ignore[return-value]

@@ -21,7 +21,11 @@ from ...errors import RegardError
 
 @register("nabla")
 def nabla(
-    grid: tuple[int, int, int] | None = None, patch: int = 8, thr: float = 0.7, tile_window: tuple[int, int, int] | None = None, text: int = 0
+    grid: tuple[int, int, int] | None = None,
+    patch: int = 8,
+    thr: float = 0.7,
+    tile_window: tuple[int, int, int] | None = None,
+    text: int = 0,
 ) -> Program:
     """grid: frames, height, width, frame-major, `patch` dividing the last two (None: blocks of patch^2 tokens in a line). thr: pooled mass a
     row keeps (1: dense). tile_window: blocks an axis of the sliding tile, or None. text: tokens after the grid, read by all and reading all.
@@ -46,7 +50,17 @@ def tile_neighbours(shape: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
     return near
 
 
-def nabla_plan(q: Tensor, k: Tensor, view: View, docs: Tensor | None, *, size: int, visual: int, thr: float, near: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Selection:
+def nabla_plan(
+    q: Tensor,
+    k: Tensor,
+    view: View,
+    docs: Tensor | None,
+    *,
+    size: int,
+    visual: int,
+    thr: float,
+    near: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> Selection:
     """Which blocks each block reads, in patch order."""
     scores = pooled(q[..., :visual, :], size) @ pooled(heads_of(k, q.shape[1])[..., :visual, :], size).transpose(-1, -2)
     same = torch.ones(1, 1, *scores.shape[-2:], dtype=torch.bool, device=q.device)
@@ -61,7 +75,17 @@ def nabla_plan(q: Tensor, k: Tensor, view: View, docs: Tensor | None, *, size: i
 
 
 def nabla_program(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, docs: Tensor | None, *, grid: tuple[int, int, int] | None, patch: int, thr: float, tile_window: tuple[int, int, int] | None, text: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    docs: Tensor | None,
+    *,
+    grid: tuple[int, int, int] | None,
+    patch: int,
+    thr: float,
+    tile_window: tuple[int, int, int] | None,
+    text: int,
 ) -> Tensor:
     length, size = q.shape[-2], patch * patch
     if k.shape[-2] != length or (grid is not None and math.prod(grid) + text != length):
@@ -79,5 +103,7 @@ def nabla_program(
     return order.invert(call.attend(*(order.apply(x) for x in (q, k, v)), inner, scale=call.scale, **given))
 
 
-def with_docs(q: Tensor, k: Tensor, view: View, *, size: int, visual: int, thr: float, near: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Selection:
+def with_docs(
+    q: Tensor, k: Tensor, view: View, *, size: int, visual: int, thr: float, near: tuple[tuple[int, ...], tuple[int, ...]] | None
+) -> Selection:
     return nabla_plan(q, k, view, view.inputs.get("docs"), size=size, visual=visual, thr=thr, near=near)

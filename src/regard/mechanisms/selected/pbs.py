@@ -22,7 +22,9 @@ def pbs(threshold: float = 0.9, block_size: int = 128, segment: int = 256) -> Pr
     """threshold: pooled mass to keep outside the own segment (1: everything). segment: tokens within which keys change places, a multiple of
     block_size. Prompts of at most one segment run dense."""
     if segment % block_size or not 0 < threshold <= 1:
-        raise RegardError(f"threshold={threshold}, segment={segment}: expected 0 < threshold <= 1 and a multiple of block_size={block_size}")
+        raise RegardError(
+            f"threshold={threshold}, segment={segment}: expected 0 < threshold <= 1 and a multiple of block_size={block_size}"
+        )
     return Program(bind(permuted_sparse, threshold=threshold, block_size=block_size, segment=segment), under="causal")
 
 

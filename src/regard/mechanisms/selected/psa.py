@@ -35,14 +35,24 @@ def psa(
     if mode not in ("topk", "threshold"):
         raise RegardError(f"mode={mode!r}; expected topk or threshold")
     found = ranges or (RANKS if mode == "topk" else MASSES)
-    constants = {"mode": mode, "ranges": found, "block_size": block_size, "sample": sample, "similarity": similarity, "text": text, "seed": seed}
+    constants = {
+        "mode": mode,
+        "ranges": found,
+        "block_size": block_size,
+        "sample": sample,
+        "similarity": similarity,
+        "text": text,
+        "seed": seed,
+    }
     levels = Input("levels", "bhff", default="pool", dtype="int")
     return Program(bind(pyramid, **constants), under="causal" if causal else "none", inputs=(levels,))
 
 
 def importance(q: Tensor, k: Tensor, block_size: int, sample: int, seed: int) -> Tensor:
     """(B, H, nq, nk): max over sampled rows and columns of exp(s - row maximum)."""
-    offsets = torch.randperm(block_size, generator=torch.Generator().manual_seed(seed))[: min(sample, block_size)].sort().values.to(q.device)
+    offsets = (
+        torch.randperm(block_size, generator=torch.Generator().manual_seed(seed))[: min(sample, block_size)].sort().values.to(q.device)
+    )
     places = [(torch.arange(0, x.shape[-2], block_size, device=q.device)[:, None] + offsets).clamp(max=x.shape[-2] - 1) for x in (q, k)]
     s = q[..., places[0].flatten(), :] @ k[..., places[1].flatten(), :].transpose(-1, -2)
     s = torch.exp(s - s.amax(-1, keepdim=True))
@@ -75,7 +85,17 @@ def similarity_cap(k: Tensor, block_size: int, thresholds: tuple[float, float, f
 
 
 def psa_plan(
-    q: Tensor, k: Tensor, *, mode: str, ranges: tuple[tuple[int, float], ...], block_size: int, sample: int, similarity: tuple[float, float, float] | None, text: int, seed: int, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    *,
+    mode: str,
+    ranges: tuple[tuple[int, float], ...],
+    block_size: int,
+    sample: int,
+    similarity: tuple[float, float, float] | None,
+    text: int,
+    seed: int,
+    causal: bool = False,
 ) -> Tensor:
     """Levels (B, H, nq, nk) in {0, 1, 2, 4, 8} for q times scale."""
     scores = importance(q, k, block_size, sample, seed)
@@ -114,7 +134,11 @@ def pyramid(q: Tensor, k: Tensor, v: Tensor, call: Call, levels: Tensor | None, 
         count = lengths(k.shape[-2], level, q.device).to(q.dtype)
         pooled = [cut(x, level).sum(-2) / count[:, None] for x in (k, v)]
         select = Chosen(bind(of_level, level=level, block_q=block_size, block_k=block_size // level), ahead=True)
-        inner = Weighted(position=weigh, select=select, mask=Causal() if causal and level == 1 else Weighted().mask, inputs=(Input("amount", "k"), Input("levels", "bhff", dtype="int")))
+        inner = Weighted(
+            position=weigh,
+            select=select,
+            mask=Causal() if causal and level == 1 else Weighted().mask,
+            inputs=(Input("amount", "k"), Input("levels", "bhff", dtype="int")),
+        )
         parts.append(call.with_stats(q, *pooled, inner, scale=call.scale, amount=count.log(), levels=levels))
     return call.merge(parts) if parts else torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1])
-

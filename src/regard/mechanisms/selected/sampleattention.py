@@ -75,7 +75,12 @@ def cra(q: Tensor, k: Tensor, keep: Tensor, scale: float | None = None) -> Tenso
 
 
 def tune(
-    q: Tensor, k: Tensor, alphas: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98), target: float = 0.95, row_ratio: float = 0.05, window_ratio: float = 0.08
+    q: Tensor,
+    k: Tensor,
+    alphas: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98),
+    target: float = 0.95,
+    row_ratio: float = 0.05,
+    window_ratio: float = 0.08,
 ) -> float:
     """The smallest alpha whose mean CRA over all rows of a calibration prompt reaches `target` (the largest when none does)."""
     length, window = k.shape[-2], max(1, round(window_ratio * k.shape[-2]))

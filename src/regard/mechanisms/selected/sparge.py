@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
-from ...algebra.blocks import cut, heads_of, lengths, pooled, probabilities, top_k, top_p
+from ...algebra.blocks import cut, heads_of, lengths, pooled, probabilities, top_k
 from ...catalog.registry import register
 from ...errors import RegardError
 
@@ -21,7 +21,13 @@ Head = float | tuple[float, ...]
 
 @register("spargeattn")
 def sparge(
-    theta: Head = 0.6, tau: Head = 0.98, block_q: int = 128, block_k: int = 64, ratio: float | None = None, first: bool = False, causal: bool = False
+    theta: Head = 0.6,
+    tau: Head = 0.98,
+    block_q: int = 128,
+    block_k: int = 64,
+    ratio: float | None = None,
+    first: bool = False,
+    causal: bool = False,
 ) -> Weighted:
     """theta: self-similarity above which a block is pooled; tau: mass to keep (from 1 on: all); a number, or one a head.
     ratio: keep this share of the blocks instead of a mass. first: always the first key block. Prompts only: one query reads everything."""

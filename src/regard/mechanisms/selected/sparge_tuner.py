@@ -48,10 +48,12 @@ class SpargeTuner:
         for theta in torch.arange(-1, 1 + 1e-9, self.grid).tolist():
             tau = smallest(lambda tau, theta=theta: error(attend(q, k, v, sparge(theta, tau, **sizes))) < self.l1, 0.0, 1.0, 1e-3)  # type: ignore[misc, arg-type]
             low = smallest(
-                lambda low, theta=theta, tau=tau: error(  # type: ignore[misc]
-                    sparge_attention(q, k, v, theta=theta, tau=tau, pv_lambda=low, **sizes).out  # type: ignore[arg-type]
-                )
-                < self.pv_l1,
+                lambda low, theta=theta, tau=tau: (
+                    error(  # type: ignore[misc]
+                        sparge_attention(q, k, v, theta=theta, tau=tau, pv_lambda=low, **sizes).out  # type: ignore[arg-type]
+                    )
+                    < self.pv_l1
+                ),
                 0.0,
                 50.0,
                 0.1,
