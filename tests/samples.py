@@ -25,6 +25,18 @@ SMALL = {
     "gsa": {"slots": 5},
     "nha": {"slots": 5, "window": 6},
     "local-linear-attention": {"iterations": 40},
+    "flexprefill": {"block_size": 8, "min_budget": 8},
+    "spargeattn": {"block_q": 8, "block_k": 8},
+    "proxyattn": {"block_size": 8, "stride": 4},
+    "hip": {"mask_k": 16, "block_q": 8, "window": 8},
+    "delta-attention": {"stride": 8},
+    "pbs-attn": {"block_size": 8, "segment": 16},
+    "powerattention": {"block_size": 8, "window_blocks": 1},
+    "hyperattention": {"block_size": 8, "samples": 8, "min_length": 16},
+    "psa": {"block_size": 8, "sample": 4},
+    "draftattention": {"pool": (2, 2)},
+    "nabla": {"patch": 2},
+    "vmoba": {"tile": (1, 2, 2)},
 }
 
 

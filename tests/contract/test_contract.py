@@ -11,12 +11,13 @@ from regard import Causal
 from regard.algebra import LogLinear, Recurrent, Relayed, Slots, Weighted
 from regard.algebra.mechanism import Clustered, Nystrom
 
+SAME_GRID = ("draftattention", "nabla", "vmoba")  # queries and keys are the same video's tokens
 MASKABLE = [n for n in NAMES if isinstance(described(n), Weighted)]
 CROSS = [
     n
     for n in NAMES
     if not (isinstance(described(n), (Recurrent, Slots, LogLinear)) and described(n).causal_only)
-    and n not in ("moba", "sparse-transformer")
+    and n not in ("moba", "sparse-transformer", *SAME_GRID)
 ]
 
 
