@@ -107,6 +107,37 @@ def compare(
         raise typer.Exit(130)
 
 
+@app.command()
+def sweep(
+    methods: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: all, at several settings)")] = None,
+    model: Annotated[str, typer.Option(help="tiny, or a folder in transformers' format")] = "tiny",
+    text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
+    seq_len: Annotated[int, typer.Option(help="tokens a prompt")] = 2048,
+    needles: Annotated[int, typer.Option(help="prompts with a hidden fact, at each of five depths")] = 12,
+    directory: Annotated[Path, typer.Option("--out", help="where report.json, table.md and the plots go")] = Path("runs/sweep"),
+) -> None:
+    """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density."""
+    from .lab.sweep import DEFAULT, Config, model_and_reader, write
+    from .lab.sweep import sweep as run
+    from .tasks.text import python_text, read_text
+
+    chosen: dict[str, tuple[str, ...]] = {} if methods else dict(DEFAULT)
+    for one in methods or []:
+        name, colon, settings = one.partition(":")
+        chosen[name] = (*chosen.get(name, ()), *((settings,) if colon else DEFAULT.get(name, ("",))))
+    config = Config(length=seq_len, needles=needles)
+    corpus = python_text() if text is None else read_text(text, 50 * seq_len)
+    found, reader = model_and_reader(model)
+    result = None
+    for result in run(found, reader, corpus, chosen, config, model):
+        p = result.points[-1]
+        line = f"{p.name:16} density {p.density:.3f}  bits/byte {p.bits_per_byte:.3f}  needles {p.found:.2f}  prefill {p.prefill:.2f}x  "
+        out.print(line + p.settings, markup=False, highlight=False, soft_wrap=True)
+    assert result is not None
+    write(result, directory)
+    out.print(f"report: {directory / 'table.md'}", markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of `regard`."""
     usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer carries its own click

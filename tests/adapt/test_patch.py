@@ -23,6 +23,14 @@ ENCODERS = {
 }
 
 
+POLICIES = {
+    "flexprefill": {"block_size": 4, "min_budget": 4},
+    "delta-attention": {"stride": 4},
+    "pbs-attn": {"block_size": 4, "segment": 8},
+    "hyperattention": {"block_size": 4, "samples": 0, "min_length": 8},
+}
+
+
 def built(name):
     torch.manual_seed(0)
     return ({**CAUSAL, **ENCODERS}[name])().eval()
@@ -62,6 +70,19 @@ def test_generate_with_cache_equals_without(name):
     with adapt.patch(model, "softpick"):
         cached = model.generate(**inputs, **options, use_cache=True)
         assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["flexprefill", "delta-attention", "pbs-attn", "hyperattention"])
+@pytest.mark.parametrize("model", CAUSAL)
+def test_prefill_policies_under_left_padding(model, name):
+    """A padded row gives the logits of the row alone; generate prefills with the policy and decodes with softmax."""
+    built_model, inputs = built(model), batch(model)
+    with adapt.patch(built_model, regard.get(name, **POLICIES[name]), when="prefill") as patch:
+        padded = output(built_model, inputs)
+        assert patch.when == "prefill" and torch.isfinite(padded[inputs["attention_mask"].bool()]).all()
+        alone = output(built_model, {"input_ids": inputs["input_ids"][1:]})
+        torch.testing.assert_close(padded[1:], alone, atol=2e-5, rtol=1e-4)
+        assert built_model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 21)
 
 
 def test_layers_heads_and_when():

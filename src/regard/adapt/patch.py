@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Causal, Mechanism, Sizes
+from ..algebra import Causal, Mechanism, Program, Sizes
 from ..catalog import get
 from ..engine import attend
 from ..errors import MissingDependency, RegardError
 from ..nn.inputs import Inputs
+from .padding import attend_spans
 
 WHEN = ("prefill", "decode", "both")
 Call = Callable[..., tuple[Tensor, Any]]
@@ -86,7 +87,10 @@ class Patch:
             return None
         made = {**self.inputs[self.modules.index(module)](None, {"q": q, "k": k, "v": v}), **self.given}
         options: Any = {"mask": mask if mask is not None else Causal() if causal else None}
-        out = attend(q, k, v, self.mechanism, scale=self.scale(scale), **options, **made)
+        if isinstance(mask, Tensor) and isinstance(self.mechanism, Program):
+            out = attend_spans(q, k, v, self.mechanism, mask, {"scale": self.scale(scale), **made})
+        else:
+            out = attend(q, k, v, self.mechanism, scale=self.scale(scale), **options, **made)
         if self.heads is None:
             return out
         mine = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)

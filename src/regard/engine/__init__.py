@@ -4,6 +4,7 @@ import torch
 
 from .door import attend, attend_with_stats, names_resolver, plan
 from .merge import merge
+from .meter import Pairs, pairs_read
 from .plan import Plan
 from .reference import Stats
 from .stream import KeyValueState, ManyStates, ScanState, State, step
@@ -16,6 +17,7 @@ torch.exp(torch.zeros(4096, dtype=torch.float64))
 __all__ = [
     "KeyValueState",
     "ManyStates",
+    "Pairs",
     "Plan",
     "ScanState",
     "State",
@@ -24,6 +26,7 @@ __all__ = [
     "attend_with_stats",
     "merge",
     "names_resolver",
+    "pairs_read",
     "plan",
     "step",
     "weights",

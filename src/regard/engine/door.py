@@ -13,7 +13,7 @@ from ..algebra.mask import Causal, Explicit, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.part import Function
 from ..errors import RegardError
-from . import composed, native, reference, rows, sdpa, tiled
+from . import composed, meter, native, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
@@ -123,7 +123,7 @@ def attend(
     if isinstance(mask, Tensor):
         mask, inputs = explicit(mask, inputs, q)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
-    if chosen.direct and chosen.form is not None:
+    if chosen.direct and chosen.form is not None and not meter.counting():
         if inputs:
             unknown(chosen.mechanism, inputs)
         return sdpa.call(q, k, v, chosen.form, scale)
@@ -223,6 +223,8 @@ def weighted(
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
     problem.want_count = stats
+    if meter.counting():
+        meter.add_problem(problem)
     if chosen.executor == "native" and native.takes(problem):
         return native.run(problem)
     if chosen.executor in ("tiled", "native"):

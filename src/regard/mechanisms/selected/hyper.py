@@ -16,6 +16,7 @@ from ...algebra import Causal, Program, bind
 from ...algebra.blocks import heads_of
 from ...catalog.registry import register
 from ...engine.composed import Call
+from ...engine.meter import add, counting
 
 Part = tuple[Tensor, Tensor]  # (out, log-sum-exp)
 
@@ -47,6 +48,7 @@ def angular_order(x: Tensor, directions: Tensor) -> Tensor:
 def exact(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, extra: float = 0.0) -> Part:
     """Softmax attention of prepared tensors (..., n, D) with its log-sum-exp; extra is added to every log-sum-exp."""
     s = q @ k.transpose(-1, -2)
+    add(s.numel() if seen is None else int(seen.expand(s.shape).sum()) if counting() else 0)
     s = s if seen is None else s.masked_fill(~seen, float("-inf"))
     lse = s.logsumexp(-1, keepdim=True)
     p = torch.exp(s - torch.where(lse.isfinite(), lse, 0.0))
