@@ -76,7 +76,8 @@ class Chain(Position):
 class Rope(Position):
     """Rotary embedding: channel pairs turned by position * base^(-2c/dims); `interleaved` pairs (0,1),(2,3).. instead of halves.
 
-    dims: how many leading channels turn (None: all). RoFormer (Su et al., 2021).
+    dims: how many leading channels turn (None: all). Positions are (n,), or have leading dimensions that broadcast to those of x.
+    RoFormer (Su et al., 2021).
     """
 
     base: float = 10000.0
@@ -86,7 +87,7 @@ class Rope(Position):
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         dims = x.shape[-1] if self.dims is None else self.dims
         rates = self.base ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
-        angle = positions.to(torch.float64)[:, None] * rates
+        angle = positions.to(torch.float64)[..., None] * rates
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         turned, rest = x[..., :dims].to(wide), x[..., dims:]

@@ -115,13 +115,7 @@ class LandmarkAttention(nn.Module):
                 moved.scatter_(-1, best, steps)
                 moved[..., past] = past
                 place = moved.gather(-1, place // size) * size + place % size
-        turned_k = keys if self.rope is None else rotate_each(self.rope, keys, place)
+        turned_k = keys if self.rope is None else self.rope.rotate(keys, place)
         s = self.turned(q, torch.tensor([i], device=x.device)) @ turned_k.transpose(-1, -2) * q.shape[-1] ** -0.5
         o = grouped_softmax(s, self.block, i, retrieved) @ values
         return self.out(o.transpose(1, 2).flatten(-2)), cache
-
-
-def rotate_each(rope: Rope, x: Tensor, place: Tensor) -> Tensor:
-    """Rotary positions place (B, H, n) of x (B, H, n, D), each head its own."""
-    flat = [rope.rotate(row[None, None], at)[0, 0] for row, at in zip(x.flatten(0, 1), place.flatten(0, 1), strict=True)]
-    return torch.stack(flat).view_as(x)

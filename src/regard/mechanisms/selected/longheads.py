@@ -1,0 +1,119 @@
+"""LongHeads: every head attends to a few chunks moved next to each other, inside the trained length (id 221; Lu et al., 2024).
+
+c_v = mean over a chunk of softmax(q k^T) v, positions restarted;  c_k = softmax(c_v k^T) k;  chunks: 0, the last two, the best q c_k
+keys of the n chosen chunks stand at 0 .. n w - 1, the query at (n - 1) w + (i mod w)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...algebra import Rope
+from ...algebra.blocks import heads_of, top_k
+from ...catalog.registry import register
+from ...engine import attend
+from ...errors import RegardError
+
+
+@dataclass
+class LongHeadsCache:
+    """Unrotated q, k, v so far, (B, H, n, D), and a key for every complete chunk (B, H, c, D); `device`: where they live."""
+
+    device: torch.device | str | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    open_q: Tensor | None = None  # queries of the chunk that is not full yet
+    chunk_keys: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return 0 if self.k is None else self.k.shape[-2]
+
+
+@register("longheads", kind="policy")
+class LongHeads:
+    """For frozen models with rotary positions; q, k, v (B, H or Hkv, L, D) come before rotation.
+
+    chunk: w. attend_len: A, at most the trained length, a multiple of w; the first A tokens run densely, later queries read A / w chunks.
+    """
+
+    def __init__(self, chunk: int = 256, attend_len: int = 4096, rope: Rope | None = None):
+        if attend_len % chunk or attend_len // chunk < 3:
+            raise RegardError(f"chunk={chunk}, attend_len={attend_len}: expected at least three whole chunks")
+        self.chunk, self.attend_len, self.count, self.rope = chunk, attend_len, attend_len // chunk, rope or Rope()
+
+    def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, c, D): a key for every complete chunk."""
+        size, whole = self.chunk, k.shape[-2] // self.chunk * self.chunk
+        at = torch.arange(size, device=q.device)
+        q, k, v = (heads_of(x, q.shape[1])[..., :whole, :].unflatten(-2, (-1, size)) for x in (q, k, v))
+        q, k = self.rope.rotate(q, at), self.rope.rotate(k, at)
+        scale = q.shape[-1] ** -0.5
+        value = ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).mean(-2, keepdim=True)
+        return ((value @ k.transpose(-1, -2) * scale).softmax(-1) @ k).squeeze(-2)
+
+    def select(self, q: Tensor, chunk_keys: Tensor, first: int) -> Tensor:
+        """Chunk ids (B, H, Lq, n), ascending, of queries at first, first + 1, ...: 0, the own one, the one before it, and the best others."""
+        own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // self.chunk
+        chunks = torch.arange(int(own.max()) + 1, device=q.device)
+        scores = q @ chunk_keys.transpose(-1, -2)
+        scores = torch.nn.functional.pad(scores, (0, max(0, len(chunks) - scores.shape[-1])))[..., : len(chunks)]
+        forced = (chunks == 0) | (chunks == own) | (chunks == own - 1)
+        keep = forced | top_k(scores, (chunks < own - 1) & (chunks > 0), self.count - forced.sum(-1, keepdim=True))
+        return keep.int().argsort(dim=-1, descending=True, stable=True)[..., : self.count]
+
+    def rows(self, q: Tensor, k: Tensor, v: Tensor, chunk_keys: Tensor, first: int, ids: Tensor | None = None) -> Tensor:
+        """Outputs of queries q at first, first + 1, ... (all from attend_len on) over keys so far."""
+        size, heads = self.chunk, q.shape[1]
+        ids = self.select(q, chunk_keys, first) if ids is None else ids
+        inside = torch.arange(size, device=q.device)
+        place = (ids[..., None] * size + inside).flatten(-2)  # (B, H, Lq, A)
+        at = torch.arange(first, first + q.shape[-2], device=q.device)
+        seen = place <= at[:, None]
+        place = place.clamp(max=k.shape[-2] - 1)
+        index = place.flatten(2)[..., None]
+        near = torch.arange(self.attend_len, device=q.device)
+        picked = [heads_of(x, heads).gather(2, index.expand(*index.shape[:-1], x.shape[-1])).unflatten(2, place.shape[2:]) for x in (k, v)]
+        turned = self.rope.rotate(picked[0], near)
+        q = self.rope.rotate(q, (self.count - 1) * size + at % size)
+        s = (turned @ q[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
+        p = s.masked_fill(~seen, float("-inf")).softmax(-1)
+        return (p[..., None, :] @ picked[1]).squeeze(-2)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotary causal attention of the last queries over all keys."""
+        from ...algebra import Causal, Weighted
+
+        return attend(q, k, v, Weighted(mask=Causal(), position=self.rope))
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, L, Dv): the first attend_len rows densely, then by chunks; a query reads its own key."""
+        head = min(self.attend_len, q.shape[-2])
+        out = [self.dense(q[..., :head, :], k[..., :head, :], v[..., :head, :])]
+        keys = self.chunk_keys(q, k, v)
+        step = max(1, 2**22 // (self.attend_len * q.shape[-1]))  # rows whose gathered keys fit the cache of a processor
+        for start in range(head, q.shape[-2], step):
+            out.append(self.rows(q[..., start : start + step, :], k, v, keys, start))
+        return torch.cat(out, -2)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: LongHeadsCache | None = None) -> tuple[Tensor, LongHeadsCache]:
+        """One new token: chunks that have filled up have a key, the query reads n chunks of the cache."""
+        cache = cache or LongHeadsCache()
+        home = cache.device or k.device
+        old_k, old_v = cache.k, cache.v
+        cache.k, cache.v = (x.to(home) if old is None else torch.cat((old, x.to(home)), -2) for old, x in ((old_k, k), (old_v, v)))
+        cache.open_q = q if cache.open_q is None else torch.cat((cache.open_q, q), -2)
+        i = cache.length - 1
+        if i < self.attend_len:
+            out = self.dense(q, cache.k.to(q.device), cache.v.to(q.device))
+        else:
+            keys = torch.cat(cache.chunk_keys, -2)
+            out = self.rows(q, cache.k.to(q.device), cache.v.to(q.device), keys, i)
+        if cache.length % self.chunk == 0:
+            last = [x[..., -self.chunk :, :].to(q.device) for x in (cache.k, cache.v)]
+            cache.chunk_keys.append(self.chunk_keys(cache.open_q, *last))
+            cache.open_q = None
+        return out, cache
