@@ -1,0 +1,187 @@
+"""DHSA: chunks with borders where the text changes, scored by length-normalised means, tokens chosen by their chunk (id 30; 2025).
+
+k_c = sum of a chunk's keys / sqrt(n_c), q_u likewise;  S = q_u k_c;  a query block reads its last `local` tokens and the best by S
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...algebra import Causal, Chosen, Input, Selection, View, Weighted, bind
+from ...algebra.blocks import cut, lengths
+from ...catalog.registry import register
+from ...errors import RegardError
+
+FALLBACKS = ("cosine", "fixed")
+
+
+@register("dhsa")
+def dhsa(
+    budget: int = 1024, block_size: int = 32, local: int = 64, first: int = 0, dense_last: int = 0, chunk: int = 16,
+    boundaries: str = "cosine", decode: bool = True,
+) -> Weighted:  # fmt: skip
+    """budget: tokens a block of `block_size` queries reads, its last `local` and the `first` ones among them. dense_last: queries at the end
+    that read everything. Input `starts` (B, Lk), optional: 1 where a chunk starts (`choose_boundaries`); without it chunks start where
+    neighbouring keys differ most ("cosine", one in `chunk` on average) or every `chunk` tokens ("fixed"). decode: single queries choose too."""
+    if boundaries not in FALLBACKS or min(budget, block_size, chunk) < 1 or local < 1:
+        raise RegardError(
+            f"boundaries={boundaries!r}, budget={budget}, block_size={block_size}, chunk={chunk}, local={local}: "
+            f"expected one of {', '.join(FALLBACKS)}, and positive numbers"
+        )
+    constants = {"budget": budget, "block_size": block_size, "local": local, "first": first, "dense_last": dense_last, "chunk": chunk}
+    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode)
+    return Weighted(mask=Causal(), select=plan, inputs=(Input("starts", "bk", 0.0),))
+
+
+def chunk_of(starts: Tensor) -> Tensor:
+    """starts (B, L) bool -> the chunk of each token (B, L); token 0 starts one anyway."""
+    starts = starts.clone()
+    starts[:, 0] = True
+    return starts.long().cumsum(-1) - 1
+
+
+def rule_starts(k: Tensor, chunk: int, boundaries: str) -> Tensor:
+    """(B, L) bool from keys (B, Hkv, L, D), without a network."""
+    batch, length = k.shape[0], k.shape[2]
+    at = torch.arange(length, device=k.device)
+    if boundaries == "fixed" or length <= chunk:
+        return (at % chunk == 0).expand(batch, -1).clone()
+    flat = k.transpose(1, 2).flatten(-2)
+    apart = 1 - F.cosine_similarity(flat[:, 1:], flat[:, :-1], dim=-1)
+    best = apart.topk(max(1, length // chunk - 1), -1).indices + 1
+    return torch.zeros(batch, length, dtype=torch.bool, device=k.device).scatter_(1, best, True)
+
+
+def chunk_keys(k: Tensor, chunks: Tensor) -> Tensor:
+    """(B, C, D): sums over a chunk's keys / sqrt(size), heads averaged; k (B, Hkv, L, D), chunks (B, L)."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    flat, count = k.to(wide).mean(1), int(chunks.max()) + 1
+    sums = torch.zeros(k.shape[0], count, k.shape[-1], dtype=wide, device=k.device)
+    sums.scatter_add_(1, chunks[..., None].expand_as(flat), flat)
+    sizes = torch.zeros(k.shape[0], count, dtype=wide, device=k.device).scatter_add_(1, chunks, torch.ones_like(chunks, dtype=wide))
+    return sums / sizes.clamp(min=1).sqrt()[..., None]
+
+
+def token_plan(
+    q: Tensor, k: Tensor, view: View, starts: Tensor, *, budget: int, block_size: int, local: int, first: int, dense_last: int,
+    chunk: int, boundaries: str,
+) -> Selection | None:  # fmt: skip
+    """Which tokens each block of queries reads (q times scale; a positive factor changes no order)."""
+    keep = selected_tokens(q, k, view.first, starts, budget, block_size, local, first, chunk, boundaries)
+    if keep is None:
+        return None
+    if dense_last:
+        keep[..., -(-dense_last // block_size) * -1 :, :] = True
+    return Selection(keep[:, None].expand(-1, q.shape[1], -1, -1), block_size, 1)
+
+
+def selected_tokens(
+    q: Tensor, k: Tensor, offset: int, starts: Tensor, budget: int, block_size: int, local: int, first: int, chunk: int, boundaries: str
+) -> Tensor | None:
+    """(B, query blocks, Lk) bool, the same for all heads; None: the budget holds everything."""
+    length, queries = k.shape[-2], q.shape[-2]
+    if budget >= length or queries == 0:
+        return None
+    given = starts.reshape(-1, starts.shape[-1]).expand(q.shape[0], length) if starts.numel() > 1 else starts.reshape(1, 1)
+    chosen = given > 0 if bool((given > 0).any()) else rule_starts(k, chunk, boundaries)
+    chunks = chunk_of(chosen.expand(q.shape[0], length))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    means = cut(q.to(wide).mean(1), block_size).sum(-2) / lengths(queries, block_size, q.device).sqrt()[:, None]
+    scores = (means @ chunk_keys(k, chunks).transpose(-1, -2)).gather(-1, chunks[:, None].expand(-1, means.shape[1], -1))
+    end = (torch.arange(1, means.shape[1] + 1, device=q.device) * block_size).clamp(max=queries)[:, None] + offset
+    at = torch.arange(length, device=q.device)
+    forced = ((at >= end - min(local, budget)) & (at < end)) | (at < first)
+    ranked = scores.masked_fill(at >= end, float("-inf")).masked_fill(forced & (at < end), float("inf"))
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, True) & (at < end)
+
+
+def indices(keep: Tensor, budget: int) -> Tensor:
+    """(B, blocks, L) bool -> token ids ascending (B, blocks, budget), padded with -1."""
+    place = torch.arange(keep.shape[-1], device=keep.device).expand(keep.shape)
+    found = torch.where(keep, place, keep.shape[-1]).sort(-1).values[..., :budget]
+    return torch.where(found == keep.shape[-1], -1, found)
+
+
+class BoundaryPredictor(nn.Module):
+    """Key states (B, L, H D) -> a boundary logit for the gap after each token (B, L).
+
+    width: w keys either side. pool: "conv" (depthwise convolution, then 1 x 1) or "attention" (4 heads over the 2 w keys, LayerNorm, mean of
+    either half).
+    """
+
+    def __init__(self, dim: int, width: int = 4, hidden: int = 256, pool: str = "conv"):
+        super().__init__()
+        if pool not in ("conv", "attention"):
+            raise RegardError(f"pool={pool!r}; expected conv or attention")
+        self.width, self.pool = width, pool
+        self.depth = nn.Conv1d(dim, dim, width, groups=dim) if pool == "conv" else None
+        self.point = nn.Linear(dim, hidden)
+        self.mix = nn.MultiheadAttention(hidden, 4, batch_first=True) if pool == "attention" else None
+        self.norm = nn.LayerNorm(hidden) if pool == "attention" else None
+        self.mlp = nn.Sequential(nn.Linear(4 * hidden + 1, 256), nn.ReLU(), nn.Linear(256, 1))
+
+    def forward(self, keys: Tensor) -> Tensor:
+        w, length = self.width, keys.shape[1]
+        padded = F.pad(keys, (0, 0, w - 1, w))
+        if self.depth is not None:
+            windows = torch.relu(self.point(torch.relu(self.depth(padded.transpose(1, 2))).transpose(1, 2)))
+            left, right = windows[:, :length], windows[:, w : w + length]
+        else:
+            assert self.mix is not None and self.norm is not None
+            around = self.point(padded).unfold(1, 2 * w, 1)[:, :length].transpose(-1, -2).flatten(0, 1)
+            mixed = self.norm(around + self.mix(around, around, around, need_weights=False)[0]).unflatten(0, (-1, length))
+            left, right = mixed[..., :w, :].mean(-2), mixed[..., w:, :].mean(-2)
+        alike = F.cosine_similarity(left, right, dim=-1)[..., None]
+        return self.mlp(torch.cat((left, right, (left - right).abs(), left * right, alike), -1)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def mass_ratio(p: Tensor, width: int = 4, rows: int | None = None) -> Tensor:
+    """(B, L): for the gap after each token, the larger over the smaller of the masses that later rows put on the w keys before and after it.
+
+    p (B, H, L, L): dense probabilities, averaged over heads. rows: how many later rows count (None: all). 1 where there is no such row.
+    """
+    a = p.mean(1)
+    length, n = a.shape[-1], a.shape[0]
+    sums = F.pad(a.cumsum(-2), (0, 0, 1, 0))  # over rows
+    totals = F.pad(sums.cumsum(-1), (1, 0))
+    t = torch.arange(length, device=p.device)
+    top = (t + width + 1).clamp(max=length)
+    bottom = torch.full_like(t, length) if rows is None else (top + rows).clamp(max=length)
+
+    def box(begin: Tensor, end: Tensor) -> Tensor:
+        begin, end = begin.clamp(0, length), end.clamp(0, length)
+        each = torch.arange(n, device=p.device)[:, None]
+        return totals[each, bottom, end] - totals[each, bottom, begin] - totals[each, top, end] + totals[each, top, begin]
+
+    past, future = box(t - width + 1, t + 1), box(t + 1, t + 1 + width)
+    return (torch.maximum(past, future) + 1e-6) / (torch.minimum(past, future).clamp_min(0) + 1e-6)
+
+
+def boundary_loss(
+    logits: Tensor, ratio: Tensor, real: Tensor | None = None, alpha: float = 4.0, beta: float = 0.0, gamma: float = 2.0
+) -> Tensor:
+    """Focal cross-entropy to the soft labels sigmoid(alpha (log ratio - beta)), over real gaps."""
+    y = torch.sigmoid(alpha * (ratio.log() - beta))
+    p = torch.sigmoid(logits)
+    focus = (y * (1 - p) + (1 - y) * p) ** gamma
+    each = focus * F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    return each.mean() if real is None else (each * real).sum() / real.sum().clamp_min(1)
+
+
+def choose_boundaries(scores: Tensor, theta: float, count: int, distance: int = 8, forced: tuple[int, ...] = ()) -> Tensor:
+    """scores (B, L) of the gaps after tokens -> starts (B, L) bool: gaps above theta, best first, none within `distance` of an earlier one,
+    at most `count`; token t + 1 starts a chunk. forced: tokens that always start one."""
+    starts = torch.zeros_like(scores, dtype=torch.bool)
+    starts[:, 0] = True
+    for row, out in zip(scores.detach(), starts, strict=True):
+        taken = [at - 1 for at in forced]
+        for t in row.argsort(descending=True, stable=True).tolist():
+            if len(taken) >= count or float(row[t]) <= theta:
+                break
+            if t < len(row) - 1 and all(abs(t - other) >= distance for other in taken):
+                taken.append(t)
+        out[[t + 1 for t in taken]] = True
+    return starts
