@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def tokens_loop(q: Tensor, k: Tensor, starts: list[int], budget: int, block: int
         query = rows.sum(0) / math.sqrt(len(rows))
         end = min((u + 1) * block, length)
         s = torch.zeros(length, dtype=F64)
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in pairwise(edges):
             score = query @ (mean_k[first:last].sum(0) / math.sqrt(last - first))
             for j in range(first, last):
                 s[j] = score
@@ -94,12 +95,12 @@ def _() -> tuple[float, float]:
 
 @check(
     "dhsa",
-    "a predictor trained on 40 planted texts finds borders of 8 new ones within a token: share found",
+    "a predictor trained on 16 planted texts finds borders of 8 new ones within two tokens: share found",
     above=0.8,
     control="the untrained predictor",
 )
 def _() -> tuple[float, float]:
-    draw = random.Random(0)
+    draw, topics = random.Random(0), torch.randn(6, 16)
 
     def text() -> tuple[Tensor, Tensor, list[int]]:
         borders, at = [], 0
@@ -108,25 +109,26 @@ def _() -> tuple[float, float]:
         segment = torch.zeros(128, dtype=torch.long)
         segment[borders] = 1
         segment = segment.cumsum(0)
-        keys = torch.randn(len(borders) + 1, 16)[segment] + 0.3 * torch.randn(128, 16)
+        order = torch.tensor([n % 6 for n in range(len(borders) + 1)]) + draw.randint(0, 5)
+        keys = topics[order[segment] % 6] + 0.3 * torch.randn(128, 16)
         same = (segment[:, None] == segment).float().tril()
         late = same + 0.02 * torch.ones(128, 128).tril()
         return keys[None], mass_ratio((late / late.sum(-1, keepdim=True))[None, None])[0], borders
 
-    train, test = [text() for _ in range(40)], [text() for _ in range(8)]
+    train, test = [text() for _ in range(16)], [text() for _ in range(8)]
     predictor = BoundaryPredictor(16, hidden=32)
 
     def found() -> float:
         share = []
         for keys, _, borders in test:
             starts = choose_boundaries(predictor(keys), -math.inf, len(borders))[0].nonzero().flatten().tolist()
-            share += [any(abs(at - other) <= 1 for other in starts) for at in borders]
+            share += [any(abs(at - other) <= 2 for other in starts) for at in borders]
         return sum(share) / len(share)
 
     before = found()
     optimizer = torch.optim.Adam(predictor.parameters(), 3e-3)
     keys, ratios = torch.cat([x[0] for x in train]), torch.stack([x[1] for x in train])
-    for _ in range(200):
+    for _ in range(150):
         optimizer.zero_grad()
         boundary_loss(predictor(keys), ratios).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
