@@ -1,12 +1,16 @@
 """Layers and small models around the mechanisms."""
 
+from .aligned_sparse import SSAAttention
 from .alignment import LatentAlignment
+from .alternating import GlobalLatentAttention, LocalLatentAttention, asa_layers
 from .attention import Attention, LayerState
 from .based import GatedConv, based_mixers
 from .bigla import BiGLA2D, ViG, both_directions
 from .bilevel import BiFormerBlock, BiLevelRoutingAttention
 from .codes import Codebook, LongVQBlock, VQAttention
+from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
+from .demonstrations import DemonstrationCache
 from .dynamic_mask import DynamicMaskAttention
 from .efficient import EfficientAttention
 from .estimated import SEAAttention
@@ -17,9 +21,11 @@ from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_facto
 from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .halo import HaloAttention2d, HaloNet
+from .infllm import SALAConfig, build_sala
 from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
 from .key_bias import KeyValueBias
 from .landmark import LandmarkAttention
+from .layer_router import FluxAttention, flux_model
 from .lifetimes import NAtSAttention
 from .lightnet import AxisMixing, LightNet
 from .mega import MegaLayer, MultiHeadEMA
@@ -38,6 +44,7 @@ from .recurrent_memory import RecurrentMemoryBlock
 from .relational import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols, SymbolicAttention
 from .relative_conv import RelativeConvMHA
 from .relaxed import RelaxedAttention
+from .reused_indices import ReusedIndices
 from .rnope import attention_mass, rnope_layers
 from .routing import RoutingAttention
 from .seer import AttnGate, SeerAttention
@@ -69,17 +76,20 @@ __all__ = [
     "BudgetController",
     "Codebook",
     "Decoder",
+    "DemonstrationCache",
     "Dress",
     "DualAttention",
     "DynamicMaskAttention",
     "EfficientAttention",
     "Experts",
     "FNetMixer",
+    "FluxAttention",
     "FrugalAttention",
     "GINAttention",
     "GatedConv",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GlobalLatentAttention",
     "GraphTransformer",
     "GraphTransformerLayer",
     "GridAttention",
@@ -97,6 +107,7 @@ __all__ = [
     "LayerState",
     "LightNet",
     "LocalConcentration",
+    "LocalLatentAttention",
     "LongVQBlock",
     "MegaLayer",
     "MiniMaxConfig",
@@ -106,6 +117,7 @@ __all__ = [
     "MultiHeadEMA",
     "MultiTokenAttention",
     "NAtSAttention",
+    "NSAAttention",
     "NeighborhoodAttention2D",
     "OperatorAttention",
     "OperatorModel",
@@ -118,8 +130,11 @@ __all__ = [
     "RelativeSymbols",
     "RelaxedAttention",
     "RepBN",
+    "ReusedIndices",
     "RoutingAttention",
+    "SALAConfig",
     "SEAAttention",
+    "SSAAttention",
     "SeerAttention",
     "SetTransformer",
     "ShortConv",
@@ -140,9 +155,12 @@ __all__ = [
     "VQAttention",
     "ViG",
     "WindowAttention",
+    "asa_layers",
     "attention_mass",
     "based_mixers",
     "both_directions",
+    "build_sala",
+    "flux_model",
     "importance_factor",
     "lalte_layers",
     "laplacian_positions",

@@ -6,16 +6,16 @@ from .reader import Bytes, Tokens, model_and_reader
 from .report import table, write
 
 __all__ = [
+    "DEFAULT",
     "Bytes",
     "Config",
-    "DEFAULT",
     "Point",
     "Sweep",
     "Tokens",
     "method",
+    "model_and_reader",
     "oracle",
     "random_blocks",
-    "model_and_reader",
     "sweep",
     "table",
     "write",
