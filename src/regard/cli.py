@@ -113,11 +113,11 @@ def sweep(
     model: Annotated[str, typer.Option(help="tiny, or a folder in transformers' format")] = "tiny",
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
     seq_len: Annotated[int, typer.Option(help="tokens a prompt")] = 2048,
-    needles: Annotated[int, typer.Option(help="prompts with a hidden fact, at each of five depths")] = 12,
+    needles: Annotated[int, typer.Option(help="prompts with a hidden fact, at each of five depths")] = 4,
     directory: Annotated[Path, typer.Option("--out", help="where report.json, table.md and the plots go")] = Path("runs/sweep"),
 ) -> None:
     """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density."""
-    from .lab.sweep import DEFAULT, Config, model_and_reader, write
+    from .lab.sweep import DEFAULT, Config, model_and_reader, write, write_points
     from .lab.sweep import sweep as run
     from .tasks.text import python_text, read_text
 
@@ -130,6 +130,7 @@ def sweep(
     found, reader = model_and_reader(model)
     result = None
     for result in run(found, reader, corpus, chosen, config, model):
+        write_points(result, directory)
         p = result.points[-1]
         line = f"{p.name:16} density {p.density:.3f}  bits/byte {p.bits_per_byte:.3f}  needles {p.found:.2f}  prefill {p.prefill:.2f}x  "
         out.print(line + p.settings, markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...algebra import Clustered, Hybrid, LocalLinear, LogLinear, Mechanism, Nystrom, Recurrent, Relayed, Slots, Weighted
+from ...algebra import Clustered, Hybrid, LocalLinear, LogLinear, Mechanism, Nystrom, Program, Recurrent, Relayed, Slots, Weighted
 from ...algebra.mask import Full, Mask
 from ...catalog import get, names
 from ...catalog.registry import register
@@ -43,6 +43,27 @@ MODULES = {
     "kernelized-attention-rpe": "linear, kernel",
     "vig": "linear, decay",
     "mega": "hybrid, in a layer",
+    "dma": "sparse, learned",
+    "nats": "sparse, learned",
+    "mosa": "sparse, learned",
+    "sparsifiner": "sparse, learned",
+    "seerattention": "sparse, learned",
+    "sla": "hybrid, in a layer",
+    "biformer": "sparse, block routing",
+    "landmark-attention": "sparse, block routing",
+    "superlinear-attention": "sparse, block routing",
+    "flashmoba": "sparse, block routing",
+    "ssa": "sparse, block routing",
+    "hylra": "sparse, block routing",
+    "longheads": "sparse, block routing",
+    "ltri-llm": "sparse, block routing",
+    "dbsa": "sparse, block routing",
+    "halonet": "sparse, fixed",
+    "fused-neighborhood": "sparse, fixed",
+    "flash-window-attention": "sparse, fixed",
+    "alternating-sparse-attention": "hybrid, between layers",
+    "flux-attention": "hybrid, between layers",
+    "minicpm-sala": "hybrid, between layers",
 }
 
 
@@ -74,6 +95,8 @@ def leaf_of(mechanism: Mechanism) -> str:
         return "linear, in-context regression"
     if isinstance(mechanism, Clustered):
         return "sparse, clustering"
+    if isinstance(mechanism, Program):
+        return "sparse, clustering" if mechanism == get("hyperattention") else "sparse, block routing"
     if isinstance(mechanism, Hybrid):
         return "hybrid, in a layer"
     if isinstance(mechanism, (Relayed, Nystrom)):
@@ -91,6 +114,8 @@ def growth_of(mechanism: Mechanism) -> str:
         return next(kind for kind in ("-", "linear", "log", "none") if kind in found)
     if not (mechanism.can_be_causal or mechanism.causal_only) or isinstance(mechanism, (Clustered, Relayed, Nystrom)):
         return "-"
+    if isinstance(mechanism, Program):
+        return "linear"
     if isinstance(mechanism, Weighted):
         mask = mechanism.mask
         assert isinstance(mask, Mask)
@@ -107,7 +132,9 @@ def train_of(mechanism: Mechanism) -> str:
         return "L^2" if any(train_of(member) == "L^2" for member in mechanism.members) else "L"
     if isinstance(mechanism, Clustered):
         return "L^1.5"
-    if isinstance(mechanism, Weighted) and (mechanism.select is not None or not isinstance(mechanism.mask, Full)):
+    if isinstance(mechanism, Program) or (
+        isinstance(mechanism, Weighted) and (mechanism.select is not None or not isinstance(mechanism.mask, Full))
+    ):
         return "density x L^2"
     return "L^2"
 

@@ -3,7 +3,7 @@
 from .measure import Config, Point, Sweep, sweep
 from .methods import DEFAULT, method, oracle, random_blocks
 from .reader import Bytes, Tokens, model_and_reader
-from .report import table, write
+from .report import table, write, write_points
 
 __all__ = [
     "DEFAULT",
@@ -19,4 +19,5 @@ __all__ = [
     "sweep",
     "table",
     "write",
+    "write_points",
 ]

@@ -44,13 +44,18 @@ def plots(result: Sweep) -> dict[str, str]:
     return made
 
 
-def write(result: Sweep, out: Path) -> None:
-    """report.json, table.md and the plots, in `out`."""
+def write_points(result: Sweep, out: Path) -> None:
+    """report.json in `out`: what has been measured so far."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as why:
         raise RegardError(f"--out {out}: cannot write there ({why.strerror})") from None
     write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")
+
+
+def write(result: Sweep, out: Path) -> None:
+    """report.json, table.md and the plots, in `out`."""
+    write_points(result, out)
     write_text(out / "table.md", table(result) + "\n")
     for name, svg in plots(result).items():
         write_text(out / name, svg)

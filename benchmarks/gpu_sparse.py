@@ -1,0 +1,84 @@
+"""Selected attention on a GPU, bf16: against dense SDPA and against FlexAttention with the same block mask. Ratios, and the selection's share.
+
+python benchmarks/gpu_sparse.py --out benchmarks/results/gpu_sparse.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import regard
+from regard.algebra import Sizes
+from regard.algebra.select import Selection
+from regard.engine.problem import view_of
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
+    for _ in range(3):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for _ in range(repeats):
+        run()
+    marks[1].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1]) / repeats
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, chosen: Selection) -> Callable[[], Tensor]:
+    """FlexAttention under causality and the chosen blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    keep, block_q, block_k = chosen.keep, chosen.block_q, chosen.block_k
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & keep[b, h, i // block_q, j // block_k]
+
+    mask = create_block_mask(seen, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device="cuda", BLOCK_SIZE=128)
+    compiled = torch.compile(flex_attention)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu_sparse.py needs a CUDA device")
+    result: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name()}
+    for length in given.lengths:
+        q, k, v = (torch.randn(1, 32, length, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        dense = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        for name, options in {
+            "moba": {"block_size": 512, "top_k": 4},
+            "flexprefill": {"gamma": 0.6, "max_budget": length // 16},
+            "proxyattn": {"gamma": 0.2},
+        }.items():
+            mechanism = regard.get(name, **options)
+            sizes, scaled = Sizes(1, 32, 32, length, length, 128, 128), q * 128**-0.5
+
+            def choose() -> Selection | None:
+                return mechanism.select.select(scaled, k, view_of(regard.Causal(), sizes, {}, q.device))
+
+            chosen = choose()
+            own = milliseconds(lambda: regard.attend(q, k, v, mechanism, mask=regard.Causal()))
+            row = {"dense_ms": dense, "ratio": own / dense, "selection": milliseconds(choose) / own}
+            if chosen is not None and chosen.block_q >= 128:
+                row |= {"density": chosen.density, "against_flex": milliseconds(flex(q, k, v, chosen)) / own}
+            result.setdefault(str(length), {})[name] = {key: round(value, 4) for key, value in row.items()}
+            print(length, name, result[str(length)][name], flush=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
