@@ -38,7 +38,7 @@ def cases(length: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     seer = SeerAttention(HEADS, HEADS, DIM, ratio=0.08, block_size=128, rope=False)
     mechanisms = {
         "moba": regard.get("moba", block_size=length // 64, top_k=3),
-        "flexprefill": regard.get("flexprefill", block_size=128, min_budget=256, max_budget=length // 32, gamma=0.6),
+        "flexprefill": regard.get("flexprefill", block_size=128, min_budget=128, max_budget=length // 32, gamma=0.05),
         "sampleattention (window and columns)": regard.get("sampleattention", alpha=0.2, window_ratio=0.03, row_ratio=0.01),
         "hip": regard.get("hip", mask_k=length // 32, block_q=128, block_k=16, window=128),
         "proxyattn": regard.get("proxyattn", gamma=0.06, block_size=128, stride=16),

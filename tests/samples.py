@@ -28,6 +28,7 @@ SMALL = {
     "flexprefill": {"block_size": 8, "min_budget": 8},
     "spargeattn": {"block_q": 8, "block_k": 8},
     "proxyattn": {"block_size": 8, "stride": 4},
+    "dhsa": {"budget": 12, "block_size": 8, "local": 4, "chunk": 4},
     "hip": {"mask_k": 16, "block_q": 8, "window": 8},
     "delta-attention": {"stride": 8},
     "pbs-attn": {"block_size": 8, "segment": 16},

@@ -69,7 +69,7 @@ def token_plan(
     chunk: int, boundaries: str,
 ) -> Selection | None:  # fmt: skip
     """Which tokens each block of queries reads (q times scale; a positive factor changes no order)."""
-    keep = selected_tokens(q, k, view.first, starts, budget, block_size, local, first, chunk, boundaries)
+    keep = selected_tokens(q, k, view.first, starts, budget, block_size, local, first, chunk, boundaries, view)
     if keep is None:
         return None
     if dense_last:
@@ -78,8 +78,9 @@ def token_plan(
 
 
 def selected_tokens(
-    q: Tensor, k: Tensor, offset: int, starts: Tensor, budget: int, block_size: int, local: int, first: int, chunk: int, boundaries: str
-) -> Tensor | None:
+    q: Tensor, k: Tensor, offset: int, starts: Tensor, budget: int, block_size: int, local: int, first: int, chunk: int, boundaries: str,
+    view: View | None = None,
+) -> Tensor | None:  # fmt: skip
     """(B, query blocks, Lk) bool, the same for all heads; None: the budget holds everything."""
     length, queries = k.shape[-2], q.shape[-2]
     if budget >= length or queries == 0:
@@ -92,10 +93,14 @@ def selected_tokens(
     scores = (means @ chunk_keys(k, chunks).transpose(-1, -2)).gather(-1, chunks[:, None].expand(-1, means.shape[1], -1))
     end = (torch.arange(1, means.shape[1] + 1, device=q.device) * block_size).clamp(max=queries)[:, None] + offset
     at = torch.arange(length, device=q.device)
+    shown = at < end
+    if view is not None:  # what a mask hides takes nobody's place
+        some = view.blocks(block_size, 1)[0].any(1)
+        shown = shown & some
     forced = ((at >= end - min(local, budget)) & (at < end)) | (at < first)
-    ranked = scores.masked_fill(at >= end, float("-inf")).masked_fill(forced & (at < end), float("inf"))
+    ranked = scores.masked_fill(~shown, float("-inf")).masked_fill(forced & shown, float("inf"))
     order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, True) & (at < end)
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, True) & shown
 
 
 def indices(keep: Tensor, budget: int) -> Tensor:
