@@ -23,6 +23,7 @@ from .reference import Stats
 _plans: dict[Any, Plan] = {}
 _resolve: list[Callable[[str], Mechanism]] = []
 MAX_PLANS = 4096
+WITH_STATS = ("native", "tiled")  # executors whose rows come with the statistics that merge needs
 
 
 def names_resolver(resolve: Callable[[str], Mechanism]) -> None:
@@ -144,7 +145,9 @@ def attend_with_stats(
     """`attend` of a weighted mechanism, with each row's (shift, total, count), which `merge` joins over split keys."""
     if isinstance(mask, Tensor):
         mask, inputs = explicit(mask, inputs, q)
-    chosen = planned(q, k, v, mechanism, mask, inputs, "tiled" if executor is None else executor)
+    chosen = planned(q, k, v, mechanism, mask, inputs, executor)
+    if executor is None and chosen.executor not in WITH_STATS:
+        chosen = planned(q, k, v, mechanism, mask, inputs, "tiled")
     out, stats = execute(chosen, q, k, v, scale, inputs, True)
     if stats is None:
         raise RegardError(f"executor {chosen.executor!r} of {type(chosen.mechanism).__name__} has no row statistics; use executor='tiled'")

@@ -339,9 +339,9 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     q, k, _ = qkv(512, heads=8)
-    sampled = block_importance(q, k, 2, 1, 4)  # blocks of one token: the map's own size is what was scored
+    sampled = block_importance(q, k, 2, 4, 4)  # blocks of one sample: the map's own size is what was scored
     shares = head_shares(q, k, 0.9, 32)
-    counted = 2 * (sampled.shape[-1] // 4) ** 2 + shares.numel() * 32 * 512
+    counted = 2 * sampled.shape[-1] ** 2 + shares.numel() * 32 * 512
     return float(abs(evaluations(8, 512, 2, 32, 4) - counted)), float(abs(evaluations(8, 512, 8, 32, 4) - counted))
 
 

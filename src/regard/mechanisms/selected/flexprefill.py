@@ -35,9 +35,9 @@ def last_block(q: Tensor, k: Tensor, size: int) -> Tensor:
 def diagonals(p: Tensor) -> Tensor:
     """Mean over rows of the mass at each distance i - j: (..., n, L) of the last n rows -> (..., L)."""
     rows, length = p.shape[-2:]
-    back = torch.arange(length - rows, length, device=p.device)[:, None] - torch.arange(length, device=p.device)
-    place = back.clamp(min=0).flatten().expand(*p.shape[:-2], -1)
-    return torch.zeros(*p.shape[:-2], length, dtype=p.dtype, device=p.device).scatter_add_(-1, place, p.flatten(-2)) / rows
+    wide = torch.nn.functional.pad(p, (rows, 0, 0, 1)).flatten(-2)  # read one column wider, each row has moved one to the left
+    sums = wide[..., : rows * (length + rows + 1)].unflatten(-1, (rows, length + rows + 1)).sum(-2)
+    return sums[..., 1 : length + 1].flip(-1) / rows
 
 
 def distance(q: Tensor, k: Tensor, p: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
 from ...algebra.blocks import block_sums, heads_of, probabilities, top_k
 from ...catalog.registry import register
+from ...errors import RegardError
 from .flexprefill import last_block
 
 
@@ -19,6 +20,8 @@ from .flexprefill import last_block
 def proxyattn(groups: int | None = None, gamma: float = 0.95, block_size: int = 128, stride: int = 8, min_blocks: int = 1) -> Weighted:
     """groups: proxy heads (None: one a key head). stride: every so many queries and keys are scored. min_blocks: a row's least.
     Scores evaluated: groups (L / stride)^2 + heads block_size L. A prompt after others runs dense."""
+    if block_size % stride:
+        raise RegardError(f"block_size={block_size} is not a multiple of stride={stride}")
     constants = {"groups": groups, "gamma": gamma, "block_size": block_size, "stride": stride, "min_blocks": min_blocks}
     return Weighted(mask=Causal(), select=Chosen(bind(proxy_plan, **constants), ahead=True, decode=False))
 
@@ -34,12 +37,9 @@ def block_importance(q: Tensor, k: Tensor, groups: int, block_size: int, stride:
     proxy_q, proxy_k = (x.unflatten(1, (groups, -1)).mean(2)[..., ::stride, :] for x in (q, heads_of(k, q.shape[1])))
     at = torch.arange(0, k.shape[-2], stride, device=q.device)
     p = probabilities(proxy_q @ proxy_k.transpose(-1, -2), at <= at[:, None])
-    count = -(-k.shape[-2] // block_size)
-    block = at // block_size
-    rows = torch.zeros(*p.shape[:2], count, p.shape[-1], dtype=p.dtype, device=p.device)
-    rows.scatter_reduce_(2, block[:, None].expand(p.shape), p, "amax")
-    whole = torch.zeros(*p.shape[:2], count, count, dtype=p.dtype, device=p.device)
-    return whole.scatter_reduce_(3, block.expand(rows.shape), rows, "amax")
+    per = block_size // stride
+    short = -len(at) % per
+    return torch.nn.functional.pad(p, (0, short, 0, short)).unflatten(-1, (-1, per)).amax(-1).unflatten(-2, (-1, per)).amax(-2)
 
 
 def head_shares(q: Tensor, k: Tensor, gamma: float, block_size: int) -> Tensor:
