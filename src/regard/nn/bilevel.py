@@ -77,9 +77,9 @@ class BiLevelRoutingAttention(nn.Module):
             o = self.gathered(flat, best.indices, best.values.softmax(-1), order.apply(real[None, :, None])[..., 0])
         else:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, True)
-            q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat)
+            each_q, each_k, each_v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat)
             o = (
-                attend(q, k, v, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0])
+                attend(each_q, each_k, each_v, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0])
                 .transpose(1, 2)
                 .flatten(-2)
             )

@@ -84,7 +84,7 @@ def _() -> tuple[float, float]:
 @check("spargeattn", "the map equals a loop over pooled q and centred k, ragged length and causal", below=0.0, control="keys not centred")
 def _() -> tuple[float, float]:
     q, k, _ = qkv(83, 8, 1)
-    q, k = 2 * q, 2 * k + 1.5
+    q, k = 2 * q, 2 * k + 4
     q[:, :, 16:], k[:, :, 16:64] = q[:, :, 16:17] + 0.1 * q[:, :, 16:], k[:, :, 16:17]
 
     def loop(centred: bool) -> Tensor:
