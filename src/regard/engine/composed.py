@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +224,7 @@ class Call:
 def program(
     mechanism: Program, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
 ) -> Tensor:
-    from .door import attend_with_stats
+    from . import door
 
     mask = Causal() if mechanism.under == "causal" and isinstance(mask, Full) else mask
     known = {"none": (Full,), "causal": (Causal,), "any": (Full, Causal)}[mechanism.under]
@@ -234,7 +235,9 @@ def program(
     check_names(given, declared, mechanism)
     dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
-    made = Call(mask, scale, attend, attend_with_stats)
+    # The reference runs its parts in the reference too.
+    exact = None if attend is door.attend else "reference"
+    made = Call(mask, scale, attend, functools.partial(door.attend_with_stats, executor=exact))
     return call(mechanism.function, q, k, v, made, env={**dict.fromkeys(declared), **fill_inputs(declared, given, sizes, q)}).to(dtype)  # type: ignore[no-any-return]
 
 

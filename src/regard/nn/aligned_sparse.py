@@ -43,7 +43,7 @@ class SSAAttention(Attention):
         self, dim: int, heads: int, kv_heads: int | None = None, *, head_dim: int | None = None, block_size: int = 16, top_k: int = 16,
         select: Selector | None = None, rope: bool = True,
     ):  # fmt: skip
-        self.block_size = block_size
+        self.block_size, self.own_choice = block_size, select is None
         sparse = Weighted(mask=Causal(), select=select or block_top(block_size, top_k), recipe=Recipe(out_gate="heads"))
         super().__init__(dim, heads, sparse, kv_heads=kv_heads, head_dim=head_dim, rope=rope)
         self.sparse, self.mode = sparse, "sparse"
@@ -53,6 +53,8 @@ class SSAAttention(Attention):
         """mode: the stream. top_k: another number of blocks for this layer's own choice."""
         if mode not in MODES:
             raise RegardError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
+        if top_k is not None and not self.own_choice:
+            raise RegardError(f"top_k={top_k}: this layer was given a select; expected None")
         if top_k is not None:
             self.sparse = Weighted(mask=Causal(), select=block_top(self.block_size, top_k), recipe=self.recipe)
         self.mode, self.mechanism = mode, self.sparse if mode == "sparse" else Weighted(mask=Causal(), recipe=self.recipe)

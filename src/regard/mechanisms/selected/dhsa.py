@@ -73,7 +73,7 @@ def token_plan(
     if keep is None:
         return None
     if dense_last:
-        keep[..., -(-dense_last // block_size) * -1 :, :] = True
+        keep[..., max(0, q.shape[-2] - dense_last) // block_size :, :] = True
     return Selection(keep[:, None].expand(-1, q.shape[1], -1, -1), block_size, 1)
 
 

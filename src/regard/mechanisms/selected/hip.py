@@ -6,6 +6,8 @@ after log2(blocks / K) rounds groups are single blocks. Right where a group's fi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,21 +55,9 @@ def descend(q: Tensor, k: Tensor, last: int, blocks: int, block_k: int, represen
     return start, reads
 
 
-def hip_plan(
-    q: Tensor,
-    k: Tensor,
-    view: View,
-    *,
-    mask_k: int,
-    block_q: int,
-    block_k: int,
-    sinks: int,
-    window: int,
-    query_stride: int,
-    representative: str,
-) -> Selection:
-    """Which key blocks each block of queries reads; `hip_reads` tells what the choice cost."""
-    return tree(q, k, view.first, mask_k, block_q, block_k, sinks, window, query_stride, representative)[0]
+def hip_plan(q: Tensor, k: Tensor, view: View, **constants: Any) -> Selection:
+    """Which key blocks each block of queries reads; `tree` also tells what the choice cost."""
+    return tree(q, k, view.first, **constants)[0]
 
 
 def tree(
