@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import regard
 from regard import RegardError
 from regard.algebra import (
     Causal,
@@ -21,6 +22,7 @@ from regard.algebra import (
     Sinks,
     Sizes,
     Strided,
+    Weighted,
     Where,
     Window,
 )
@@ -117,3 +119,40 @@ def test_masks_compare_and_print():
     mask = Causal() & (Window(5) | Sinks(2)) & ~Strided(3)
     assert eval(repr(mask), {"regard": regard}) == mask and hash(mask) == hash(Causal() & (Window(5) | Sinks(2)) & ~Strided(3))
     assert (Full() & Causal()) == Causal() and mask.causal and not (Causal() | Sinks(2)).causal
+
+
+GRIDS = [
+    Neighborhood((12, 10), (5, 3)),
+    Neighborhood((12, 10), (5, 3), 1, (2, 3), (False, True), 3),
+    Neighborhood((6, 5, 7), 3, (2, 1, 3)),
+    Neighborhood((70,), 9, 2, 4, False, 2),
+]
+
+
+@pytest.mark.parametrize("mask", GRIDS)
+def test_a_grid_laid_out_tile_by_tile_gives_the_same_answer(mask):
+    k_len = mask.total + mask.extra
+    q, k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (mask.total, k_len, k_len))
+    sizes = Sizes(1, 2, 2, mask.total, k_len, 8, 8)
+    assert mask.arranged(sizes) is not None
+    outs = {}
+    for executor in ("reference", "tiled"):
+        out = regard.attend(q, k, v, Weighted(mask=mask), executor=executor)
+        outs[executor] = [out, *torch.autograd.grad(out.square().sum(), [q, k, v])]
+    for a, b in zip(outs["reference"], outs["tiled"], strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+    narrow = [x.float() for x in (q, k, v)]
+    assert torch.allclose(regard.attend(*narrow, Weighted(mask=mask), executor="native").double(), outs["reference"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", GRIDS)
+@pytest.mark.parametrize("blocks", [(16, 8), (8, 32)])
+def test_blocks_of_grids_never_lie(mask, blocks):
+    sizes = Sizes(1, 1, 1, mask.total, mask.total + mask.extra, 4, 4)
+    for one in (mask, mask.arranged(sizes)[0]):
+        truth, found = pairs(one, sizes)[0, 0], layout(one, sizes, *blocks, {}, torch.device("cpu")).kind[0, 0]
+        for a in range(found.shape[0]):
+            for b in range(found.shape[1]):
+                block = truth[a * blocks[0] : (a + 1) * blocks[0], b * blocks[1] : (b + 1) * blocks[1]]
+                assert found[a, b] or not block.any()
+                assert found[a, b] != FULL or block.all()

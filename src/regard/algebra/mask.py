@@ -5,6 +5,7 @@ i and j are absolute positions: j in [0, Lk), and i in [Lk - Lq, Lk), queries be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .part import Function, Input, Part, call, described
+from .part import Function, Input, Part, Sizes, call, described
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -34,7 +35,7 @@ class Mask(Part):
         """Names and letters of `sides`."""
         return ()
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         """The mask's tensors in elementwise form, (B|1, H|1, Lq|1, Lk|1): what generated kernels load."""
         return {}
 
@@ -45,6 +46,15 @@ class Mask(Part):
     def in_sight(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """(B or 1, Lk or 1) bool: keys that some query may see, where a tensor of the mask says so; None: look at the pairs."""
         return None
+
+    def arranged(self, sizes: Sizes) -> tuple[Mask, Tensor] | None:
+        """The same mask for tokens in an order (Lk,) under which visible pairs lie in fewer blocks; None: the order is good."""
+        return None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the mask reads tensors of the call."""
+        return any(getattr(part, "inputs", ()) for part in self.parts())
 
     @property
     def depends(self) -> str:
@@ -93,8 +103,8 @@ class Pair(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return tuple(dict.fromkeys((*self.left.side_shapes, *self.right.side_shapes)))
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
-        return {**self.left.sides(inputs, q_len), **self.right.sides(inputs, q_len)}
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
+        return {**self.left.sides(inputs, q_len, device), **self.right.sides(inputs, q_len, device)}
 
     @property
     def depends(self) -> str:
@@ -139,6 +149,16 @@ class Either(Pair):
 @described
 class Without(Mask):
     mask: Mask
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return self.mask.side_shapes
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
+        return self.mask.sides(inputs, q_len, device)
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        return ~self.mask.predicate(b, h, i, j, sides)
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         return ~self.mask.visible(b, h, i, j, env)
@@ -323,7 +343,7 @@ class Segments(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return (("mask_ids_q", "bq"), ("mask_ids_k", "bk"))
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         ids = torch.unique(inputs["segments"], return_inverse=True)[1]  # small numbers, which float32 tells apart
         ids = ids.flatten(0, -2) if ids.dim() > 2 else ids
         return {"mask_ids_q": ids[:, None, ids.shape[1] - q_len :, None], "mask_ids_k": ids[:, None, None]}
@@ -353,7 +373,7 @@ class Padding(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return (("mask_keep", "bk"),)
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         return {"mask_keep": self.in_sight(inputs)[:, None, None]}
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
@@ -382,7 +402,7 @@ class Kept(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return (("mask_kept", "bhk"),)
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         return {"mask_kept": inputs["kept"]}
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
@@ -406,7 +426,7 @@ class KeyTime(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return (("mask_" + self.inputs[0].name, "bhk"),)  # type: ignore[attr-defined]
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         name = self.inputs[0].name  # type: ignore[attr-defined]
         return {"mask_" + name: inputs[name]}
 
@@ -497,7 +517,7 @@ class Explicit(Mask):
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         return (("mask_visible", "bhqk"),)
 
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int) -> dict[str, Tensor]:
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         return {"mask_visible": inputs["visible"]}
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
@@ -513,6 +533,18 @@ class PerHead(Mask):
     """Head h sees masks[h mod len(masks)]."""
 
     masks: tuple[Mask, ...]
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return tuple(dict.fromkeys(shape for mask in self.masks for shape in mask.side_shapes))
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
+        return {name: x for mask in self.masks for name, x in mask.sides(inputs, q_len, device).items()}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        head = h % len(self.masks)
+        each = [(head == number) & mask.predicate(b, h, i, j, sides) for number, mask in enumerate(self.masks)]
+        return functools.reduce(lambda one, other: one | other, each)
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         seen = self.masks[0].visible(b, h, i, j, env) & (h == h)

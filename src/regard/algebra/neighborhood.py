@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +14,19 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .mask import Bounds, Mask
-from .part import described
+from .part import Sizes, described
+from .permute import grid_order
+
+TILE = 64  # tokens of a tile when a grid is laid out tile by tile
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """A query x sees a key y only if first[x] <= at[y] <= last[x]; each (tokens of the grid,), integers."""
+
+    first: Tensor
+    last: Tensor
+    at: Tensor
 
 
 @described
@@ -20,7 +35,8 @@ class Neighborhood(Mask):
 
     shape: the grid, row-major in the sequence; None is a line as long as the keys (and kernel is cut to it). kernel, stride, dilation, causal_axes: a value an axis (one value serves all).
     1 <= stride <= kernel: stride 1 is the plain neighbourhood, stride = kernel blocked attention. kernel * dilation must fit
-    the axis. extra: keys appended after the grid, visible to every query; queries are the grid's tokens.
+    the axis. extra: keys appended after the grid, visible to every query; queries are the grid's tokens. tile: the sequence holds
+    the grid tile by tile, as `permute.grid_order` lays it, and not row by row (None).
     """
 
     shape: tuple[int, ...] | None = None
@@ -29,6 +45,7 @@ class Neighborhood(Mask):
     dilation: int | tuple[int, ...] = 1
     causal_axes: bool | tuple[bool, ...] = False
     extra: int = 0
+    tile: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,31 +68,77 @@ class Neighborhood(Mask):
         """kernel, stride, dilation and causality, a value an axis."""
         return self.kernel, self.stride, self.dilation, self.causal_axes  # type: ignore[return-value]
 
+    @property
+    def total(self) -> int:
+        return math.prod(self.shape or (0,))
+
+    def intervals(self, total: int) -> tuple[Interval, ...]:
+        """What decides, axis by axis, on a grid of `total` tokens."""
+        return intervals(self.shape or (total,), *self.axes, self.tile)
+
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
-        shape = self.shape or (env["k_len"] - self.extra,)
-        total = math.prod(shape)
+        total = self.total or env["k_len"] - self.extra
+        if env.get("k_len", total + self.extra) != total + self.extra:
+            raise RegardError(
+                f"Neighborhood(shape={self.shape}, extra={self.extra}) got {env['k_len']} keys; expected {total + self.extra}"
+            )
         # With extra keys at the end, alignment to the end of the keys shifts the queries by `extra`.
-        i = i - self.extra
+        x, y = i - self.extra, j.clamp(max=total - 1)
         seen = (i == i) & (j < total)
-        inner = total
-        for length, kernel, stride, dilation, causal in zip(shape, *self.axes, strict=True):
-            kernel, stride = min(kernel, length // dilation), min(stride, length // dilation)
-            inner //= length
-            x, y = (i // inner) % length, (j // inner) % length
-            group = x % dilation
-            members = (length - group + dilation - 1) // dilation
-            first, last = window_of(x // dilation, members, kernel, stride, causal)
-            seen = seen & (y % dilation == group) & (y // dilation >= first) & (y // dilation <= last)
+        for part in self.intervals(total):
+            first, last, at = (table.to(i.device) for table in (part.first, part.last, part.at))
+            seen = seen & (at[y] >= first[x]) & (at[y] <= last[x])
         return seen | (j >= total)
 
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        """The side inputs' names of each interval, the mask's own."""
+        own = f"mask_near{zlib.crc32(repr(self).encode())}"
+        count = 0 if self.shape is None else len(self.intervals(self.total))
+        return [(f"{own}_first{n}", f"{own}_last{n}", f"{own}_at{n}") for n in range(count)]
+
+    @property
+    def side_shapes(self) -> tuple[tuple[str, str], ...]:
+        return tuple(pair for first, last, at in self.names for pair in ((first, "q"), (last, "q"), (at, "k")))
+
+    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
+        found = {}
+        for (first, last, at), part in zip(self.names, self.intervals(self.total), strict=True):
+            found[first], found[last] = (x[self.total - q_len :, None].to(device) for x in (part.first, part.last))
+            found[at] = torch.nn.functional.pad(part.at, (0, self.extra)).to(device)
+        return {name: x[(None,) * (4 - x.dim())] for name, x in found.items()}
+
+    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
+        if self.shape is None:
+            raise RegardError("Neighborhood(shape=None): its grid is as long as the keys; give its shape to print it into a kernel")
+        tests = [(sides[at] >= sides[first]) & (sides[at] <= sides[last]) for first, last, at in self.names]
+        seen = functools.reduce(lambda one, other: one & other, tests)
+        return seen | (j >= self.total) if self.extra else seen
+
     def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
-        if self.extra or self.shape is None or len(self.shape) == 1:
+        if self.shape is None:
             return None
-        # The first axis alone says which blocks can touch; inner axes then make every touched block partial.
-        inner = math.prod(self.shape) // self.shape[0]
-        reach = (self.axes[0][0] + self.axes[1][0]) * self.axes[2][0]
-        near = (j0 // inner - i1 // inner < reach) & (i0 // inner - j1 // inner < reach)
-        return near, torch.zeros_like(near)
+        last, beyond = self.total - 1, j1 > self.total - 1
+        queries, keys = spans(i0 - self.extra, i1 - self.extra, last), spans(j0, j1, last)
+        some = every = (i0 == i0) & (j0 == j0)
+        for part in self.intervals(self.total):
+            low, high = (part.at.to(j0.device)[keys].amin(-1), part.at.to(j0.device)[keys].amax(-1))
+            first, stop = (x.to(i0.device)[queries] for x in (part.first, part.last))
+            some = some & (first.amin(-1) <= high) & (stop.amax(-1) >= low)
+            every = every & (first.amax(-1) <= low) & (stop.amin(-1) >= high)
+        whole = j0 > last
+        return some | beyond, (every & ~beyond) | whole
+
+    def arranged(self, sizes: Sizes) -> tuple[Neighborhood, Tensor] | None:
+        axes = len(self.shape or ())
+        spread = axes > 1 or max(self.axes[2]) > 1
+        if self.tile is not None or self.shape is None or not spread or (sizes.q_len, sizes.k_len) != (self.total, self.total + self.extra):
+            return None
+        if 2 * math.prod(self.axes[0]) > self.total:
+            return None  # nearly everything is seen, whatever the order
+        aim = round(TILE ** (1 / axes))
+        tile = tuple(tile_side(-(-length // dilation), aim) for length, dilation in zip(self.shape, self.axes[2], strict=True))
+        return replace(self, tile=tile), grid_order(self.shape, tile, self.axes[2], self.extra)
 
     @property
     def causal(self) -> bool:
@@ -97,3 +160,40 @@ def window_of(x: Tensor, members: Tensor, kernel: int, stride: int, causal: bool
     start = (leader - kernel // 2).clamp(min=0)
     start = start + torch.where(leader + right >= members, members - right - leader - 1, 0)
     return start, start + kernel - 1
+
+
+@functools.lru_cache(maxsize=64)
+def intervals(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    tile: tuple[int, ...] | None,
+) -> tuple[Interval, ...]:
+    """The windows of a grid's tokens on each axis and, where it is dilated, their groups; in the order of the sequence."""
+    total, inner, found = math.prod(shape), math.prod(shape), []
+    place = torch.arange(total) if tile is None else grid_order(shape, tile, dilation)
+    for length, k, s, d, c in zip(shape, kernel, stride, dilation, causal, strict=True):
+        k, s = min(k, length // d), min(s, length // d)
+        inner //= length
+        x = (place // inner) % length
+        group, at = x % d, x // d
+        first, last = window_of(at, (length - group + d - 1) // d, k, s, c)
+        found.append(Interval(first, last, at))
+        if d > 1:
+            found.append(Interval(group, group, group))
+    return tuple(found)
+
+
+def spans(start: Tensor, stop: Tensor, last: int) -> Tensor:
+    """The positions of each span start..stop, cut to 0..last; shorter spans repeat their last one."""
+    width = int((stop - start).max()) + 1 if start.numel() else 1
+    inside = torch.arange(width, device=start.device)
+    return torch.minimum(start[..., None] + inside, stop[..., None]).clamp(0, last)
+
+
+def tile_side(length: int, aim: int) -> int:
+    """The divisor of an axis nearest to `aim`, or `aim` itself where none is near."""
+    near = [side for side in range(max(1, aim // 2), 2 * aim + 1) if length % side == 0]
+    return min(near, key=lambda side: abs(side - aim), default=min(aim, length))

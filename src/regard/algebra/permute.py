@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,21 +28,34 @@ class Permutation:
 
 
 def taken(x: Tensor, order: Tensor) -> Tensor:
-    if order.dim() == 1:
-        return x.index_select(-2, order)
-    place = order[..., None].expand(*x.shape[:-2], order.shape[-1], x.shape[-1])
-    return x.gather(-2, place)
+    """x (..., L, D) at places `order` (..., L'), whose leading dimensions broadcast to those of x; whole rows at a time."""
+    lead, (length, width) = x.shape[:-2], x.shape[-2:]
+    heads = torch.arange(math.prod(lead), device=x.device).view(*lead, 1) * length
+    return x.reshape(-1, width).index_select(0, (heads + order).flatten()).view(*lead, order.shape[-1], width)
 
 
 def tiles(shape: tuple[int, ...], tile: tuple[int, ...], extra: int = 0) -> Permutation:
     """Row-major tokens of a grid so that each tile's are consecutive; `extra` tokens after the grid stay where they are."""
     if len(shape) != len(tile) or any(t < 1 or length % t for length, t in zip(shape, tile, strict=False)):
         raise RegardError(f"tile={tile} on a grid of shape={shape}: expected one divisor an axis")
-    axes = len(shape)
-    split = [size for length, t in zip(shape, tile, strict=True) for size in (length // t, t)]
-    grid = torch.arange(math.prod(shape)).reshape(split)
-    order = grid.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).flatten()
-    return Permutation(torch.cat((order, torch.arange(len(order), len(order) + extra))))
+    return Permutation(grid_order(shape, tile, (1,) * len(shape), extra))
+
+
+@functools.lru_cache(maxsize=64)
+def grid_order(shape: tuple[int, ...], tile: tuple[int, ...], dilation: tuple[int, ...], extra: int = 0) -> Tensor:
+    """Row-major places of a grid's tokens, one dilation group after the other, tile by tile in it; border tiles may be smaller."""
+    place, inner = torch.arange(math.prod(shape)), math.prod(shape)
+    digits: list[list[tuple[Tensor, int]]] = [[], [], []]  # of a mixed-radix number: groups, tiles, places inside
+    for length, t, d in zip(shape, tile, dilation, strict=True):
+        inner //= length
+        x = (place // inner) % length
+        members = -(-length // d)
+        for digit, radix, into in zip((x % d, x // d // t, x // d % t), (d, -(-members // t), t), digits, strict=True):
+            into.append((digit, radix))
+    number = torch.zeros_like(place)
+    for digit, radix in (*digits[0], *digits[1], *digits[2]):
+        number = number * radix + digit
+    return torch.cat((number.argsort(), torch.arange(len(place), len(place) + extra)))
 
 
 def by_value(values: Tensor, segment: int) -> Permutation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,11 @@ from ..algebra.mask import Causal, Explicit, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.part import Function
 from ..errors import RegardError
-from . import composed, meter, native, reference, rows, sdpa, tiled
+from . import composed, meter, native, order, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
-from .problem import pose, sizes_of
+from .problem import Problem, pose, sizes_of
 from .reference import Stats
 
 _plans: dict[Any, Plan] = {}
@@ -228,23 +229,26 @@ def weighted(
     problem.want_count = stats
     if meter.counting():
         meter.add_problem(problem)
-    if chosen.executor == "native" and native.takes(problem):
-        return native.run(problem)
-    if chosen.executor in ("tiled", "native"):
-        return tiled.run(problem)
+    if chosen.executor in ("native", "tiled", "triton"):
+        return order.run(problem, functools.partial(in_blocks, chosen.executor))
     if chosen.executor == "sdpa":
         return sdpa.run(problem), None
     if chosen.executor == "rows":
         return rows.run(problem)
     if chosen.executor == "dense":
         return reference.run(problem, torch.promote_types(q.dtype, torch.float32))
-    if chosen.executor == "flex":
-        from . import flex
+    from . import flex
 
-        return flex.run(problem), None
-    from .triton import run
+    return flex.run(problem), None
 
-    return run(problem)
+
+def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
+    """A weighted problem by an executor that skips blocks without visible pairs."""
+    if executor == "triton":
+        from .triton import run
+
+        return run(problem)
+    return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
 
 
 def plan(

@@ -104,7 +104,7 @@ def varying(x: Tensor) -> str:
 def sides_of(problem: Problem) -> dict[str, Tensor]:
     """Everything elementwise besides scores: inputs, the mask's tensors, and visible counts as n."""
     sides = {name: x for name, x in problem.inputs.items() if x.dim() == 4}
-    sides.update(problem.mask.sides(problem.inputs, problem.sizes.q_len))
+    sides.update(problem.mask.sides(problem.inputs, problem.sizes.q_len, problem.q.device))
     if problem.counts is not None:
         sides["n"] = problem.counts
     return sides

@@ -14,7 +14,7 @@ from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import Sizes
 from ..algebra.rows import RowWise
 from ..errors import MissingDependency, RegardError
-from . import flex, native, sdpa
+from . import flex, native, order, sdpa
 from .layout import static_layout
 from .problem import check_functions, combine_masks
 
@@ -73,12 +73,16 @@ def dense_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
 
 
 def static_density(mechanism: Weighted, mask: Mask, sizes: Sizes) -> float | None:
-    if mechanism.select is not None or any(getattr(part, "inputs", ()) for part in mask.parts()):
+    if mechanism.select is not None or mask.reads:
         return None
     if isinstance(mask, Full):
         return 1.0
     block = 128 if sizes.k_len > 128 else max(16, sizes.k_len)
-    return static_layout(mask, sizes, min(block, max(1, sizes.q_len)), block, torch.device("cpu")).density
+    blocks = min(block, max(1, sizes.q_len)), block
+    found = order.arrangement(mechanism, mask, sizes)
+    if found is not None:
+        mask, blocks = found[0], order.BLOCKS
+    return static_layout(mask, sizes, *blocks, torch.device("cpu")).density
 
 
 def make(
@@ -191,7 +195,7 @@ def weighted(
         name, why = "sdpa", "plain softmax over dot products: PyTorch's fused kernel"
     elif device.type == "cuda" and "triton" not in refused:
         name, why = "triton", "the generated kernel: row-local weights on a GPU"
-    elif device.type == "cuda" and "flex" not in refused and not mask_reads(mask):
+    elif device.type == "cuda" and "flex" not in refused and not mask.reads:
         name, why = "flex", "FlexAttention can express it"
     elif "native" not in refused and worth_compiling(sizes):
         name, why = "native", "the generated kernel: row-local weights on a CPU"
@@ -259,7 +263,3 @@ def triton_refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, device: torch.
     except MissingDependency as why:
         return str(why)
     return refusal(mechanism, mask, sizes)
-
-
-def mask_reads(mask: Mask) -> bool:
-    return any(getattr(part, "inputs", ()) for part in mask.parts())

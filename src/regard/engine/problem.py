@@ -152,6 +152,7 @@ class Problem:
     counts: Tensor | None
     selection: Selection | None = None
     tiling: Any = None  # sizes of tiles, where the caller has a say
+    blocks: tuple[int, int] | None = None  # the block sizes (queries, keys) that suit the mask
     want_count: bool = False  # whether the visible count of each row must be returned
 
     @property

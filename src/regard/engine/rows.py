@@ -36,7 +36,7 @@ def blocks(problem: Problem) -> Iterator[Block]:
     group = sizes.heads // sizes.kv_heads
     rows = max(16, min(ROWS, sizes.q_len, 4 * ELEMENTS // max(1, sizes.batch * group * sizes.k_len)))
     heads = max(1, min(sizes.kv_heads, ELEMENTS // (sizes.batch * group * rows * sizes.k_len)))
-    reads = any(getattr(part, "inputs", ()) for part in problem.mask.parts())
+    reads = problem.mask.reads
     found = (
         layout(problem.mask, sizes, rows, 16, problem.inputs, problem.q.device)
         if reads

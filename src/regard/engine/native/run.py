@@ -143,13 +143,13 @@ def blocks_of(problem: Problem) -> tuple[list[Tensor], int, int]:
     """(lists, block_q, block_k) of a call."""
     sizes, selection, device = problem.sizes, problem.selection, problem.q.device
     if selection is None:
-        block_q, block_k = min(BLOCK_Q, up(sizes.q_len, 8)), min(BLOCK_K, up(sizes.k_len, CHANNELS))
+        block_q, block_k = problem.blocks or (BLOCK_Q, BLOCK_K)
+        block_q, block_k = min(block_q, up(sizes.q_len, 8)), min(block_k, up(sizes.k_len, CHANNELS))
         if problem.mechanism.normalizer.shift == "root":  # type: ignore[attr-defined]
             block_q = min(block_q, max(8, ROWS // sizes.k_len // 8 * 8))
-        reads = bool(problem.mask.side_shapes)
         found = (
             layout(problem.mask, sizes, block_q, block_k, problem.inputs, device)
-            if reads
+            if problem.mask.reads
             else static_layout(problem.mask, sizes, block_q, block_k, device)
         )
         return list(found.lists()), block_q, block_k

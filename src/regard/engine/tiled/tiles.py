@@ -208,7 +208,7 @@ def compact(rows: Tensor) -> Index:
 
 
 def mask_inputs(problem: Problem) -> bool:
-    return any(getattr(part, "inputs", ()) for part in problem.mask.parts())
+    return problem.mask.reads
 
 
 class Names:

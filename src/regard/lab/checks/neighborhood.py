@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...algebra import Neighborhood, Weighted
+from ...algebra.permute import tiles
 from ...catalog import get
 from ...engine import attend, attend_with_stats, merge
-from ...mechanisms.selected.neighborhood import permute_tiles, simulate, tile_order, unpermute_tiles
+from ...mechanisms.selected.neighborhood import simulate
 from .. import naive
 from ..verification import check
 from .selected import qkv, s_attend, spelled
@@ -120,12 +121,12 @@ def _() -> tuple[float, float]:
     shape, tile = (8, 12), (4, 4)
     q, k, v = qkv(96)
     mechanism = get("neighborhood", shape=shape, kernel=(5, 5))
-    order = tile_order(shape, tile)
-    mask = spelled(mechanism.mask, 96)[order][:, order]  # type: ignore[attr-defined]
-    permuted = attend(*[permute_tiles(x, shape, tile) for x in (q, k, v)], "softmax", mask=mask)
+    order = tiles(shape, tile)
+    mask = spelled(mechanism.mask, 96)[order.order][:, order.order]  # type: ignore[attr-defined]
+    permuted = attend(*[order.apply(x) for x in (q, k, v)], "softmax", mask=mask)
     truth = attend(q, k, v, mechanism)
-    identity = naive.gap(unpermute_tiles(permute_tiles(q, shape, tile), shape, tile), q)
-    return max(identity, naive.gap(unpermute_tiles(permuted, shape, tile), truth)), naive.gap(permuted, truth)
+    identity = naive.gap(order.invert(order.apply(q)), q)
+    return max(identity, naive.gap(order.invert(permuted), truth)), naive.gap(permuted, truth)
 
 
 @check(

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ...algebra import Neighborhood, Weighted
 from ...algebra.neighborhood import window_of
@@ -83,21 +82,3 @@ def perfect_settings(
     """Every stride for which the kernel visits no masked tile on this grid with these tiles."""
     strides = itertools.product(*[range(1, k + 1) for k in kernel])
     return [stride for stride in strides if simulate(shape, kernel, stride, q_tile, kv_tile).perfect]
-
-
-def permute_tiles(x: Tensor, shape: tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
-    """(..., L, D) in row-major order -> tiles contiguous in the sequence; tile sizes must divide the grid."""
-    return x[..., tile_order(shape, tile).to(x.device), :]
-
-
-def unpermute_tiles(x: Tensor, shape: tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
-    """The inverse of `permute_tiles`."""
-    return x[..., tile_order(shape, tile).argsort().to(x.device), :]
-
-
-def tile_order(shape: tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
-    """Row-major positions in tile order: also what to index a dense mask with after permuting."""
-    axes = len(shape)
-    split = [size for length, t in zip(shape, tile, strict=True) for size in (length // t, t)]
-    grid = torch.arange(math.prod(shape)).reshape(split)
-    return grid.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).flatten()
