@@ -1,6 +1,7 @@
 """What an attention is: immutable descriptions that own no tensors and know no device."""
 
 from .feature_map import FeatureMap, JointMap, elu_plus_one, favor, hedgehog, identity, taylor
+from .key_time import Lifetime, Since
 from .local import LocalLinear
 from .mask import (
     BlockPowers,
@@ -13,13 +14,11 @@ from .mask import (
     FixedBlock,
     Full,
     Kept,
-    Lifetime,
     Mask,
     Padding,
     PerHead,
     Prefix,
     Segments,
-    Since,
     Sinks,
     Strided,
     Where,

@@ -10,7 +10,8 @@ HIDDEN = float("-inf")
 
 def cut(x: Tensor, size: int) -> Tensor:
     """x (..., L, D) -> blocks (..., n, size, D), the last one filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
+    short = -x.shape[-2] % size
+    return (torch.nn.functional.pad(x, (0, 0, 0, short)) if short else x).unflatten(-2, (-1, size))
 
 
 def lengths(length: int, size: int, device: torch.device | None = None) -> Tensor:
@@ -52,4 +53,5 @@ def top_p(p: Tensor, mass: float, reach: bool = True) -> Tensor:
 
 def block_sums(p: Tensor, size: int) -> Tensor:
     """(..., L) -> (..., n): what each block of the last dimension sums to."""
-    return torch.nn.functional.pad(p, (0, -p.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+    short = -p.shape[-1] % size
+    return (torch.nn.functional.pad(p, (0, short)) if short else p).unflatten(-1, (-1, size)).sum(-1)

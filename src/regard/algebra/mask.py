@@ -30,6 +30,14 @@ class Mask(Part):
         """(some pair visible, every pair visible) for blocks i0..i1, j0..j1, both ends included; None: look at the pairs."""
         return None
 
+    def bounds_of(self, inputs: Mapping[str, Tensor], i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
+        """`bounds`, by a mask that finds them in its tensors: then of each batch and head too."""
+        return self.bounds(i0, i1, j0, j1)
+
+    def counts(self, inputs: Mapping[str, Tensor], i: Tensor, k_len: int) -> Tensor | None:
+        """How many keys the queries at i (Lq,) see, (B or 1, H or 1, Lq), where that is known at once; None: count them."""
+        return None
+
     @property
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
         """Names and letters of `sides`."""
@@ -179,6 +187,9 @@ class Full(Mask):
         every = (i0 == i0) & (j0 == j0)
         return every, every
 
+    def counts(self, inputs: Mapping[str, Tensor], i: Tensor, k_len: int) -> Tensor:
+        return torch.full_like(i, k_len)[None, None]
+
     def __and__(self, other: Mask) -> Mask:
         return as_mask(other)
 
@@ -192,6 +203,9 @@ class Causal(Mask):
 
     def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
         return j0 <= i1, j1 <= i0
+
+    def counts(self, inputs: Mapping[str, Tensor], i: Tensor, k_len: int) -> Tensor:
+        return (i + 1).clamp(min=0)[None, None]
 
     @property
     def causal(self) -> bool:
@@ -414,63 +428,6 @@ class Kept(Mask):
 
 
 @described
-class KeyTime(Mask):
-    """Base of masks that compare a query's position with a number of each key."""
-
-    def time_of(self, b: Tensor, h: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
-        times = env[self.inputs[0].name]  # type: ignore[attr-defined]
-        at = [index if size > 1 else torch.zeros_like(index) for index, size in zip((b, h), times.shape, strict=False)]
-        return times[at[0], at[1], 0, j]  # type: ignore[no-any-return]
-
-    @property
-    def side_shapes(self) -> tuple[tuple[str, str], ...]:
-        return (("mask_" + self.inputs[0].name, "bhk"),)  # type: ignore[attr-defined]
-
-    def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
-        name = self.inputs[0].name  # type: ignore[attr-defined]
-        return {"mask_" + name: inputs[name]}
-
-    @property
-    def depends(self) -> str:
-        return "bh"
-
-
-@described
-class Lifetime(KeyTime):
-    """Key j is read up to query until[b, h, j] (absolute positions): tokens that die. Input `until` (B, H, Lk), integers."""
-
-    inputs: tuple[Input, ...] = (Input("until", "bhk", dtype="int"),)
-
-    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
-        return i <= self.time_of(b, h, j, env)
-
-    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
-        return i <= sides["mask_until"]
-
-
-@described
-class Since(KeyTime):
-    """Key j is read from query since[b, h, j] on (absolute positions): keys out of order. Input `since` (B, H, Lk), integers.
-
-    segment: since lies in the segment of so many tokens that j lies in, so whole segments are past or future (None: it may be anything).
-    """
-
-    segment: int | None = None
-    inputs: tuple[Input, ...] = (Input("since", "bhk", dtype="int"),)
-
-    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
-        return i >= self.time_of(b, h, j, env)
-
-    def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
-        return i >= sides["mask_since"]
-
-    def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds | None:
-        if self.segment is None:
-            return None
-        return j0 // self.segment <= i1 // self.segment, j1 // self.segment < i0 // self.segment
-
-
-@described
 class BlockPowers(Mask):
     """Blocks of `size`: a query block reads the key blocks 0, 1, 2, 4, 8, ... blocks back, the last `window` and the first `sinks`."""
 
@@ -580,6 +537,13 @@ class Where(Mask):
 def multiple_between(low: Tensor, high: Tensor, step: int) -> Tensor:
     """Whether [low, high] holds a multiple of `step`."""
     return torch.div(high, step, rounding_mode="floor") * step >= low
+
+
+def spans(start: Tensor, stop: Tensor, last: int) -> Tensor:
+    """The positions of each span start..stop, cut to 0..last; shorter spans repeat their last one."""
+    width = int((stop - start).max()) + 1 if start.numel() else 1
+    inside = torch.arange(width, device=start.device)
+    return torch.minimum(start[..., None] + inside, stop[..., None]).clamp(0, last)
 
 
 def positive(part: Part, *names: str) -> None:

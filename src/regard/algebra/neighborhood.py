@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .mask import Bounds, Mask
+from .mask import Bounds, Mask, spans
 from .part import Sizes, described
 from .permute import grid_order
 
@@ -184,13 +184,6 @@ def intervals(
         if d > 1:
             found.append(Interval(group, group, group))
     return tuple(found)
-
-
-def spans(start: Tensor, stop: Tensor, last: int) -> Tensor:
-    """The positions of each span start..stop, cut to 0..last; shorter spans repeat their last one."""
-    width = int((stop - start).max()) + 1 if start.numel() else 1
-    inside = torch.arange(width, device=start.device)
-    return torch.minimum(start[..., None] + inside, stop[..., None]).clamp(0, last)
 
 
 def tile_side(length: int, aim: int) -> int:

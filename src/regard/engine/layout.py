@@ -83,10 +83,11 @@ def some_and_every(
         return torch.cat([some for some, _ in turns], 1), torch.cat([every for _, every in turns], 1)
     i0, i1 = block_bounds(sizes.q_len, block_q, sizes.k_len - sizes.q_len, device)
     j0, j1 = block_bounds(sizes.k_len, block_k, 0, device)
-    bounds = mask.bounds(i0[:, None], i1[:, None], j0, j1)
+    bounds = mask.bounds_of(inputs, i0[:, None], i1[:, None], j0, j1)
     if bounds is not None:
-        shape = (1, 1, i0.numel(), j0.numel())
-        return bounds[0].expand(shape[2:]).reshape(shape), bounds[1].expand(shape[2:]).reshape(shape)
+        some, every = (x[(None,) * (4 - x.dim())] for x in bounds)
+        shape = (i0.numel(), j0.numel())
+        return some.expand(*some.shape[:2], *shape), every.expand(*every.shape[:2], *shape)
     at = indices(sizes, device)
     b = at["b"] if "b" in mask.depends else at["b"][:1]
     h = at["h"] if "h" in mask.depends else at["h"][:1]

@@ -42,15 +42,16 @@ def merge(mechanism: Weighted, parts: Sequence[tuple[Tensor, Stats]], **inputs: 
     shift = torch.where(shift.isfinite(), shift, 0.0)
     total: Tensor = torch.zeros_like(shift)
     count: Tensor = torch.zeros_like(shift)
-    numerator: Tensor | None = None
-    for out, stats in parts:
+    weights = []
+    for _, stats in parts:
         fade = torch.where(stats.visible == 0, 0.0, torch.exp(torch.where(stats.visible == 0, 0.0, stats.shift - shift)))
         z = divide(stats.total, stats.shift, stats.visible)
-        piece = out.to(fade.dtype) * (fade if z is None else fade * z)
-        numerator = piece if numerator is None else numerator + piece
+        weights.append(fade if z is None else fade * z)
         total = total + stats.total * fade
         count = count + stats.visible
-    assert numerator is not None
     z = divide(total, shift, count)
-    out = numerator if z is None else numerator * reciprocal(z)
+    share = 1.0 if z is None else reciprocal(z)
+    out = torch.zeros((), device=shift.device, dtype=shift.dtype)
+    for weight, (piece, _) in zip(weights, parts, strict=True):  # one pass over each part: rows are weighed, not rescaled twice
+        out = torch.addcmul(out, piece.to(shift.dtype), weight * share)
     return out.to(parts[0][0].dtype), Stats(shift, total, count)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Full, Mask, Window, conjuncts
+from ..algebra.mask import Causal, Mask, Window, conjuncts
 from ..algebra.mechanism import Mechanism, Weighted
 from ..algebra.part import Input, Sizes, asks, call, show
 from ..algebra.rows import RowWise
@@ -100,10 +100,9 @@ def visible_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], devic
     """How many keys each query sees: (B or 1, H or 1, Lq, 1), float32; closed form where there is one, else a row block at a time."""
     i = torch.arange(sizes.k_len - sizes.q_len, sizes.k_len, device=device, dtype=torch.float32)
     parts = {type(part) for part in mask.parts()}
-    if isinstance(mask, Full):
-        return torch.full((1, 1, sizes.q_len, 1), float(sizes.k_len), device=device)
-    if isinstance(mask, Causal):
-        return (i + 1).clamp(min=0)[:, None][None, None]
+    known = mask.counts(inputs, i, sizes.k_len)
+    if known is not None:
+        return known[..., None].float()
     if parts == {Causal, Window, type(mask)} and type(mask).__name__ == "Both":
         size = min(part.size for part in mask.parts() if isinstance(part, Window))
         return (i + 1).clamp(min=0, max=size)[:, None][None, None]

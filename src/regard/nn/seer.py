@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra import Causal, Chosen, Input, Rope, Selection, View, Weighted
-from ..algebra.blocks import HIDDEN, cut, heads_of, lengths, pooled, top_k
+from ..algebra.blocks import HIDDEN, cut, heads_of, pooled, top_k
 from ..catalog.registry import register
 from ..engine import attend
 from ..errors import RegardError
@@ -17,10 +17,9 @@ from ..errors import RegardError
 
 def pooled_three(k: Tensor, size: int) -> Tensor:
     """Max, min and mean of each block's keys side by side: (..., n, 3 D)."""
-    blocks = cut(k, size)
-    real = (torch.arange(size, device=k.device) < lengths(k.shape[-2], size, k.device)[:, None])[..., None]
-    high, low = blocks.masked_fill(~real, float("-inf")).amax(-2), blocks.masked_fill(~real, float("inf")).amin(-2)
-    return torch.cat((high, low, pooled(k, size)), -1)
+    short = -k.shape[-2] % size
+    blocks = cut(torch.cat((k, k[..., -1:, :].expand(*k.shape[:-2], short, -1)), -2) if short else k, size)
+    return torch.cat((blocks.amax(-2), blocks.amin(-2), pooled(k, size)), -1)
 
 
 class AttnGate(nn.Module):

@@ -20,6 +20,7 @@ from .generate import Source, generate
 
 CHANNELS = 32  # channels come in multiples of the widest pair of vectors
 BLOCK_Q, BLOCK_K = 128, 128
+NARROW, WORTH = 0.25, 0.9  # masks that may run in smaller blocks, and how much fewer pairs those must hold
 ROWS = 1 << 20  # scores of complete rows that a thread may hold, where roots are looked for
 SAFE_EXPONENT = 40.0
 SLOTS_BYTES = 1 << 28  # how much memory shares of dk and dv may take
@@ -147,11 +148,13 @@ def blocks_of(problem: Problem) -> tuple[list[Tensor], int, int]:
         block_q, block_k = min(block_q, up(sizes.q_len, 8)), min(block_k, up(sizes.k_len, CHANNELS))
         if problem.mechanism.normalizer.shift == "root":  # type: ignore[attr-defined]
             block_q = min(block_q, max(8, ROWS // sizes.k_len // 8 * 8))
-        found = (
-            layout(problem.mask, sizes, block_q, block_k, problem.inputs, device)
-            if problem.mask.reads
-            else static_layout(problem.mask, sizes, block_q, block_k, device)
-        )
+        if problem.mask.reads:
+            return list(layout(problem.mask, sizes, block_q, block_k, problem.inputs, device).lists()), block_q, block_k
+        found = static_layout(problem.mask, sizes, block_q, block_k, device)
+        if (block_q, block_k) == (BLOCK_Q, BLOCK_K) and found.density < NARROW:  # smaller blocks fit a narrow band closer
+            closer = static_layout(problem.mask, sizes, block_q // 2, block_k // 2, device)
+            if closer.density < WORTH * found.density:
+                return list(closer.lists()), block_q // 2, block_k // 2
         return list(found.lists()), block_q, block_k
     if selection.block_q == 1:
         found = layout(problem.mask, sizes, selection.block_k, selection.block_k, problem.inputs, device)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ...algebra import BlockPowers, Causal, Dilated, Selection, Window
+from ...algebra.blocks import pooled
+from ...algebra.probes import probed
 from ...catalog import get
 from ...engine import attend
-from ...mechanisms.selected.flexprefill import diagonals, distance, last_block
+from ...mechanisms.selected.flexprefill import distance, last_mass
 from ...mechanisms.selected.hip import tree
 from ...mechanisms.selected.power import blocks_read, receptive_field
 from ...mechanisms.selected.proxy import block_importance, evaluations, head_shares
@@ -233,8 +235,9 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     q, k = flex_heads()
-    d = distance(q / 4, k, last_block(q / 4, k, 16), 16)[0]
-    strong = last_block(q / 4, k, 16)[0].mean(-2)[10:].topk(5, -1).indices // 16
+    mass, _ = last_mass(q / 4, k, 16)
+    d = distance(q / 4, pooled(k, 16), mass, 16)[0]
+    strong = mass[0, 10:].topk(5, -1).indices // 16
     keep = plan_of("flexprefill", q, k, min_budget=16, block_size=16).keep[0, 10:, -1]
     read = keep.gather(-1, strong).all()
 
@@ -258,15 +261,17 @@ def _() -> tuple[float, float]:
     return float(falls[0] + future), float(falls[1])
 
 
-@check("flexprefill", "diagonal sums equal a loop", below=1e-14, control="columns instead")
+@check("flexprefill", "sums over columns and diagonals equal a loop", below=1e-12, control="one in place of the other")
 def _() -> tuple[float, float]:
-    q, k, _ = qkv(40)
-    p = last_block(q, k, 8)
-    truth = torch.zeros(1, 2, 40, dtype=F64)
-    for r in range(8):
-        for j in range(33 + r):
-            truth[..., 32 + r - j] += p[..., r, j] / 8
-    return naive.gap(diagonals(p), truth), naive.gap(p.mean(-2), truth)
+    q, k, _ = qkv(60)
+    columns, slashes = probed(q[:, :, 20:], k, torch.arange(20, 60), diagonals=True)
+    truth = torch.zeros(2, 1, 2, 60, dtype=F64)
+    for i in range(20, 60):
+        p = (q[:, :, i : i + 1] @ k[:, :, : i + 1].transpose(-1, -2)).softmax(-1)[..., 0, :]
+        for j in range(i + 1):
+            truth[0, ..., j] += p[..., j]
+            truth[1, ..., i - j] += p[..., j]
+    return naive.gap(torch.stack([columns, slashes]), truth), naive.gap(torch.stack([slashes, columns]), truth)
 
 
 @check("proxyattn", "identical heads: every grouping gives the same map; gamma = 1 is dense", below=1e-10, control="heads that differ")
@@ -293,7 +298,7 @@ def _() -> tuple[float, float]:
     keys = 0.5 * torch.randn(1, 1, 16, 1, 16, dtype=F64).expand(-1, -1, -1, 16, -1).flatten(2, 3)
     factor = torch.tensor([0.5, 1, 2, 4, 6, 8], dtype=F64)[:, None, None]
     q, k = factor * base.expand(1, 6, 256, 16), keys.expand(1, 6, 256, 16)
-    mass = last_block(q / 4, k, 16).mean(-2).unflatten(-1, (16, 16)).sum(-1)[0]
+    mass = last_mass(q / 4, k, 16)[0].unflatten(-1, (16, 16)).sum(-1)[0]
     keep = plan_of("proxyattn", q, k, groups=1, gamma=0.9, block_size=16, stride=4).keep[0, :, -1]
     uniform = round(float(keep.sum(-1).double().mean()))
     order = block_importance(q / 4, k, 1, 16, 4)[0, 0, -1].argsort(descending=True)[:uniform]

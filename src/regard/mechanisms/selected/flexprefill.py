@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
 from ...algebra.blocks import block_sums, heads_of, pooled, probabilities, top_k, top_p
+from ...algebra.probes import probed
 from ...catalog.registry import register
 
 
@@ -24,26 +25,17 @@ def flexprefill(
     return Weighted(mask=Causal(), select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False))
 
 
-def last_block(q: Tensor, k: Tensor, size: int) -> Tensor:
-    """Causal probabilities of the last `size` queries, (B, H, size, L)."""
+def last_mass(q: Tensor, k: Tensor, size: int, diagonals: bool = False) -> tuple[Tensor, Tensor]:
+    """The mean causal mass the last `size` queries give to each key and, if asked, to each distance, (B, H, L) both."""
     length = k.shape[-2]
-    rows = torch.arange(length - size, length, device=q.device)
-    seen = torch.arange(length, device=q.device) <= rows[:, None]
-    return probabilities(q[..., -size:, :] @ k.transpose(-1, -2), seen)
+    columns, slashes = probed(q[..., -size:, :], k, torch.arange(length - size, length, device=q.device), diagonals=diagonals)
+    return columns / size, slashes / size
 
 
-def diagonals(p: Tensor) -> Tensor:
-    """Mean over rows of the mass at each distance i - j: (..., n, L) of the last n rows -> (..., L)."""
-    rows, length = p.shape[-2:]
-    wide = torch.nn.functional.pad(p, (rows, 0, 0, 1)).flatten(-2)  # read one column wider, each row has moved one to the left
-    sums = wide[..., : rows * (length + rows + 1)].unflatten(-1, (rows, length + rows + 1)).sum(-2)
-    return sums[..., 1 : length + 1].flip(-1) / rows
-
-
-def distance(q: Tensor, k: Tensor, p: Tensor, size: int) -> Tensor:
+def distance(q: Tensor, pooled_k: Tensor, mass: Tensor, size: int) -> Tensor:
     """sqrt of the Jensen-Shannon divergence (natural log) between the pooled estimate and the true block mass of the last queries."""
-    estimate = (q[..., -size:, :].mean(-2, keepdim=True) @ pooled(k, size).transpose(-1, -2)).softmax(-1).squeeze(-2)
-    truth = block_sums(p.mean(-2), size)
+    estimate = (q[..., -size:, :].mean(-2, keepdim=True) @ pooled_k.transpose(-1, -2)).softmax(-1).squeeze(-2)
+    truth = block_sums(mass, size)
     middle = (estimate + truth) / 2
     parts = [torch.where(x > 0, x * (x / middle.clamp_min(1e-30)).log(), 0.0).sum(-1) for x in (estimate, truth)]
     return (sum(parts, torch.zeros_like(parts[0])) / 2).clamp_min(0).sqrt()
@@ -56,13 +48,13 @@ def flex_plan(
     size, length = block_size, k.shape[-2]
     if gamma >= 1 or q.shape[-2] != length or length <= max(2 * size, min_budget):
         return None
-    k = heads_of(k, q.shape[1])
-    p = last_block(q, k, size)
-    aware = distance(q, k, p, size) < tau
+    means = heads_of(pooled(k, size), q.shape[1])
+    masses = last_mass(q, k, size, diagonals=True)
+    aware = distance(q, means, masses[0], size) < tau
     count = -(-length // size)
     floor, ceiling = max(1, min_budget // size), count if max_budget is None else max(1, max_budget // size)
     chosen = []
-    for mass in (p.mean(-2), diagonals(p)):
+    for mass in masses:
         needed = (mass.sort(-1, descending=True).values.cumsum(-1) <= gamma).sum(-1, keepdim=True) + 1
         budget = torch.where(aware[..., None], floor, (needed // size + 1).clamp(floor, max(floor, ceiling)))
         blocks = block_sums(mass, size)
@@ -72,6 +64,6 @@ def flex_plan(
     u, w = torch.arange(count, device=q.device)[:, None], torch.arange(count, device=q.device)
     causal = w <= u
     keep = causal & (columns[..., None, :] | slashes[..., (u - w).clamp(min=0)])
-    pool = probabilities(pooled(q, size) @ pooled(k, size).transpose(-1, -2), causal)
+    pool = probabilities(pooled(q, size) @ means.transpose(-1, -2), causal)
     flat = top_p(pool.flatten(-2), gamma * count, reach=False).unflatten(-1, (count, count))
     return Selection(keep | (flat & aware[..., None, None] & causal), size, size)

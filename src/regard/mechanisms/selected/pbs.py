@@ -54,5 +54,5 @@ def permuted_sparse(q: Tensor, k: Tensor, v: Tensor, call: Call, *, threshold: f
     k, v = heads_of(k, q.shape[1]), heads_of(v, q.shape[1])
     order = order_of((q * call.logit_scale(q)).detach(), k.detach(), block_size, segment)
     plan = Chosen(bind(pbs_plan, threshold=threshold, block_size=block_size, segment=segment), ahead=True)
-    inner = Weighted(mask=Since(segment), select=plan)
+    inner = Weighted(mask=Since(), select=plan)
     return call.attend(q, order.apply(k), order.apply(v), inner, scale=call.scale, since=order.order)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
-from ...algebra.blocks import block_sums, heads_of, probabilities, top_k
+from ...algebra.blocks import block_sums, heads_of, top_k
 from ...catalog.registry import register
 from ...errors import RegardError
-from .flexprefill import last_block
+from .flexprefill import last_mass
 
 
 @register("proxyattn")
@@ -36,15 +36,20 @@ def block_importance(q: Tensor, k: Tensor, groups: int, block_size: int, stride:
     """(B, groups, n, n): the largest sampled probability of each block pair, by proxy heads."""
     proxy_q, proxy_k = (x.unflatten(1, (groups, -1)).mean(2)[..., ::stride, :] for x in (q, heads_of(k, q.shape[1])))
     at = torch.arange(0, k.shape[-2], stride, device=q.device)
-    p = probabilities(proxy_q @ proxy_k.transpose(-1, -2), at <= at[:, None])
-    per = block_size // stride
-    short = -len(at) % per
-    return torch.nn.functional.pad(p, (0, short, 0, short)).unflatten(-1, (-1, per)).amax(-1).unflatten(-2, (-1, per)).amax(-2)
+    per, later = block_size // stride, at > at[:, None]
+    count, rows = -(-len(at) // per), []
+    for start in range(0, len(at), per):  # a row of blocks at a time, as far as it sees
+        stop = min(start + per, len(at))
+        s = proxy_q[..., start:stop, :] @ proxy_k[..., :stop, :].transpose(-1, -2)
+        s[..., start:].masked_fill_(later[start:stop, start:stop], float("-inf"))
+        p = torch.nn.functional.pad(s.softmax(-1).amax(-2), (0, -stop % per))
+        rows.append(torch.nn.functional.pad(p.unflatten(-1, (-1, per)).amax(-1), (0, count - start // per - 1)))
+    return torch.stack(rows, -2)
 
 
 def head_shares(q: Tensor, k: Tensor, gamma: float, block_size: int) -> Tensor:
     """(B, H): the share of available blocks that reaches mass gamma in the last block of queries."""
-    mass = block_sums(last_block(q, heads_of(k, q.shape[1]), min(block_size, q.shape[-2])).mean(-2), block_size)
+    mass = block_sums(last_mass(q, k, min(block_size, q.shape[-2]))[0], block_size)
     ordered = mass.sort(-1, descending=True).values.cumsum(-1)
     return ((ordered < gamma * (1 - 1e-12)).sum(-1) + 1).clamp(max=mass.shape[-1]).to(q.dtype) / mass.shape[-1]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...algebra import Causal, Program, Since, Weighted, Window, bind
 from ...algebra.blocks import heads_of
+from ...algebra.probes import probed
 from ...catalog.registry import register
 from ...engine.composed import Call
 
@@ -22,25 +23,22 @@ def sampleattention(alpha: float = 0.95, row_ratio: float = 0.05, window_ratio: 
     return Program(bind(sampled, alpha=alpha, row_ratio=row_ratio, window_ratio=window_ratio), under="causal")
 
 
-def plan_columns(q: Tensor, k: Tensor, alpha: float, row_ratio: float, window: int) -> tuple[Tensor, Tensor]:
-    """(columns (B, H, L) by falling mass, how many of them (B, H)) for q times scale; columns count only outside a row's window."""
+def plan_columns(q: Tensor, k: Tensor, alpha: float, row_ratio: float, window: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(columns (B, H, L) by falling mass, how many of them (B, H)); columns count only outside a row's window."""
     length = k.shape[-2]
     count = max(1, round(row_ratio * length))
     rows = torch.linspace(length / count - 1, length - 1, count, device=q.device).round().long().clamp(min=0)
-    at = torch.arange(length, device=q.device)
-    s = q[..., rows, :] @ k.transpose(-1, -2)
-    p = s.masked_fill(at > rows[:, None], float("-inf")).softmax(-1)
-    near = rows[:, None] - at < window
-    mass = (p * ~near).sum(-2)
-    ordered, ranked = mass.sort(dim=-1, descending=True, stable=True)
-    kept = (p * near).sum((-1, -2))[..., None] + ordered.cumsum(-1)
+    far, _ = probed(q[..., rows, :] * scale, k, rows, window)
+    near = count - far.sum(-1)
+    ordered, ranked = far.sort(dim=-1, descending=True, stable=True)
+    kept = near[..., None] + ordered.cumsum(-1)
     needed = ((kept < alpha * count).sum(-1) + 1).clamp(max=length)
-    return ranked, torch.where((p * near).sum((-1, -2)) >= alpha * count, 0, needed)
+    return ranked, torch.where(near >= alpha * count, 0, needed)
 
 
 def column_set(q: Tensor, k: Tensor, alpha: float, row_ratio: float, window: int) -> Tensor:
     """The chosen columns as (B, H, L) bool."""
-    ranked, needed = plan_columns(q, heads_of(k, q.shape[1]), alpha, row_ratio, window)
+    ranked, needed = plan_columns(q, k, alpha, row_ratio, window)
     chosen = torch.arange(ranked.shape[-1], device=q.device) < needed[..., None]
     return torch.zeros_like(chosen).scatter_(-1, ranked, chosen)
 
@@ -52,7 +50,7 @@ def sampled(q: Tensor, k: Tensor, v: Tensor, call: Call, *, alpha: float, row_ra
     window = max(1, round(window_ratio * length))
     k, v = heads_of(k, q.shape[1]), heads_of(v, q.shape[1])
     with torch.no_grad():
-        ranked, needed = plan_columns(q * call.logit_scale(q), k, alpha, row_ratio, window)
+        ranked, needed = plan_columns(q, k, alpha, row_ratio, window, call.logit_scale(q))
         width = max(1, int(needed.max()))
         real = torch.arange(width, device=q.device) < needed[..., None]
         columns = torch.where(real, ranked[..., :width], length).sort(-1).values
