@@ -37,15 +37,27 @@ def chunked(scan: Scan, state: Tensor | None, size: int | None = None) -> tuple[
     """(o, state after the last token), o before the readout."""
     size = min(size or chunk_length(scan), max(1, scan.length))
     state = empty_state(scan) if state is None else state
+    if scan.lift is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors(scan), state)):
+        from .backward import Chunked
+
+        return Chunked.apply(*tensors(scan), state, size)  # type: ignore[no-any-return, no-untyped-call]
     outputs = []
-    step, length = max(size, SEGMENT // size * size), scan.length
-    for start in range(0, length, step):
-        stop = min(start + step, length)
-        part = cut(scan, start, stop)
+    for part in segments(scan, size):
         # Wide features, kept for the way back, would be the largest thing in memory.
-        out, state = segment(part, state, size) if scan.lift is None else again(segment, part, state, size)
+        out, state = (segment(part, state, size) if scan.lift is None else again(segment, part, state, size))[:2]
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state
+
+
+def tensors(scan: Scan) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All that a scan without wide features computes with."""
+    return scan.q, scan.k, scan.v, scan.decay, scan.beta
+
+
+def segments(scan: Scan, size: int) -> list[Scan]:
+    """The scan in pieces of about SEGMENT tokens, whole chunks each but for the last."""
+    step = max(size, SEGMENT // size * size)
+    return [cut(scan, start, min(start + step, scan.length)) for start in range(0, scan.length, step)]
 
 
 def empty_state(scan: Scan) -> Tensor:
@@ -93,34 +105,47 @@ def cut(scan: Scan, start: int, stop: int) -> Scan:
     )
 
 
-def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    length = scan.length
-    fill = -length % size
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """(..., L, D) -> (..., N, size, D), the last chunk filled up with zeros."""
+    fill = -x.shape[-2] % size
+    return (pad(x, (0, 0, 0, fill)) if fill else x).unflatten(-2, (-1, size))
 
-    def chunks(x: Tensor) -> Tensor:
-        return (pad(x, (0, 0, 0, fill)) if fill else x).unflatten(-2, (-1, size))
 
-    q, k, v = chunks(scan.q), chunks(scan.k), chunks(scan.v)
-    beta = None if scan.beta is None else chunks(scan.beta)
+def steps_in(length: int, size: int, like: Tensor) -> Tensor:
+    """How many tokens of its chunk have passed at each place, itself included: (N or 1, size, 1); no more where none are left."""
+    steps = torch.arange(1, size + 1, device=like.device)[None]
+    if length % size:
+        last = torch.full((-(-length // size), 1), size, device=like.device)
+        last[-1] = length % size
+        steps = torch.minimum(steps, last)
+    return steps[..., None].to(like.dtype)
+
+
+def one_a_head(scan: Scan) -> bool:
+    """Whether one decay serves every token."""
+    return scan.decay is not None and scan.decay.shape[-2] == 1 and scan.length > 1
+
+
+def totals(scan: Scan, size: int) -> Tensor | None:
+    """Sums of log decays since each chunk's start, (..., N or 1, size, 1 or F)."""
     if scan.decay is None:
-        total = None
-    elif scan.decay.shape[-2] == 1 and length > 1:  # one decay a head: the same in every chunk
-        total = (scan.decay * torch.arange(1, size + 1, device=q.device, dtype=q.dtype)[:, None]).unsqueeze(-3)
-        if fill:
-            last = torch.full((q.shape[-3],), size, device=q.device)
-            last[-1] = size - fill
-            steps = torch.minimum(torch.arange(1, size + 1, device=q.device), last[:, None])
-            total = scan.decay.unsqueeze(-3) * steps[..., None].to(q.dtype)
-    else:
-        total = chunks(scan.decay.expand(*scan.decay.shape[:-2], length, scan.decay.shape[-1])).cumsum(-2)
+        return None
+    if one_a_head(scan):
+        return scan.decay.unsqueeze(-3) * steps_in(scan.length, size, scan.q)
+    return in_chunks(scan.decay.expand(*scan.decay.shape[:-2], scan.length, scan.decay.shape[-1]), size).cumsum(-2)
+
+
+def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, the state after the last token, the states before each chunk (B, H, N, F, E))."""
+    q, k, v = (in_chunks(x, size) for x in (scan.q, scan.k, scan.v))
+    total = totals(scan, size)
     inside, into, out_of, fade = within(q, k, total, scan.lift)
-    if beta is None:
-        writes = out_of.transpose(-1, -2) @ v
-        states, state = carry(writes, fade, state)
+    if scan.beta is None:
+        states, state = carry(out_of.transpose(-1, -2) @ v, fade, state)
         out = inside @ v + into @ states
     else:
-        out, state = delta(inside, into, out_of, fade, k, v, beta, total, state)
-    return out.flatten(-3, -2)[..., :length, :], state
+        out, state, states = delta(inside, into, out_of, fade, k, v, in_chunks(scan.beta, size), total, state)
+    return out.flatten(-3, -2)[..., : scan.length, :], state, states
 
 
 def within(q: Tensor, k: Tensor, total: Tensor | None, lift: Lift | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -172,14 +197,17 @@ def near_weights(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     return torch.einsum("...ic,...jc,...ijc->...ij", q, k, torch.exp(gap).to(q.dtype))
 
 
+def faded(state: Tensor, fade: Tensor | None, n: int) -> Tensor:
+    """The state after the decay of chunk n."""
+    return state if fade is None else state * (fade[..., 0, :, :] if fade.shape[-3] == 1 else fade[..., n, :, :])
+
+
 def carry(writes: Tensor, fade: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """States at the start of each chunk (B, H, N, F, E), and after the last."""
     states = []
     for n in range(writes.shape[-3]):
         states.append(state)
-        if fade is not None:
-            state = state * (fade[..., 0, :, :] if fade.shape[-3] == 1 else fade[..., n, :, :])
-        state = state + writes[..., n, :, :]
+        state = faded(state, fade, n) + writes[..., n, :, :]
     return torch.stack(states, -3), state
 
 
@@ -202,15 +230,14 @@ def delta(
     beta: Tensor,
     total: Tensor | None,
     state: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The WY form: u = U - W S with both solved for all chunks at once."""
     w, u = wy(k, v, beta, total)
     written, states = [], []
     for n in range(k.shape[-3]):
         states.append(state)
         new = u[..., n, :, :] - w[..., n, :, :] @ state
-        if fade is not None:
-            state = state * (fade[..., 0, :, :] if fade.shape[-3] == 1 else fade[..., n, :, :])
-        state = state + out_of[..., n, :, :].transpose(-1, -2) @ new
+        state = faded(state, fade, n) + out_of[..., n, :, :].transpose(-1, -2) @ new
         written.append(new)
-    return inside @ torch.stack(written, -3) + into @ torch.stack(states, -3), state
+    before = torch.stack(states, -3)
+    return inside @ torch.stack(written, -3) + into @ before, state, before
