@@ -6,32 +6,18 @@ python benchmarks/gpu_sparse.py --out benchmarks/results/gpu_sparse.json
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu import header, milliseconds, write
 from torch import Tensor
 
 import regard
 from regard.algebra import Sizes
 from regard.algebra.select import Selection
 from regard.engine.problem import view_of
-
-
-def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    for _ in range(3):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for _ in range(repeats):
-        run()
-    marks[1].record()
-    torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]) / repeats
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, chosen: Selection) -> Callable[[], Tensor]:
@@ -53,9 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu_sparse.py needs a CUDA device")
-    result: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name()}
+    result = header()
     for length in given.lengths:
         q, k, v = (torch.randn(1, 32, length, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         dense = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
@@ -77,7 +61,7 @@ def main() -> None:
                 row |= {"density": chosen.density, "against_flex": milliseconds(flex(q, k, v, chosen)) / own}
             result.setdefault(str(length), {})[name] = {key: round(value, 4) for key, value in row.items()}
             print(length, name, result[str(length)][name], flush=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(given.out, result)
 
 
 if __name__ == "__main__":

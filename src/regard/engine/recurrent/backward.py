@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk import SAFE, faded, in_chunks, one_a_head, segment, segments, steps_in, strong_decay, tensors, totals, within
+from .chunk import SAFE, faded, in_chunks, on_device, one_a_head, segments, steps_in, strong_decay, tensors, through, totals, within
 from .parallel import decay_matrix
 from .pose import Scan
 
@@ -27,24 +27,27 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        scan, outputs, kept = Scan(q, k, v, decay, beta, True), [], []
-        for part in segments(scan, size):
-            out, state, states = segment(part, state, size)
-            outputs.append(out), kept.append(states)
+        scan = Scan(q, k, v, decay, beta, True)
+        out, state, kept = through(scan, state, size)
         ctx.save_for_backward(*tensors(scan), *kept)
         ctx.size = size
-        return torch.cat(outputs, -2), state
+        return out, state
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Maybe, ...]:
         q, k, v, decay, beta, *kept = ctx.saved_tensors
         scan = Scan(q, k, v, decay, beta, True)
+        device = on_device(scan)
+        if device is not None:
+            return (*device.segment_back(scan, kept[0], ctx.size, d_out, d_state), None)
         grads: list[Maybe] = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors(scan)]
         stop = scan.length
         for part, states in zip(reversed(segments(scan, ctx.size)), reversed(kept), strict=True):
             start = stop - part.length
-            *found, d_state = segment_back(part, states, ctx.size, d_out[..., start:stop, :], d_state)
+            *found, before = segment_back(part, states, ctx.size, d_out[..., start:stop, :], d_state)
+            assert before is not None
+            d_state = before
             for grad, piece in zip(grads, found, strict=True):
                 if grad is not None and piece is not None:
                     (grad if grad.shape[-2] == 1 else grad[..., start:stop, :]).add_(piece.sum_to_size(piece_shape(grad, piece)))
