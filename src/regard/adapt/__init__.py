@@ -2,5 +2,6 @@
 
 from .linearise import distil
 from .patch import Patch, patch
+from .policies import record
 
-__all__ = ["Patch", "distil", "patch"]
+__all__ = ["Patch", "distil", "patch", "record"]

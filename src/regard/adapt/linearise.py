@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..algebra import Causal
 from ..engine import attend, weights
+from ..engine.policy import Policy
 from ..errors import RegardError
 from ..mechanisms.recurrent.hedgehog import distillation_loss
 from .patch import Patch
@@ -60,7 +61,11 @@ def fit(patch: Patch, layer: int, calls: list[tuple[int, Tensor, Tensor, Any, fl
     for step in range(steps):
         _, q, k, mask, scale = calls[step % len(calls)]
         with torch.enable_grad():
-            own = weights(q, k, patch.mechanism, mask=mask, scale=patch.scale(scale), **{**inputs(), **patch.given})
+            own = (
+                None
+                if isinstance(patch.mechanism, Policy)
+                else weights(q, k, patch.mechanism, mask=mask, scale=patch.scale(scale), **{**inputs(), **patch.given})
+            )
             if own is None:
                 raise RegardError(f"{type(patch.mechanism).__name__} has no matrix of weights to distil")
             p = targets[step % len(calls)].to(own.dtype)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Causal, Mechanism, Program, Sizes
+from ..algebra import Causal, Mechanism, Program, Sizes, Weighted
 from ..catalog import get
 from ..engine import attend
+from ..engine.policy import Policy
 from ..errors import MissingDependency, RegardError
 from ..nn.inputs import Inputs
 from .padding import attend_spans
+from .policies import check_policy, run_policy
 
 WHEN = ("prefill", "decode", "both")
 Call = Callable[..., tuple[Tensor, Any]]
@@ -25,7 +27,7 @@ _patches: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDic
 
 def patch(
     model: nn.Module,
-    mechanism: str | Mechanism,
+    mechanism: str | Mechanism | Policy,
     *,
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
@@ -36,7 +38,8 @@ def patch(
 
     layers, heads: which (None: all; the others keep softmax). when: "prefill" (several queries at once), "decode" (one query) or "both".
     inputs: tensors the mechanism declares, the same in every layer; learned ones not given become parameters of the patch
-    (`patch.inputs`, a module per layer). Grouped heads, padding masks and caches work as the model gives them.
+    (`patch.inputs`, a module per layer). Grouped heads, padding masks and caches work as the model gives them. A policy (an object that
+    knows layers, such as `LongHeads`, `Ltri` or `ReuseLayers`) runs prompts only, whole and without padding.
     Raises RegardError for models that do not use transformers' attention interface, unknown layers or heads, and mechanisms whose
     inputs are projected from the layer's x; MissingDependency without transformers.
     """
@@ -49,7 +52,7 @@ class Patch:
     def __init__(
         self,
         model: nn.Module,
-        mechanism: str | Mechanism,
+        mechanism: str | Mechanism | Policy,
         layers: Iterable[int] | None,
         heads: Iterable[int] | None,
         when: str,
@@ -62,6 +65,8 @@ class Patch:
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
         modules = attention_modules(model)
         self.modules = [modules[at] for at in chosen("layers", layers, len(modules))]
+        if isinstance(self.mechanism, Policy):
+            check_policy(self.mechanism, self.modules[0], when, heads, given)
         self.heads = None if heads is None else chosen("heads", heads, shape_of(self.modules[0], model)[0])
         self.inputs = nn.ModuleList([self.inputs_of(module) for module in self.modules])
         earlier = next((found[0] for module in modules for found in [_patches.get(module)] if found), None)
@@ -75,6 +80,8 @@ class Patch:
 
     def inputs_of(self, module: nn.Module) -> Inputs:
         heads, kv_heads, width = shape_of(module, self.model)
+        if isinstance(self.mechanism, Policy):
+            return Inputs(Weighted(), Sizes(1, heads, kv_heads, 1024, 1024, width, width), None)
         made = Inputs(self.mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None)
         made.items = tuple(item for item in made.items if item.name not in self.given)
         return made.to(next(self.model.parameters()).device)
@@ -85,6 +92,8 @@ class Patch:
         """(B, H, Lq, Dv), or None where this call is not the patch's."""
         if self.when == ("prefill" if q.shape[2] == 1 else "decode"):
             return None
+        if isinstance(self.mechanism, Policy):
+            return run_policy(self.mechanism, self.modules.index(module), q, k, v, mask, causal, scale)
         made = {**self.inputs[self.modules.index(module)](None, {"q": q, "k": k, "v": v}), **self.given}
         options: Any = {"mask": mask if mask is not None else Causal() if causal else None}
         if isinstance(mask, Tensor) and isinstance(self.mechanism, Program):

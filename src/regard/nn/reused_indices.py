@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from torch import Tensor
 from ..algebra.blocks import heads_of, top_k
 from ..catalog.registry import register
 from ..engine import attend
+from ..engine.policy import Heads, Policy
 from ..errors import RegardError
 from .attention import Attention
 from .decoder import Block, Decoder
-
-Heads = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,26 +114,38 @@ class ReuseState:
         return self.layers[0][0].shape[2] if self.layers else 0
 
 
-@register("hylra", kind="policy")
-class ReusedIndices:
-    """A `Decoder` of softmax layers run by a `ReusePlan`: full layers choose `count` keys, reuse layers read those.
+class ReuseLayers(Policy):
+    """Layers by a `ReusePlan`: full layers choose `count` keys, reuse layers read those.
 
-    Prompts run in blocks of `block` queries that share their keys; a block's own tokens come on top of the count. `.reads`: keys read by
-    each layer for the last query.
+    Prompts run in blocks of `block` queries that share their keys; a block's own tokens come on top of the count. modes: None has the plan
+    made by `calibrate`, with `weight` as its lambda. `.reads`: keys read by each layer for the last query.
     """
 
-    def __init__(self, model: Decoder, modes: ReusePlan, count: int, *, block: int = 64, sinks: int = 4, recent: int = 16):
-        layers = [block.mixer for block in model.blocks]
-        if len(modes.modes) != len(layers) or any(type(layer) is not Attention for layer in layers):
-            raise RegardError(f"{len(modes.modes)} modes for {len(layers)} layers; expected one for each Attention layer of the model")
-        if count < 1 or modes.modes[0] is not None:
-            raise RegardError(f"count={count}, modes={modes.modes}: expected a positive count, and a full first layer")
-        self.model, self.modes, self.count, self.block = model, modes.modes, count, block
-        self.sinks, self.recent = sinks, recent
-        self.reads = [0] * len(layers)
+    def __init__(
+        self, modes: ReusePlan | None, count: int, *, block: int = 64, sinks: int = 4, recent: int = 16, weight: float = 0.1,
+    ):  # fmt: skip
+        if count < 1 or (modes is not None and modes.modes[0] is not None):
+            raise RegardError(f"count={count}, modes={modes}: expected a positive count, and a full first layer")
+        self.keys, self.block, self.sinks, self.recent, self.weight = count, block, sinks, recent, weight
+        self.modes: tuple[int | None, ...] = () if modes is None else modes.modes
+        self.reads = [0] * len(self.modes)
+        self.indices: dict[tuple[int, int], Tensor] = {}
+
+    def calibrate(self, layers: Sequence[Heads]) -> None:
+        if not self.modes:
+            found = profile(layers, min(self.keys, layers[0][0].shape[2] - 1))
+            self.modes = plan(found.error, found.sensitivity, weight=self.weight).modes
+            self.reads = [0] * len(self.modes)
+
+    def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.modes:
+            raise RegardError("modes=None: expected a plan, or `calibrate` before the first prompt")
+        if layer == 0:
+            self.indices = {}
+        return self.layer(layer, q, k, v, 0, self.indices)
 
     def chosen(self, p: Tensor, kv_heads: int) -> Tensor:
-        return top_indices(p, kv_heads, self.count, self.sinks, self.recent)
+        return top_indices(p, kv_heads, self.keys, self.sinks, self.recent)
 
     def layer(self, number: int, q: Tensor, k: Tensor, v: Tensor, first: int, indices: dict[tuple[int, int], Tensor]) -> Tensor:
         """One layer's heads; full layers leave each block's keys in `indices`, reuse layers take them from there."""
@@ -145,6 +156,8 @@ class ReusedIndices:
             keys, values = k[:, :, :stop], v[:, :, :stop]
             if mode is None:
                 p = causal_weights(part, keys)
+                at = torch.arange(stop, device=q.device)
+                self.count(at <= at[first + start :, None], q.shape[0] * q.shape[1])
                 own = torch.arange(first + start, stop - 1, device=q.device).expand(*k.shape[:2], -1)
                 found = self.chosen(p, k.shape[1])
                 indices[number, start] = torch.cat((found, own), -1).sort(-1).values if part.shape[2] > 1 else found
@@ -162,6 +175,21 @@ class ReusedIndices:
                 self.reads[number] = int(real.sum(-1).max())
         return torch.cat(outs, 2)
 
+
+@register("hylra", kind="policy")
+class ReusedIndices:
+    """A `Decoder` of softmax layers run by a `ReusePlan`, prompts and single tokens; the options are those of `ReuseLayers`."""
+
+    def __init__(self, model: Decoder, modes: ReusePlan, count: int, **options: Any):
+        layers = [block.mixer for block in model.blocks]
+        if len(modes.modes) != len(layers) or any(type(layer) is not Attention for layer in layers):
+            raise RegardError(f"{len(modes.modes)} modes for {len(layers)} layers; expected one for each Attention layer of the model")
+        self.model, self.policy = model, ReuseLayers(modes, count, **options)
+
+    @property
+    def reads(self) -> list[int]:
+        return self.policy.reads
+
     def step(self, tokens: Tensor, state: ReuseState | None = None) -> tuple[Tensor, ReuseState]:
         """tokens (B, n) after those in `state` -> (logits (B, n, vocab), new state)."""
         x, first = self.model.embed(tokens), 0 if state is None else state.length
@@ -173,7 +201,7 @@ class ReusedIndices:
             if state is not None:
                 k, v = (torch.cat((old, new), 2) for old, new in zip(state.layers[number], (k, v), strict=True))
             kept.append((k, v))
-            x = x + block.scale1(layer.close(self.layer(number, q, k, v, first, indices), y))
+            x = x + block.scale1(layer.close(self.policy.layer(number, q, k, v, first, indices), y))
             x = x + block.scale2(block.mlp(block.norm2(x)))
         return self.model.logits(x), ReuseState(kept)
 

@@ -13,7 +13,8 @@ from ...algebra import Causal, Rope
 from ...catalog import get
 from ...engine import attend
 from ...mechanisms.selected.dhsa import BoundaryPredictor, boundary_loss, choose_boundaries, chunk_keys, mass_ratio, selected_tokens
-from ...mechanisms.selected.ltri import LtriStream, Span, SpanIndex, find_spans, triangle_mass
+from ...mechanisms.selected.ltri import LtriStream, SpanIndex
+from ...mechanisms.selected.text_spans import Span, find_spans, triangle_mass
 from .. import naive
 from ..verification import check
 

@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapt import patch
+from ...adapt import patch, record
 from ...engine import pairs_read
+from ...engine.policy import Policy
 from ...errors import RegardError
 from ...models.needles import fact, question
 from ...tasks.text import Corpus
 from .methods import method
 from .reader import Reader
+
+CALIBRATION = 512  # tokens of a prompt that a policy may learn a model's layers from
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def sweep(
     first = ready.windows[0][0]
     result = Sweep(config, name, text.name)
     for (label, settings), mechanism in {("softmax", ""): None, **made}.items():
+        if isinstance(mechanism, Policy):
+            mechanism.calibrate(record(model, first[:, :CALIBRATION]))
         with patched(model, mechanism or "softmax"), pairs_read() as pairs:
             model(input_ids=first, use_cache=False)
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,10 +12,13 @@ from ...algebra import Causal, Chosen, Dot, Mechanism, Program, Selection, Sinks
 from ...algebra.blocks import block_sums, heads_of, top_k
 from ...algebra.normalizer import SOFTMAX
 from ...catalog import get
+from ...engine.policy import Policy
 from ...errors import RegardError
+from ...mechanisms.selected.longheads import LongHeads
+from ...mechanisms.selected.ltri import Ltri
+from ...nn.reused_indices import ReuseLayers
 from ..compare.config import parsed
 
-CONTROLS = ("oracle", "random", "streaming")
 DEFAULT: dict[str, tuple[str, ...]] = {
     "oracle": ("blocks=2", "blocks=4", "blocks=8", "blocks=16"),
     "random": ("blocks=2", "blocks=4", "blocks=8", "blocks=16"),
@@ -27,6 +33,9 @@ DEFAULT: dict[str, tuple[str, ...]] = {
     "pbs-attn": tuple(f"block_size=64,segment=128,threshold={t}" for t in (0.5, 0.8, 0.95)),
     "powerattention": ("block_size=32,window_blocks=1", "block_size=64,window_blocks=1", "block_size=64,window_blocks=4"),
     "delta-attention": tuple(f"window={w},stride=64" for w in (64, 256, 512)),
+    "longheads": ("chunk=64,attend_len=256", "chunk=64,attend_len=512", "chunk=128,attend_len=1024"),
+    "ltri-llm": tuple(f"window={w},top={t},budget={b}" for w, t, b in ((64, 4, 64), (128, 8, 128), (384, 16, 384))),
+    "hylra": ("count=128,weight=1.0", "count=256,weight=0.3", "count=256,weight=0.1"),
     "hyperattention": tuple(f"block_size={b},samples={b},min_length=256" for b in (32, 64, 128)),
 }
 
@@ -72,12 +81,14 @@ def streaming(window: int = 256, sinks: int = 4) -> Weighted:
     return Weighted(mask=Causal() & (Window(window) | Sinks(sinks)))
 
 
-def method(name: str, settings: str = "") -> Mechanism:
-    """A control or a registered mechanism; delta-attention takes the window of the sparse pass that it corrects."""
+def method(name: str, settings: str = "") -> Mechanism | Policy:
+    """A control, a policy or a registered mechanism; delta-attention takes the window of the sparse pass that it corrects."""
     _, options = parsed(f"{name}:{settings}")
-    if name in CONTROLS:
+    made: dict[str, Callable[..., Mechanism | Policy]] = {"oracle": oracle, "random": random_blocks, "streaming": streaming}
+    made |= {"longheads": LongHeads, "ltri-llm": Ltri, "hylra": partial(ReuseLayers, None)}
+    if name in made:
         try:
-            return {"oracle": oracle, "random": random_blocks, "streaming": streaming}[name](**options)
+            return made[name](**options)
         except TypeError as why:
             raise RegardError(f"{name}: {why}") from None
     if name == "delta-attention" and "window" in options:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...algebra import Rope
 from ...algebra.blocks import heads_of, top_k
 from ...catalog.registry import register
-from ...engine import attend
+from ...engine.policy import Policy
 from ...errors import RegardError
 
 
@@ -34,16 +34,18 @@ class LongHeadsCache:
 
 
 @register("longheads", kind="policy")
-class LongHeads:
+class LongHeads(Policy):
     """For frozen models with rotary positions; q, k, v (B, H or Hkv, L, D) come before rotation.
 
     chunk: w. attend_len: A, at most the trained length, a multiple of w; the first A tokens run densely, later queries read A / w chunks.
     """
 
+    rotated = False
+
     def __init__(self, chunk: int = 256, attend_len: int = 4096, rope: Rope | None = None):
         if attend_len % chunk or attend_len // chunk < 3:
             raise RegardError(f"chunk={chunk}, attend_len={attend_len}: expected at least three whole chunks")
-        self.chunk, self.attend_len, self.count, self.rope = chunk, attend_len, attend_len // chunk, rope or Rope()
+        self.chunk, self.attend_len, self.chunks, self.rope = chunk, attend_len, attend_len // chunk, rope or Rope()
 
     def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, c, D): a key for every complete chunk."""
@@ -62,8 +64,8 @@ class LongHeads:
         scores = q @ chunk_keys.transpose(-1, -2)
         scores = torch.nn.functional.pad(scores, (0, max(0, len(chunks) - scores.shape[-1])))[..., : len(chunks)]
         forced = (chunks == 0) | (chunks == own) | (chunks == own - 1)
-        keep = forced | top_k(scores, (chunks < own - 1) & (chunks > 0), self.count - forced.sum(-1, keepdim=True))
-        return keep.int().argsort(dim=-1, descending=True, stable=True)[..., : self.count]
+        keep = forced | top_k(scores, (chunks < own - 1) & (chunks > 0), self.chunks - forced.sum(-1, keepdim=True))
+        return keep.int().argsort(dim=-1, descending=True, stable=True)[..., : self.chunks]
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, chunk_keys: Tensor, first: int, ids: Tensor | None = None) -> Tensor:
         """Outputs of queries q at first, first + 1, ... (all from attend_len on) over keys so far."""
@@ -73,21 +75,19 @@ class LongHeads:
         place = (ids[..., None] * size + inside).flatten(-2)  # (B, H, Lq, A)
         at = torch.arange(first, first + q.shape[-2], device=q.device)
         seen = place <= at[:, None]
+        self.count(seen)
         place = place.clamp(max=k.shape[-2] - 1)
         index = place.flatten(2)[..., None]
         near = torch.arange(self.attend_len, device=q.device)
         picked = [heads_of(x, heads).gather(2, index.expand(*index.shape[:-1], x.shape[-1])).unflatten(2, place.shape[2:]) for x in (k, v)]
         turned = self.rope.rotate(picked[0], near)
-        q = self.rope.rotate(q, (self.count - 1) * size + at % size)
+        q = self.rope.rotate(q, (self.chunks - 1) * size + at % size)
         s = (turned @ q[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
         p = s.masked_fill(~seen, float("-inf")).softmax(-1)
         return (p[..., None, :] @ picked[1]).squeeze(-2)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotary causal attention of the last queries over all keys."""
-        from ...algebra import Causal, Weighted
-
-        return attend(q, k, v, Weighted(mask=Causal(), position=self.rope))
+    def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.prefill(q, k, v)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, L, Dv): the first attend_len rows densely, then by chunks; a query reads its own key."""

@@ -6,8 +6,8 @@ index of a span: its keys weighted by the attention they received, plus the mean
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,66 +15,9 @@ from torch import Tensor
 from ...algebra import Rope
 from ...algebra.blocks import heads_of
 from ...catalog.registry import register
+from ...engine.policy import Policy
 from ...errors import RegardError
-
-Span = tuple[int, int]  # first and last token
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (T, leak, n) -> score
-
-
-def prefix(a: Tensor) -> Tensor:
-    return torch.nn.functional.pad(a, (1, 0, 1, 0)).cumsum(0).cumsum(1)
-
-
-def triangle_mass(a: Tensor) -> Tensor:
-    """T[s, e] for s <= e (0 elsewhere) of causal a (n, n)."""
-    p, n = prefix(a.tril()), a.shape[0]
-    s, e = torch.arange(n, device=a.device)[:, None], torch.arange(n, device=a.device) + 1
-    return (p[e, e] - p[s, e] - p[e, s] + p[s, s]).triu()
-
-
-def leaks(a: Tensor, rows: int = 8) -> Tensor:
-    """leak[s, e]: mean mass that the next min(rows, rest) rows put on columns s .. e; 0 after the last row."""
-    p, n = prefix(a), a.shape[0]
-    s, e = torch.arange(n, device=a.device)[:, None], torch.arange(n, device=a.device)
-    end = (e + 1 + rows).clamp(max=n)
-    mass = p[end, e + 1] - p[end, s] - p[e + 1, e + 1] + p[e + 1, s]
-    return (mass / (end - e - 1).clamp(min=1)).triu()
-
-
-def compactness(mass: Tensor, leak: Tensor, size: Tensor, eps: float = 0.004) -> Tensor:
-    return mass / size - leak - eps * size
-
-
-def find_spans(a: Tensor, shortest: int = 4, longest: int = 40, overlap: float = 0.1, score: Score = compactness) -> list[Span]:
-    """Spans that tile 0 .. n - 1 of local probabilities a (n, n): best first, none overlapping an earlier one (IoU) more than `overlap`;
-    what is left between them are spans too."""
-    n = a.shape[0]
-    size = torch.arange(n, device=a.device) - torch.arange(n, device=a.device)[:, None] + 1
-    values = score(triangle_mass(a), leaks(a), size.clamp(min=1).to(a.dtype))
-    s, e = ((size >= shortest) & (size <= longest)).nonzero().unbind(1)
-    order = values[s, e].argsort(descending=True, stable=True)
-    taken: list[Span] = []
-    free = torch.ones(n, dtype=torch.bool)
-    for first, last in zip(s[order].tolist(), e[order].tolist(), strict=True):
-        if not bool(free[first : last + 1].any()):
-            continue
-        shared = [(max(0, min(last, b) - max(first, a_) + 1), max(last, b) - min(first, a_) + 1) for a_, b in taken]
-        if all(both <= overlap * union for both, union in shared):
-            while not bool(free[first]):
-                first += 1
-            while not bool(free[last]):
-                last -= 1
-            taken.append((first, last))
-            free[first : last + 1] = False
-    taken.sort()
-    tiles, at = [], 0
-    for first, last in [*taken, (n, n)]:
-        if at < first:
-            tiles.append((at, first - 1))
-        if first < n:
-            tiles.append((first, last))
-        at = last + 1
-    return tiles
+from .text_spans import Span, find_spans
 
 
 @dataclass
@@ -177,7 +120,9 @@ class LtriStream:
         at = torch.arange(total, device=q.device)
         turned_q, turned_k = (q, keys) if self.rope is None else (self.rope.rotate(q, at[total - n :]), self.rope.rotate(keys, at))
         s = turned_q @ heads_of(turned_k, q.shape[1]).transpose(-1, -2) * q.shape[-1] ** -0.5
-        p = s.masked_fill(at > at[total - n :, None], float("-inf")).softmax(-1)
+        seen = at <= at[total - n :, None]
+        Policy.count(seen, q.shape[0] * q.shape[1])
+        p = s.masked_fill(~seen, float("-inf")).softmax(-1)
         self.a = torch.nn.functional.pad(self.a.to(p), (0, n, 0, n))
         self.a[old:] = p.mean((0, 1))[:, total - n - old :]
         self.local = torch.cat((self.local[0], k), 2), torch.cat((self.local[1], v), 2)
@@ -205,3 +150,17 @@ class LtriStream:
         assert self.local is not None
         self.local = self.local[0][:, :, count:], self.local[1][:, :, count:]
         self.a, self.first = self.a[count:, count:], self.first + count
+
+
+class Ltri(Policy):
+    """`LtriStream` in every layer of a frozen model, fed a prompt in chunks of `chunk` tokens; the options are the stream's."""
+
+    rotated = False
+
+    def __init__(self, chunk: int = 128, **options: Any):
+        self.chunk, self.options = chunk, options
+        LtriStream(**options)  # says at once what is wrong with them
+
+    def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stream = LtriStream(rope=self.rope, **self.options)
+        return torch.cat([stream(*part) for part in zip(*(x.split(self.chunk, 2) for x in (q, k, v)), strict=True)], 2)
