@@ -35,7 +35,7 @@ DEFAULT: dict[str, tuple[str, ...]] = {
     "delta-attention": tuple(f"window={w},stride=64" for w in (64, 256, 512)),
     "longheads": ("chunk=64,attend_len=256", "chunk=64,attend_len=512", "chunk=128,attend_len=1024"),
     "ltri-llm": tuple(f"window={w},top={t},budget={b}" for w, t, b in ((64, 4, 64), (128, 8, 128), (384, 16, 384))),
-    "hylra": ("count=128,weight=1.0", "count=256,weight=0.3", "count=256,weight=0.1"),
+    "hylra": tuple(f"count={c},weight={w}" for c, w in ((128, 0.3), (256, 0.1), (256, 0.02))),
     "hyperattention": tuple(f"block_size={b},samples={b},min_length=256" for b in (32, 64, 128)),
 }
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...algebra import Rope
+from ...algebra import Causal, Chosen, Input, Rope, Selection, View, Weighted, bind
 from ...algebra.blocks import heads_of, top_k
 from ...catalog.registry import register
+from ...engine import attend_with_stats, merge
 from ...engine.policy import Policy
 from ...errors import RegardError
 
@@ -31,6 +32,12 @@ class LongHeadsCache:
     @property
     def length(self) -> int:
         return 0 if self.k is None else self.k.shape[-2]
+
+
+def named(q: Tensor, k: Tensor, view: View, *, size: int) -> Selection:
+    """Of each query, the one chunk whose number it was given."""
+    chunks = torch.arange(-(-k.shape[-2] // size), device=q.device)
+    return Selection((view.inputs["chunk"] == chunks).expand(*q.shape[:-1], -1), 1, size)
 
 
 @register("longheads", kind="policy")
@@ -68,23 +75,20 @@ class LongHeads(Policy):
         return keep.int().argsort(dim=-1, descending=True, stable=True)[..., : self.chunks]
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, chunk_keys: Tensor, first: int, ids: Tensor | None = None) -> Tensor:
-        """Outputs of queries q at first, first + 1, ... (all from attend_len on) over keys so far."""
-        size, heads = self.chunk, q.shape[1]
+        """Outputs of the last queries q, at first, first + 1, ... (all from attend_len on), over keys so far.
+
+        Keys turn by their place in their chunk, so a chunk moved to place n is read by queries turned n chunks less: a call a place.
+        """
+        size = self.chunk
         ids = self.select(q, chunk_keys, first) if ids is None else ids
-        inside = torch.arange(size, device=q.device)
-        place = (ids[..., None] * size + inside).flatten(-2)  # (B, H, Lq, A)
         at = torch.arange(first, first + q.shape[-2], device=q.device)
-        seen = place <= at[:, None]
-        self.count(seen)
-        place = place.clamp(max=k.shape[-2] - 1)
-        index = place.flatten(2)[..., None]
-        near = torch.arange(self.attend_len, device=q.device)
-        picked = [heads_of(x, heads).gather(2, index.expand(*index.shape[:-1], x.shape[-1])).unflatten(2, place.shape[2:]) for x in (k, v)]
-        turned = self.rope.rotate(picked[0], near)
-        q = self.rope.rotate(q, (self.chunks - 1) * size + at % size)
-        s = (turned @ q[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
-        p = s.masked_fill(~seen, float("-inf")).softmax(-1)
-        return (p[..., None, :] @ picked[1]).squeeze(-2)
+        turned = self.rope.rotate(k, torch.arange(k.shape[-2], device=q.device) % size)
+        one = Weighted(mask=Causal(), select=Chosen(bind(named, size=size)), inputs=(Input("chunk", "bhq", dtype="int"),))
+        parts = []
+        for place in range(self.chunks):
+            back = self.rope.rotate(q, (self.chunks - 1 - place) * size + at % size)
+            parts.append(attend_with_stats(back, turned, v, one, chunk=ids[..., place]))
+        return merge(Weighted(), parts)[0]
 
     def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.prefill(q, k, v)
@@ -93,10 +97,8 @@ class LongHeads(Policy):
         """(B, H, L, Dv): the first attend_len rows densely, then by chunks; a query reads its own key."""
         head = min(self.attend_len, q.shape[-2])
         out = [self.dense(q[..., :head, :], k[..., :head, :], v[..., :head, :])]
-        keys = self.chunk_keys(q, k, v)
-        step = max(1, 2**22 // (self.attend_len * q.shape[-1]))  # rows whose gathered keys fit the cache of a processor
-        for start in range(head, q.shape[-2], step):
-            out.append(self.rows(q[..., start : start + step, :], k, v, keys, start))
+        if head < q.shape[-2]:
+            out.append(self.rows(q[..., head:, :], k, v, self.chunk_keys(q, k, v), head))
         return torch.cat(out, -2)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: LongHeadsCache | None = None) -> tuple[Tensor, LongHeadsCache]:

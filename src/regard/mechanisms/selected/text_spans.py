@@ -43,19 +43,18 @@ def find_spans(a: Tensor, shortest: int = 4, longest: int = 40, overlap: float =
     values = score(triangle_mass(a), leaks(a), size.clamp(min=1).to(a.dtype))
     s, e = ((size >= shortest) & (size <= longest)).nonzero().unbind(1)
     order = values[s, e].argsort(descending=True, stable=True)
+    s, e = s[order], e[order]  # candidates, the best first; one stays possible while it holds free tokens and overlaps no taken span much
+    possible, free = torch.ones_like(s, dtype=torch.bool), torch.ones(n, dtype=torch.long, device=a.device)
     taken: list[Span] = []
-    free = torch.ones(n, dtype=torch.bool)
-    for first, last in zip(s[order].tolist(), e[order].tolist(), strict=True):
-        if not bool(free[first : last + 1].any()):
-            continue
-        shared = [(max(0, min(last, b) - max(first, a_) + 1), max(last, b) - min(first, a_) + 1) for a_, b in taken]
-        if all(both <= overlap * union for both, union in shared):
-            while not bool(free[first]):
-                first += 1
-            while not bool(free[last]):
-                last -= 1
-            taken.append((first, last))
-            free[first : last + 1] = False
+    while bool(possible.any()):
+        at = int(possible.int().argmax())
+        inside = free[s[at] : e[at] + 1].nonzero()
+        first, last = int(s[at] + inside[0]), int(s[at] + inside[-1])
+        taken.append((first, last))
+        free[first : last + 1] = 0
+        shared = (e.clamp(max=last) - s.clamp(min=first) + 1).clamp(min=0)
+        room = torch.nn.functional.pad(free.cumsum(0), (1, 0))
+        possible &= (shared <= overlap * (e.clamp(min=last) - s.clamp(max=first) + 1)) & (room[e + 1] > room[s])
     taken.sort()
     tiles, at = [], 0
     for first, last in [*taken, (n, n)]:
