@@ -50,7 +50,7 @@ python docs/sparse.py runs/sparse/report.json
 
 The two controls are `oracle` (the blocks of truly most mass, found with dense attention) and `random` (other blocks of the past); `streaming` is a fixed
 pattern, sinks and a window. The prefill times are of the whole model on two CPU cores against softmax in the same run: at {c.length} tokens dense attention is a
-small part of them, so that nothing here is much faster, and what chooses in Python loops (`hip`, `dhsa`) is slower; docs/speed.md has long sequences. The times were taken again
+small part of them, so that nothing here is much faster, and what chooses in Python loops (`hip`, `dhsa`, `ltri-llm`) is slower; docs/speed.md has long sequences. The times were taken again
 after the sweep, with the machine otherwise idle.
 
 ![bits per byte against density](sparse_bits.svg)

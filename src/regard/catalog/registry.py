@@ -60,7 +60,7 @@ def entries() -> dict[str, Entry]:
             package = importlib.import_module(home)
             for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
                 importlib.import_module(module.name)
-        for home in ("regard.nn", "regard.search"):  # systems that are layers or procedures of their own
+        for home in ("regard.nn", "regard.search", "regard.parallel"):  # systems that are layers or procedures of their own
             importlib.import_module(home)
     return _entries
 

@@ -90,9 +90,9 @@ class Attention(nn.Module):
         self.inputs = Inputs(self.mechanism, sizes, dim)
 
     def heads_of(
-        self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None
+        self, x: Tensor, source: Tensor, position: int | Tensor, conv: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """q, k, v as (B, heads, L, channels), and the convolutions' new state."""
+        """q, k, v as (B, heads, L, channels), and the convolutions' new state. position: the first token's, or every token's (L,)."""
         flat, tails = [self.q(x), self.k(source), self.v(source)], []
         for at, layer in enumerate(self.convs):
             flat[at], tail = layer(flat[at], conv[at] if conv else None)
@@ -105,8 +105,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(act(q)), self.k_norm(act(k))
         v = ACTIVATION[self.recipe.value_activation](act(v) if self.convs else v)
         if self.rope is not None:
-            q = self.rope.rotate(q, torch.arange(position, position + q.shape[-2], device=q.device))
-            k = self.rope.rotate(k, torch.arange(position, position + k.shape[-2], device=k.device))
+            for_q, for_k = (
+                position if isinstance(position, Tensor) else torch.arange(position, position + y.shape[-2], device=y.device)
+                for y in (q, k)
+            )
+            q, k = self.rope.rotate(q, for_q), self.rope.rotate(k, for_k)
         return q, k, v, tuple(tails)
 
     def close(self, o: Tensor, x: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ class KeyValueBias(Attention):
         self.value_bias = nn.Parameter(torch.zeros(self.kv_heads, self.value_dim), requires_grad=value)
 
     def heads_of(
-        self, x: Tensor, source: Tensor, position: int, conv: tuple[Tensor, ...] | None
+        self, x: Tensor, source: Tensor, position: int | Tensor, conv: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         q, k, v, tails = super().heads_of(x, source, position, conv)
-        if position == 0:  # in a stream the pair is read once, before the first token
+        first = position if isinstance(position, int) else int(position[0])
+        if first == 0:  # in a stream the pair is read once, before the first token
             k, v = (
                 torch.cat((bias.expand(x.shape[0], *bias.shape)[:, :, None], y), 2)
                 for bias, y in ((self.key_bias, k), (self.value_bias, v))
