@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+@functools.cache
 def struct_of(sides: int) -> type[ctypes.Structure]:
     """The Call of template.c for that many side inputs."""
     n = sides + 1
@@ -45,9 +47,6 @@ def struct_of(sides: int) -> type[ctypes.Structure]:
     ints = ["batch", "heads", "group", "q_len", "k_len", "k_pad", "d", "dv_size", "bq", "bk", "slots", "threads", "unshifted"]
     fields += [(word, Int) for word in ints] + [("units", Long), ("next", Long), ("failed", Long), ("work", Pointer), ("room", Long)]
     return type("Call", (ctypes.Structure,), {"_fields_": fields})
-
-
-_structs: dict[int, type[ctypes.Structure]] = {}
 
 
 def stride(x: Tensor, dim: int) -> int:
@@ -66,9 +65,8 @@ class Native:
     def filled(self, call: Call, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor]) -> Any:
         """The struct of a launch, what does not change between forward and backward."""
         source: Source = call.source
-        struct = _structs.setdefault(len(source.sides), struct_of(len(source.sides)))
         b, heads, q_len, d = q.shape
-        p: Any = struct()
+        p: Any = struct_of(len(source.sides))()
         p.batch, p.heads, p.group, p.q_len, p.k_len = b, heads, heads // k.shape[1], q_len, k.shape[2]
         p.k_pad, p.d, p.dv_size, p.bq, p.bk = up(k.shape[2], call.block_k), d, v.shape[-1], call.block_q, call.block_k
         p.threads, p.slots = torch.get_num_threads(), 1

@@ -64,6 +64,8 @@ def flex_plan(
     u, w = torch.arange(count, device=q.device)[:, None], torch.arange(count, device=q.device)
     causal = w <= u
     keep = causal & (columns[..., None, :] | slashes[..., (u - w).clamp(min=0)])
+    if not bool(aware.any()):
+        return Selection(keep, size, size)
     pool = probabilities(pooled(q, size) @ means.transpose(-1, -2), causal)
     flat = top_p(pool.flatten(-2), gamma * count, reach=False).unflatten(-1, (count, count))
     return Selection(keep | (flat & aware[..., None, None] & causal), size, size)
