@@ -88,19 +88,38 @@ def backward(length: int, rounds: int) -> dict[str, dict[str, float]]:
     return out
 
 
-def recurrent(length: int, rounds: int) -> dict[str, dict[str, float]]:
-    q, k, v = tensors(length)
-    inputs = {
+def recurrent_inputs(length: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {
         "lightning-attention-2": {},
         "gla": {"log_decay": F.logsigmoid(torch.randn(1, HEADS, length, DIM)) / 16},
         "deltanet": {"beta": torch.rand(1, HEADS, length)},
     }
+
+
+def recurrent(length: int, rounds: int) -> dict[str, dict[str, float]]:
+    q, k, v = tensors(length)
     unit = F.normalize(k, dim=-1)
     out = {}
-    for name, more in inputs.items():
+    for name, more in recurrent_inputs(length).items():
         out[name] = ratio(
             lambda name=name, more=more: regard.attend(q, unit, v, name, **more),
             lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            rounds,
+        )
+    return out
+
+
+def recurrent_backward(length: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Forward and backward, gradients of decays and write strengths included."""
+    q, k, v = tensors(length, True)
+    g, unit = torch.randn_like(q), F.normalize(k.detach(), dim=-1).requires_grad_()
+    out = {}
+    for name, more in recurrent_inputs(length).items():
+        leaves = {key: x.requires_grad_() for key, x in more.items()}
+        wanted = (q, unit, v, *leaves.values())
+        out[name] = ratio(
+            lambda name=name, leaves=leaves, wanted=wanted: torch.autograd.grad(regard.attend(q, unit, v, name, **leaves), wanted, g),
+            lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), g),
             rounds,
         )
     return out
@@ -177,6 +196,7 @@ def main() -> None:
         keep("memory", memory())
         for length in chosen.lengths:
             keep("ratio to SDPA", forward(length, chosen.rounds * max(1, 8192 // length)), f"forward {length}")  # short runs vary more
+    keep("ratio to SDPA", recurrent_backward(16384, chosen.rounds), "linear 16384, forward+backward")
     for length in (2048, 8192):
         keep("ratio to SDPA", backward(length, max(3, chosen.rounds // 2)), f"forward+backward {length}")
     print(json.dumps(report, indent=1))
