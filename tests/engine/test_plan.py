@@ -59,3 +59,12 @@ def test_queries_stand_at_the_end_of_the_keys():
     assert torch.allclose(regard.attend(q, k, v, mask=Causal()), whole[:, :, -5:], atol=1e-6)
     more = regard.attend(k, q, torch.randn(1, 4, 5, 16), mask=Causal())
     assert (more[:, :, :15] == 0).all()
+
+
+def test_what_a_choice_costs_is_in_the_plan():
+    q, k, v = qkv(1024)
+    found = {name: regard.plan(q, k, v, name, mask=Causal()) for name in ("moba", "flexprefill", "proxyattn", "spargeattn", "hip", "dhsa")}
+    assert found["moba"].choice == 2 * 4 * 1024 * (1024 // 512) * 16
+    assert found["flexprefill"].choice == 2 * 4 * (128 * 1024 + 8 * 8) * 16
+    assert all(0 < one.choice < one.flops and "choosing it costs" in str(one) for one in found.values())
+    assert regard.plan(q, k, v, "softpick").choice is None and "choosing" not in str(regard.plan(q, k, v, "softpick"))

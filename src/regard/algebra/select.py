@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import positive
-from .part import Function, Part, call, described
+from .part import Function, Part, Sizes, call, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,19 @@ class Selector(Part):
     def select(self, q: Tensor, k: Tensor, view: View) -> Selection | None:
         raise NotImplementedError
 
+    def flops(self, sizes: Sizes) -> int | None:
+        """What the choice itself costs, about; None: not known."""
+        return None
+
     @property
     def looks_ahead(self) -> bool:
         """Whether the choice for a query may depend on later queries; what is read never does."""
         return False
+
+
+def scoring(sizes: Sizes, rows: float, columns: float) -> int:
+    """FLOP of scoring so many rows against so many columns in every head."""
+    return int(2 * sizes.batch * sizes.heads * rows * columns * sizes.head_dim)
 
 
 @described
@@ -93,18 +102,25 @@ class TopBlocks(Selector):
             gate.scatter_(-1, index, float("-inf"))
         return Selection(keep, 1, size)
 
+    def flops(self, sizes: Sizes) -> int:
+        return scoring(sizes, sizes.q_len, sizes.k_len / self.block_size)
+
 
 @described
 class Chosen(Selector):
     """A plain function as selector: `function(q, k, view) -> Selection`, and by name tensors that the mechanism declares.
 
     ahead: it looks at later queries to choose, so it cannot run token by token. decode: whether a single query is chosen for as well
-    (else it reads everything).
+    (else it reads everything). cost: a plain function (sizes) -> about how many FLOP the choice takes.
     """
 
     function: Function = lambda q, k, view: None  # replaced by the user's
     ahead: bool = False
     decode: bool = True
+    cost: Function | None = None
+
+    def flops(self, sizes: Sizes) -> int | None:
+        return None if self.cost is None else 0 if not self.decode and sizes.q_len == 1 else int(self.cost(sizes))
 
     def select(self, q: Tensor, k: Tensor, view: View) -> Any:
         if not self.decode and q.shape[-2] == 1:

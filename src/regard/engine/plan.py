@@ -27,7 +27,8 @@ ELEMENT = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16:
 class Plan:
     """What would run. flops: multiply-adds times two. bytes: read and written once by a perfect kernel. memory: beyond q, k, v, out.
 
-    density: share of the Lq x Lk plane whose blocks are worked on (None when it depends on the values of q and k).
+    density: share of the Lq x Lk plane whose blocks are worked on (None when it depends on the values of q and k). choice: FLOP of choosing
+    what is read, part of flops (None: not known, or nothing is chosen); flops then counts every pair, as if all were read.
     """
 
     executor: str
@@ -43,9 +44,12 @@ class Plan:
     form: str | None = field(default=None, repr=False)
     direct: bool = field(default=False, repr=False)  # SDPA takes q, k and v as they come
     source: str | None = field(default=None, repr=False)
+    choice: int | None = None
 
     def __str__(self) -> str:
         seen = "depends on q and k" if self.density is None else f"{self.density:.1%} of the score matrix"
+        if getattr(self.mechanism, "select", None) is not None:
+            seen += ", choosing it costs " + ("an unknown part" if self.choice is None else human(self.choice, 1000, "FLOP"))
         s = self.sizes
         lines = [
             f"executor  {self.executor}: {self.why}",
@@ -207,6 +211,8 @@ def weighted(
     density = static_density(mechanism, mask, sizes) if name not in ("dense", "reference") else 1.0
     pairs = sizes.batch * sizes.heads * sizes.q_len * sizes.k_len * (1.0 if density is None else density)
     flops = int(2 * pairs * (sizes.head_dim + sizes.value_dim) * (3.5 if grad else 1))
+    choice = None if mechanism.select is None else mechanism.select.flops(sizes)
+    flops += choice or 0
     tile = (1 << 19) * 4 if not root else 4 * (1 << 19) * 4
     whole = sizes.batch * sizes.heads * sizes.q_len * sizes.k_len * wide
     rows = sizes.batch * sizes.heads * sizes.q_len * (sizes.value_dim + 3) * wide
@@ -233,6 +239,7 @@ def weighted(
         given_mask,
         sdpa.form(mask, sizes) if name == "sdpa" else None,
         name == "sdpa" and mechanism.position is None and mechanism.values is None and not score.parts_beyond_dot,
+        choice=choice,
     )  # type: ignore[union-attr]
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...algebra import Causal, Chosen, Input, Selection, View, Weighted, bind
+from ...algebra import Causal, Chosen, Input, Selection, Sizes, View, Weighted, bind
 from ...algebra.blocks import cut, lengths
+from ...algebra.select import scoring
 from ...catalog.registry import register
 from ...errors import RegardError
 
@@ -31,8 +32,13 @@ def dhsa(
             f"expected one of {', '.join(FALLBACKS)}, and positive numbers"
         )
     constants = {"budget": budget, "block_size": block_size, "local": local, "first": first, "dense_last": dense_last, "chunk": chunk}
-    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode)
+    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode, cost=bind(chunk_cost, chunk=chunk))
     return Weighted(mask=Causal(), select=plan, inputs=(Input("starts", "bk", 0.0),))
+
+
+def chunk_cost(sizes: Sizes, *, chunk: int) -> int:
+    """Chunks against chunks, heads averaged."""
+    return scoring(sizes, sizes.q_len / chunk, sizes.k_len / chunk) // sizes.heads
 
 
 def chunk_of(starts: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra import Causal, Chosen, Selection, Sizes, View, Weighted, bind
 from ...algebra.blocks import block_sums, heads_of, pooled, probabilities, top_k, top_p
 from ...algebra.probes import probed
+from ...algebra.select import scoring
 from ...catalog.registry import register
 
 
@@ -22,7 +23,14 @@ def flexprefill(
     """gamma: mass to keep (from 1 on: everything). tau: distance under which a head is query-aware. min_budget, max_budget: tokens a query
     block may read of columns, and of diagonals. Prompts of at most max(2 block_size, min_budget) tokens, and chunks after others, run dense."""
     constants = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget, "block_size": block_size}
-    return Weighted(mask=Causal(), select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False))
+    return Weighted(
+        mask=Causal(), select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False, cost=bind(flex_cost, size=block_size))
+    )
+
+
+def flex_cost(sizes: Sizes, *, size: int) -> int:
+    """The last block of queries against all keys, and blocks against blocks."""
+    return scoring(sizes, min(size, sizes.q_len), sizes.k_len) + scoring(sizes, sizes.q_len / size, sizes.k_len / size)
 
 
 def last_mass(q: Tensor, k: Tensor, size: int, diagonals: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ after log2(blocks / K) rounds groups are single blocks. Right where a group's fi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra import Causal, Chosen, Selection, Sizes, View, Weighted, bind
 from ...algebra.blocks import heads_of
+from ...algebra.select import scoring
 from ...catalog.registry import register
 
 
@@ -30,7 +32,18 @@ def hip(
     representative: "first" or "middle" block of a group. Training-free; a single query descends by itself."""
     constants = {"mask_k": mask_k, "block_q": block_q, "block_k": block_k, "sinks": sinks, "window": window}
     rest = {"query_stride": query_stride, "representative": representative}
-    return Weighted(mask=Causal(), select=Chosen(bind(hip_plan, **constants, **rest), ahead=True))
+    return Weighted(
+        mask=Causal(),
+        select=Chosen(
+            bind(hip_plan, **constants, **rest), ahead=True, cost=bind(hip_cost, mask_k=mask_k, block_k=block_k, query_stride=query_stride)
+        ),
+    )
+
+
+def hip_cost(sizes: Sizes, *, mask_k: int, block_k: int, query_stride: int) -> int:
+    """The sampled queries against two halves of mask_k keys' groups in each of log2(blocks / groups) rounds."""
+    rounds = max(0, math.ceil(math.log2(max(1.0, sizes.k_len / max(mask_k, block_k)))))
+    return scoring(sizes, sizes.q_len / query_stride, 2 * max(mask_k, block_k) * rounds)
 
 
 def descend(q: Tensor, k: Tensor, last: int, blocks: int, block_k: int, representative: str) -> tuple[Tensor, int]:

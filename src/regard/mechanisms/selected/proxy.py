@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra import Causal, Chosen, Selection, Sizes, View, Weighted, bind
 from ...algebra.blocks import block_sums, heads_of, top_k
 from ...catalog.registry import register
 from ...errors import RegardError
@@ -23,13 +23,25 @@ def proxyattn(groups: int | None = None, gamma: float = 0.95, block_size: int = 
     if block_size % stride:
         raise RegardError(f"block_size={block_size} is not a multiple of stride={stride}")
     constants = {"groups": groups, "gamma": gamma, "block_size": block_size, "stride": stride, "min_blocks": min_blocks}
-    return Weighted(mask=Causal(), select=Chosen(bind(proxy_plan, **constants), ahead=True, decode=False))
+    return Weighted(
+        mask=Causal(),
+        select=Chosen(
+            bind(proxy_plan, **constants),
+            ahead=True,
+            decode=False,
+            cost=bind(proxy_cost, groups=groups, block_size=block_size, stride=stride),
+        ),
+    )
 
 
 def evaluations(heads: int, length: int, groups: int, block_size: int, stride: int) -> int:
     """Token pairs scored by the plan."""
     sampled = -(-length // stride)
     return groups * sampled * sampled + heads * min(block_size, length) * length
+
+
+def proxy_cost(sizes: Sizes, *, groups: int | None, block_size: int, stride: int) -> int:
+    return 2 * sizes.batch * sizes.head_dim * evaluations(sizes.heads, sizes.k_len, groups or sizes.kv_heads, block_size, stride)
 
 
 def block_importance(q: Tensor, k: Tensor, groups: int, block_size: int, stride: int) -> Tensor:

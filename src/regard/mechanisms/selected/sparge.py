@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...algebra import Causal, Chosen, Selection, View, Weighted, bind
+from ...algebra import Causal, Chosen, Selection, Sizes, View, Weighted, bind
 from ...algebra.blocks import cut, heads_of, lengths, pooled, probabilities, top_k
+from ...algebra.select import scoring
 from ...catalog.registry import register
 from ...errors import RegardError
 
@@ -32,8 +33,13 @@ def sparge(
     """theta: self-similarity above which a block is pooled; tau: mass to keep (from 1 on: all); a number, or one a head.
     ratio: keep this share of the blocks instead of a mass. first: always the first key block. Prompts only: one query reads everything."""
     constants = {"theta": theta, "tau": tau, "block_q": block_q, "block_k": block_k, "ratio": ratio, "first": first}
-    chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False)
+    chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False, cost=bind(pooled_cost, block_q=block_q, block_k=block_k))
     return Weighted(mask=Causal(), select=chosen) if causal else Weighted(select=chosen)
+
+
+def pooled_cost(sizes: Sizes, *, block_q: int, block_k: int) -> int:
+    """Blocks of queries against blocks of keys."""
+    return scoring(sizes, sizes.q_len / block_q, sizes.k_len / block_k)
 
 
 def self_similarity(x: Tensor, size: int) -> Tensor:
