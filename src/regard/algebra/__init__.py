@@ -10,15 +10,11 @@ from .mask import (
     Columns,
     Dilated,
     Either,
-    Explicit,
     FixedBlock,
     Full,
-    Kept,
     Mask,
-    Padding,
     PerHead,
     Prefix,
-    Segments,
     Sinks,
     Strided,
     Where,
@@ -38,6 +34,7 @@ from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks, View
 from .states import LogLinear, Slots
 from .thresholds import ActiveTiles
+from .token_mask import Explicit, Kept, Padding, Segments
 
 __all__ = [
     "ActiveTiles",

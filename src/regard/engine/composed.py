@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algebra.local import LocalLinear
-from ..algebra.mask import Causal, Explicit, Full, Mask
+from ..algebra.mask import Causal, Full, Mask
 from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Relayed, Weighted
 from ..algebra.part import call
 from ..algebra.score import SquaredDistance
 from ..algebra.states import LogLinear, Slots
+from ..algebra.token_mask import Explicit
 from ..errors import RegardError
 from . import local
 from .merge import merge

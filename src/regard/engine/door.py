@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Explicit, Mask, as_mask
+from ..algebra.mask import Causal, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.part import Function
+from ..algebra.token_mask import Explicit
 from ..errors import RegardError
 from . import composed, meter, native, order, reference, rows, sdpa, tiled
 from . import plan as planner

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...algebra.feature_map import FeatureMap
-from ...algebra.mask import Causal, Full, Mask, Padding, conjuncts
+from ...algebra.mask import Causal, Full, Mask, conjuncts
 from ...algebra.mechanism import Recurrent
 from ...algebra.part import Function, Input, Sizes, bind, call
+from ...algebra.token_mask import Padding
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import repeat_heads

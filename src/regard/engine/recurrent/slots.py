@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...algebra.mask import Causal, Mask, Padding, Window
+from ...algebra.mask import Causal, Mask, Window
 from ...algebra.mechanism import Recurrent, Weighted
 from ...algebra.position import Rope
 from ...algebra.states import Slots
+from ...algebra.token_mask import Padding
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
