@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import regard
-from regard.algebra import Alibi, Input, Modified, RowLocal, Selection, Weighted
+from regard.algebra import Alibi, Distance, Input, Modified, RowLocal, Selection, Weighted
 from regard.algebra.normalizer import softmax_plus
 from regard.algebra.select import Chosen
 from regard.engine.native import build
@@ -43,6 +43,22 @@ def agree(mechanism, mask=None, batch=2, heads=4, kv_heads=4, q_len=150, k_len=1
 def test_row_local_mechanisms(name):
     agree(name, CAUSAL)
     agree(name, CAUSAL & regard.Window(50), heads=4, kv_heads=2, q_len=70, k_len=333, dim=40, value_dim=7)
+
+
+@pytest.mark.parametrize(
+    "score", [Distance(link="log"), Distance(1.0, "negative"), Distance(3.0, "inverse", 0.5), Distance(2.0, "gaussian")]
+)
+def test_distances(score):
+    agree(Weighted(score=score), CAUSAL)
+    agree(Weighted(score=score, position=Alibi()), None, heads=4, kv_heads=2, q_len=70, k_len=333, dim=40, value_dim=7)
+
+
+def test_distances_do_not_cancel():
+    """Queries that stand on a key: |q|^2 + |k|^2 - 2 q.k would be off by more than eps."""
+    k = 30 * torch.randn(1, 1, 64, 32)
+    q, v = k + 1e-3 * torch.randn(1, 1, 64, 32), torch.randn(1, 1, 64, 8)
+    outs = [regard.attend(q, k, v, "idw-attention", executor=executor) for executor in ("native", "reference")]
+    assert (outs[0] - outs[1]).abs().max() < 1e-4
 
 
 def test_one_head_shared_out_over_threads():

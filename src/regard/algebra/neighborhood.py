@@ -83,7 +83,7 @@ class Neighborhood(Mask):
                 f"Neighborhood(shape={self.shape}, extra={self.extra}) got {env['k_len']} keys; expected {total + self.extra}"
             )
         # With extra keys at the end, alignment to the end of the keys shifts the queries by `extra`.
-        x, y = i - self.extra, j.clamp(max=total - 1)
+        x, y = (i - self.extra).clamp(0, total - 1), j.clamp(max=total - 1)
         seen = (i == i) & (j < total)
         for part in self.intervals(total):
             first, last, at = (table.to(i.device) for table in (part.first, part.last, part.at))
@@ -102,9 +102,9 @@ class Neighborhood(Mask):
         return tuple(pair for first, last, at in self.names for pair in ((first, "q"), (last, "q"), (at, "k")))
 
     def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
-        found = {}
+        found, rows = {}, torch.arange(self.total - q_len, self.total).clamp(min=0)
         for (first, last, at), part in zip(self.names, self.intervals(self.total), strict=True):
-            found[first], found[last] = (x[self.total - q_len :, None].to(device) for x in (part.first, part.last))
+            found[first], found[last] = (x[rows, None].to(device) for x in (part.first, part.last))
             found[at] = torch.nn.functional.pad(part.at, (0, self.extra)).to(device)
         return {name: x[(None,) * (4 - x.dim())] for name, x in found.items()}
 

@@ -45,6 +45,8 @@ def tiles(shape: tuple[int, ...], tile: tuple[int, ...], extra: int = 0) -> Perm
 def grid_order(shape: tuple[int, ...], tile: tuple[int, ...], dilation: tuple[int, ...], extra: int = 0) -> Tensor:
     """Row-major places of a grid's tokens, one dilation group after the other, tile by tile in it; border tiles may be smaller."""
     place, inner = torch.arange(math.prod(shape)), math.prod(shape)
+    if not inner:
+        return torch.arange(extra)
     digits: list[list[tuple[Tensor, int]]] = [[], [], []]  # of a mixed-radix number: groups, tiles, places inside
     for length, t, d in zip(shape, tile, dilation, strict=True):
         inner //= length

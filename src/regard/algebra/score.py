@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .part import Function, Input, Learned, Part, Sizes, call, described
 
+TINY = 1.2e-38  # the least distance that is raised to a power: at 0 its slope would be no number
+
 
 @described
 class Score(Part):
@@ -20,8 +22,13 @@ class Score(Part):
     """
 
     @property
+    def raw(self) -> str:
+        """What kernels compute of a pair before elementwise functions: "dot" (q.k), "distance" (|q - k|^2), or "" (neither will do)."""
+        return "dot"
+
+    @property
     def dot(self) -> bool:
-        return True
+        return self.raw == "dot"
 
     @property
     def placed(self) -> bool:
@@ -51,8 +58,8 @@ class Pairing(Score):
     """Base of scores that are no dot product of what `prepare` gives: `pair` runs a tile at a time, differentiated by autograd."""
 
     @property
-    def dot(self) -> bool:
-        return False
+    def raw(self) -> str:
+        return ""
 
     def prepare(self, q: Tensor, k: Tensor, scale: float, env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return q, k
@@ -116,8 +123,15 @@ class Distance(Pairing):
     def pair(self, q: Tensor, k: Tensor, env: Mapping[str, Any]) -> Tensor:
         # |q|^2 + |k|^2 - 2 q.k cancels where q is close to k, exactly where inverse distances matter: form differences
         # one channel at a time, which costs time but no (Lq, Lk, D) tensor.
-        squared = SquaredDistance.apply(q, k)
-        d = squared if self.power == 2 else squared.clamp_min(torch.finfo(squared.dtype).tiny) ** (self.power / 2)
+        return self.linked(SquaredDistance.apply(q, k))
+
+    @property
+    def raw(self) -> str:
+        return "distance"
+
+    def linked(self, squared: Tensor) -> Tensor:
+        """The score as a function of |q_i - k_j|^2."""
+        d = squared if self.power == 2 else squared.clamp_min(TINY) ** (self.power / 2)
         if self.link == "negative":
             return -d
         if self.link == "gaussian":

@@ -28,8 +28,8 @@ def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: A
         return "runs on a CPU"
     if dtype == torch.float64:
         return "computes in float32"
-    if not isinstance(normalizer, RowLocal) or not mechanism.score.dot:  # type: ignore[union-attr]
-        return "pairs q and k by dot products"
+    if not isinstance(normalizer, RowLocal) or not mechanism.score.raw:  # type: ignore[union-attr]
+        return "pairs q and k by dot products or distances"
     if max(sizes.head_dim, sizes.value_dim) > 512:
         return "head_dim and value_dim up to 512"
     raw = {item.name for item in mechanism.declared if not item.elementwise}

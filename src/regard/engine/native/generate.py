@@ -54,7 +54,9 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     root, shifting = normalizer.shift == "root", normalizer.shift in ("max", "max0", "maxabs")
     env = {name: var(name) for name in names} | {"c": var("c") if shifting or root else const(0.0)}
     s = var("s")
-    moved = trace(position_of(mechanism), [s], env) if position_of(mechanism) else s
+    score: Any = mechanism.score
+    paired = trace(score.linked, [s], {}) if score.raw == "distance" else s
+    moved = trace(position_of(mechanism), [paired], env) if position_of(mechanism) else paired
     outputs = [trace(normalizer.weight, [s], env)]
     if normalizer.mass is not None and not root:
         outputs.append(trace(normalizer.mass, [s], env))
@@ -81,6 +83,7 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     blanks = {
         "SIDES": str(len(sides)),
         "SHIFTING": str(int(shifting)),
+        "DISTANCE": str(int(score.raw == "distance")),
         "ROOT": str(int(root)),
         "SIZE": SIZES.get(normalizer.shift, "s"),
         "CLAMP": str(int(normalizer.shift == "max0")),

@@ -23,6 +23,7 @@
 #define SIDES @SIDES@
 #define SHIFTING @SHIFTING@
 #define ROOT @ROOT@
+#define DISTANCE @DISTANCE@ /* scores are |q - k|^2, not q . k */
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -151,6 +152,29 @@ static void product(int rows, int columns, int depth, const float *a, int am, in
         for (int n = 0; n < columns; n += NR)
             for (int m = 0; m < rows; m += MR) micro(a + m, 1, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
     }
+}
+
+/* Raw scores of a tile: a row of q (depth wide) against turned keys. Distances are summed from differences, which do not cancel. */
+INLINE void score(int rows, int columns, int depth, const float *q, const float *kt, float *s, int64_t lds) {
+    if (!DISTANCE) {
+        product(rows, columns, depth, q, depth, 1, kt, columns, s, lds, 0);
+        return;
+    }
+    for (int n = 0; n < columns; n += NR)
+        for (int m = 0; m < rows; m += MR) {
+            vec sum[MR][2] = {{{0}}};
+            for (int k = 0; k < depth; k++) {
+                const vec b0 = *(const vec *)(kt + (int64_t)k * columns + n), b1 = *(const vec *)(kt + (int64_t)k * columns + n + LANES);
+                for (int r = 0; r < MR; r++) {
+                    const float x = q[(m + r) * depth + k];
+                    const vec d0 = x - b0, d1 = x - b1;
+                    sum[r][0] += d0 * d0;
+                    sum[r][1] += d1 * d1;
+                }
+            }
+            for (int r = 0; r < MR; r++)
+                for (int t = 0; t < 2; t++) *(vec *)(s + (m + r) * lds + n + t * LANES) = sum[r][t];
+        }
 }
 
 /* The mechanism: a row of a tile at a time. */
@@ -332,7 +356,7 @@ static void forward_rows(Call *p, int64_t unit, float *room) {
     if (ROOT) {
         for (int e = 0; e < entries; e++) {
             int j0, count = enter(p, list[e], &j0);
-            product(whole, p->bk, p->d, q, p->d, 1, p->kt + (kv * p->k_pad + j0) * p->d, p->bk, s + (int64_t)e * p->bk, wide, 0);
+            score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s + (int64_t)e * p->bk, wide);
             for (int m = 0; m < rows; m++) {
                 Row r = row_of(p, b, h, first + m, 0);
                 r.j0 = j0, r.count = count;
@@ -351,7 +375,7 @@ static void forward_rows(Call *p, int64_t unit, float *room) {
     for (int e = 0; e < entries; e++) {
         int j0, count = enter(p, list[e], &j0), any = !ROOT;
         float *tile = ROOT ? s + (int64_t)e * p->bk : s;
-        if (!ROOT) product(whole, p->bk, p->d, q, p->d, 1, p->kt + (kv * p->k_pad + j0) * p->d, p->bk, s, p->bk, 0);
+        if (!ROOT) score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
         for (int m = 0; m < rows; m++) {
             Row r = row_of(p, b, h, first + m, 0);
             r.j0 = j0, r.count = count;
@@ -411,7 +435,7 @@ static void forward_columns(Call *p, int64_t n, float *room) {
         for (int32_t start = from; start < to; start += p->bq) {
             const int rows = start + p->bq < to ? p->bq : to - start, whole = (rows + MR - 1) / MR * MR;
             for (int m = 0; m < rows; m++) memcpy(q + m * p->d, p->q + (at + chosen[start + m]) * p->d, sizeof(float) * p->d);
-            product(whole, p->bk, p->d, q, p->d, 1, p->kt + (kv * p->k_pad + j0) * p->d, p->bk, s, p->bk, 0);
+            score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
             for (int m = 0; m < rows; m++) {
                 const int row = chosen[start + m], full = kind[(int64_t)(row / p->bk) * blocks + block] == 2;
                 Row r = row_of(p, b, h, row, 0);
@@ -442,7 +466,7 @@ INLINE void backward_tile(Call *p, int b, int h, int slot, const int32_t *row_of
     int j0, count = enter(p, entry, &j0);
     const int columns = (count + MR - 1) / MR * MR;
     const int64_t n = (int64_t)b * p->heads + h;
-    product(whole, p->bk, p->d, q, p->d, 1, p->kt + (kv * p->k_pad + j0) * p->d, p->bk, s, p->bk, 0);
+    score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
     product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, p->bk, g, p->bk, 0);
     for (int m = 0; m < rows; m++) {
         const int row = row_of_m ? row_of_m[m] : first + m;
@@ -453,6 +477,18 @@ INLINE void backward_tile(Call *p, int b, int h, int slot, const int32_t *row_of
         if (full) pull(&r, x, y, c, gh, even ? even[m] : 0.0f, 0); else pull(&r, x, y, c, gh, even ? even[m] : 0.0f, 1);
     }
     product(columns, p->dv_size, rows, s, 1, p->bk, grad, p->dv_size, dv + (int64_t)j0 * p->dv_size, p->dv_size, 1);
+#if DISTANCE /* d |q - k|^2 = 2 (q - k) (dq - dk): the products below with -2 g, and each side times its own sums of that */
+    for (int m = 0; m < rows; m++) {
+        float sum = 0.0f, *own = g + m * p->bk;
+        for (int t = 0; t < count; t++) own[t] *= -2.0f, sum += own[t];
+        for (int t = 0; t < p->d; t++) dq[m * p->d + t] -= sum * q[m * p->d + t];
+    }
+    for (int t = 0; t < count; t++) {
+        float sum = 0.0f;
+        for (int m = 0; m < rows; m++) sum += g[m * p->bk + t];
+        for (int e = 0; e < p->d; e++) dk[(int64_t)(j0 + t) * p->d + e] -= sum * p->k[(kv * p->k_len + j0 + t) * p->d + e];
+    }
+#endif
     product(columns, p->d, rows, g, 1, p->bk, q, p->d, dk + (int64_t)j0 * p->d, p->d, 1);
     product(whole, p->d, count, g, p->bk, 1, p->k + (kv * p->k_len + j0) * p->d, p->d, dq, p->d, 1);
 }
@@ -480,7 +516,7 @@ static void backward_rows(Call *p, int64_t unit, float *room) {
             for (int e = 0; e < entries; e++) {
                 int j0, count = enter(p, list[e], &j0);
                 float weight = 0.0f;
-                product(whole, p->bk, p->d, q, p->d, 1, p->kt + (kv * p->k_pad + j0) * p->d, p->bk, s, p->bk, 0);
+                score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
                 product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, p->bk, g, p->bk, 0);
                 float before = 0.0f, after = 0.0f;
                 for (int m = 0; m < rows; m++) {
