@@ -22,7 +22,7 @@ from regard.algebra import Weighted
 from regard.algebra.mechanism import Hybrid
 from regard.lab.files import write_text
 
-SLOW = ("neural-attention", "tapa", "idw-attention", "adasplash")  # a pair costs more than a product: measured at 2048 alone
+SLOW = ("neural-attention", "tapa")  # a pair costs more than a product: measured at 2048 alone, once
 
 
 def weighted_names() -> list[str]:
