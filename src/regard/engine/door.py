@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ..algebra.mask import Causal, Mask, as_mask
-from ..algebra.mechanism import Mechanism, Recurrent, Weighted
-from ..algebra.part import Function
+from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
+from ..algebra.part import Function, Input
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
-from . import composed, meter, native, order, reference, rows, sdpa, tiled
+from . import composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
 from .problem import Problem, pose, sizes_of
+from .recurrent.pose import declared_of
 from .reference import Stats
 
 _plans: dict[Any, Plan] = {}
@@ -196,6 +197,9 @@ def execute_plan(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
 ) -> tuple[Tensor, Stats | None]:
     mechanism, name = chosen.mechanism, chosen.executor
+    if not isinstance(mechanism, (Weighted, Program)) and packed.is_packed(chosen.mask):
+        alone = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
+        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, alone), None
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
         scan = scans.pose(mechanism, chosen.mask, q, k, v, scale, inputs, exact)
@@ -250,6 +254,10 @@ def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
 
         return run(problem)
     return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
+
+
+def inputs_of(mechanism: Mechanism) -> dict[str, Input]:
+    return declared_of(mechanism) if isinstance(mechanism, Recurrent) else {item.name: item for item in mechanism.declared}
 
 
 def plan(
