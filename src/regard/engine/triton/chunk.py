@@ -14,8 +14,8 @@ from ..recurrent.pose import Scan
 from . import chunk_kernels as kernels
 from .run import power_of_two
 
-CHANNELS = 256  # features that fit a program
-CHUNK = 64  # tokens; products of tiles need at least 16
+CHANNELS = 128  # features that fit a program
+CHUNK = 32  # tokens: with one stage, the largest kernel then takes 98 KiB of shared memory at 128 features
 
 
 class Prepared:
@@ -50,11 +50,11 @@ class Prepared:
         return self.q.new_empty(shape)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor | None, **flags: bool) -> None:
-        values = next(width for width in (64, 32, 16) if self.e % width == 0)
+        values = next(width for width in (32, 16) if self.e % width == 0)
         grid = tuple(self.e // values if size < 0 else size for size in grid)
         given = [self.q if x is None else x for x in tensors]  # a pointer that is never followed
         counted = [self.n] if kernel in (kernels.run_states, kernels.run_states_back) else []
-        kernel[grid](*given, *counted, **flags, KIND=self.kind, C=self.size, F=self.f, E=self.e, BV=values)
+        kernel[grid](*given, *counted, **flags, KIND=self.kind, C=self.size, F=self.f, E=self.e, BV=values, num_stages=1)
 
     def written(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(u, or with the delta rule U before the state is known; W; T)."""

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
