@@ -28,7 +28,7 @@ from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
 from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .permute import Permutation
-from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
+from .position import Alibi, Biased, Chain, Modified, Position, RelativeBias, Rope
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks, View
@@ -40,6 +40,7 @@ __all__ = [
     "ActiveTiles",
     "Additive",
     "Alibi",
+    "Biased",
     "BlockPowers",
     "Both",
     "Bound",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,20 +48,30 @@ class Modified(Position):
         return not {"i", "j", "n"} & set(asks(self.function, 1))
 
 
+class InTurn:
+    """Functions of scores one after another, as one function that asks for all their names."""
+
+    def __init__(self, functions: Sequence[Function]):
+        self.functions = tuple(functions)
+        names = dict.fromkeys(("s", *(name for function in functions for name in asks(function, 1))))
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
+    def __call__(self, s: Any, **env: Any) -> Any:
+        for function in self.functions:
+            s = call(function, s, env=env)
+        return s
+
+
 @described
 class Chain(Position):
-    """Several positions, one after another, of which at most one changes scores (write two such as one function)."""
+    """Several positions, one after another."""
 
     positions: tuple[Position, ...] = ()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if sum(position.modify is not None for position in self.positions) > 1:
-            raise RegardError(f"{len(self.positions)} positions, of which more than one changes scores; expected one function for both")
-
     @property
     def modify(self) -> Function | None:
-        return next((position.modify for position in self.positions if position.modify is not None), None)
+        found = [position.modify for position in self.positions if position.modify is not None]
+        return InTurn(found) if len(found) > 1 else found[0] if found else None
 
     @property
     def relative(self) -> bool:
@@ -111,6 +122,27 @@ def grid_rotary(x: Tensor, position: Tensor, width: int, base: float = 10000.0) 
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, c = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * cos - c * sin, a * sin + c * cos), -1).flatten(-2)
+
+
+def joined(first: Any, then: Position) -> Position:
+    """`then` after `first`, a position or None."""
+    return then if first is None else Chain((first, then))
+
+
+def added(s: Tensor, bias: Tensor) -> Tensor:
+    return s + bias
+
+
+@described
+class Biased(Modified):
+    """s_ij + bias_ij: what a float mask adds. Input `bias`, broadcastable to (B, H, Lq, Lk)."""
+
+    function: Function = added
+    inputs: tuple[Input, ...] = (Input("bias", "bhqk"),)
+
+    @property
+    def relative(self) -> bool:
+        return False
 
 
 def alibi_slopes(sizes: Sizes) -> Tensor:

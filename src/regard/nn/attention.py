@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
 from ..engine import State, attend, step, weights
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
 from .parts import HeadGate, ShortConv, head_norm
@@ -125,7 +126,10 @@ class Attention(nn.Module):
             raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
         q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
         made = {**self.inputs(x if context is None else context, {"q": q, "k": k, "v": v}), **inputs}
-        return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
+        mechanism: str | Mechanism = self.mechanism
+        if isinstance(mask, Tensor):
+            mechanism, mask, made = given_mask(mechanism, mask, made)
+        return self.close(attend(q, k, v, mechanism, mask=self.full_mask(mask), **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
@@ -133,12 +137,7 @@ class Attention(nn.Module):
         q, k, v, _ = self.heads_of(x, x, 0, None)
         return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x, {"q": q, "k": k, "v": v}))
 
-    def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
-        if isinstance(mask, Tensor):
-            from ..engine.door import explicit
-
-            mask, extra = explicit(mask, {}, mask)
-            made.update(extra)
+    def full_mask(self, mask: Mask | None) -> Mask | None:
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
