@@ -34,7 +34,12 @@ def test_by_default(name):
         assert torch.isfinite(a).all() and torch.allclose(a, b, rtol=1e-6, atol=1e-8 * max(1.0, float(b.abs().max())))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(described(n), (Weighted, Recurrent))])
+# Their gradient holds a factor of each row fixed (the layer's norm takes it out; the paper's statistics are constants): it is not
+# the slope of the value, so differences of it say nothing about it.
+FIXED_FACTORS = ("lln-attention", "regla")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(described(n), (Weighted, Recurrent)) and n not in FIXED_FACTORS])
 def test_against_differences(name):
     """The slope of a projection of the gradient along a direction, by central differences."""
     call = sample(name, q_len=7, batch=1, heads=2, kv_heads=2)
