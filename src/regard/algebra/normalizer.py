@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .part import Function, Input, Part, described
+from .part import Function, Input, Part, asks, bind, call, described
 
 SHIFTS = ("none", "max", "max0", "maxabs", "root")
 
@@ -82,6 +83,27 @@ def softmax_plus(sink: float = 0.0) -> RowLocal:
 
     inputs = (Input("sink", "h", default=sink, layer=Learned(sink)),)
     return RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=inputs)
+
+
+def joined_by_sinks(total: Tensor, c: Tensor, sinks: Tensor, mass: Function, shifted: bool) -> Tensor:
+    # A sink far above every visible score takes all weight; cut where e^80 to 1 is all or nothing, before the exponential overflows.
+    sinks = torch.minimum(sinks, c + 80.0) if shifted else sinks
+    return total + call(mass, sinks, env={"c": c})  # type: ignore[no-any-return]
+
+
+def with_sinks(normalizer: Normalizer) -> RowLocal:
+    """The same weights where one more key, of value zero and score `sinks`, takes its share of every row (gpt-oss; OpenAI, 2025).
+
+    Input `sinks` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by nothing (sigmoid) are the same with it. Raises RegardError for
+    weights that are not quotients by a plain sum.
+    """
+    plain = isinstance(normalizer, RowLocal) and normalizer.shift != "root" and normalizer.divide is None
+    if not isinstance(normalizer, RowLocal) or not plain or set(asks(normalizer.mass or torch.exp)) - {"c"}:
+        raise RegardError(f"sinks join a plain sum of masses, such as softmax divides by; {normalizer!r} has none")
+    inputs = (*normalizer.inputs, Input("sinks", "bhqk"))
+    if normalizer.mass is None:
+        return replace(normalizer, inputs=inputs)
+    return replace(normalizer, divide=bind(joined_by_sinks, mass=normalizer.mass, shifted=normalizer.shift != "none"), inputs=inputs)
 
 
 @described

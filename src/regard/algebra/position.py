@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .part import Function, Input, Learned, Part, Sizes, asks, bind, call, described
+from .part import Function, Input, Learned, Part, Sizes, asks, bind, call, described, show
 
 
 @described
@@ -48,29 +48,36 @@ class Modified(Position):
         return not {"i", "j", "n"} & set(asks(self.function, 1))
 
 
+@described
 class InTurn:
-    """Functions of scores one after another, as one function that asks for all their names."""
+    """Several plain functions of scores, one after another; asks by name for what any of them asks for."""
 
-    def __init__(self, functions: Sequence[Function]):
-        self.functions = tuple(functions)
-        names = dict.fromkeys(("s", *(name for function in functions for name in asks(function, 1))))
-        self.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    functions: tuple[Function, ...]
 
-    def __call__(self, s: Any, **env: Any) -> Any:
+    @property
+    def __signature__(self) -> inspect.Signature:
+        names = dict.fromkeys(name for function in self.functions for name in asks(function, 1))
+        kinds = [inspect.Parameter("s", inspect.Parameter.POSITIONAL_ONLY)]
+        return inspect.Signature(kinds + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
+
+    def __call__(self, s: Any, /, **named: Any) -> Any:
         for function in self.functions:
-            s = call(function, s, env=env)
+            s = function(s, **{name: named[name] for name in asks(function, 1)})
         return s
+
+    def __repr__(self) -> str:
+        return f"regard.algebra.position.InTurn({show(self.functions)})"
 
 
 @described
 class Chain(Position):
-    """Several positions, one after another."""
+    """Several positions, one after another: each turns q and k, and changes the scores that those before it give."""
 
     positions: tuple[Position, ...] = ()
 
     @property
     def modify(self) -> Function | None:
-        found = [position.modify for position in self.positions if position.modify is not None]
+        found = tuple(position.modify for position in self.positions if position.modify is not None)
         return InTurn(found) if len(found) > 1 else found[0] if found else None
 
     @property
@@ -124,27 +131,6 @@ def grid_rotary(x: Tensor, position: Tensor, width: int, base: float = 10000.0) 
     return torch.stack((a * cos - c * sin, a * sin + c * cos), -1).flatten(-2)
 
 
-def joined(first: Any, then: Position) -> Position:
-    """`then` after `first`, a position or None."""
-    return then if first is None else Chain((first, then))
-
-
-def added(s: Tensor, bias: Tensor) -> Tensor:
-    return s + bias
-
-
-@described
-class Biased(Modified):
-    """s_ij + bias_ij: what a float mask adds. Input `bias`, broadcastable to (B, H, Lq, Lk)."""
-
-    function: Function = added
-    inputs: tuple[Input, ...] = (Input("bias", "bhqk"),)
-
-    @property
-    def relative(self) -> bool:
-        return False
-
-
 def alibi_slopes(sizes: Sizes) -> Tensor:
     """ALiBi's geometric slopes 2^(-8h/H), with the paper's interpolation when H is not a power of two."""
 
@@ -168,6 +154,45 @@ class Alibi(Position):
     @property
     def modify(self) -> Function:
         return alibi
+
+
+def softcapped(s: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(s / cap)
+
+
+@described
+class Softcap(Position):
+    """cap * tanh(s_ij / cap): no score leaves (-cap, cap) (Gemma 2; Riviere et al., 2024)."""
+
+    cap: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cap > 0:
+            raise RegardError(f"Softcap(cap={self.cap!r}): expected a positive number")
+
+    @property
+    def modify(self) -> Function:
+        return bind(softcapped, cap=self.cap)
+
+
+def biased(s: Tensor, bias: Tensor) -> Tensor:
+    return s + bias
+
+
+@described
+class Bias(Position):
+    """s_ij + bias_ij: any float tensor as a position, such as a model's own. Input `bias` (B, H, Lq, Lk), where 1 broadcasts."""
+
+    inputs: tuple[Input, ...] = (Input("bias", "bhqk"),)
+
+    @property
+    def modify(self) -> Function:
+        return biased
+
+    @property
+    def relative(self) -> bool:
+        return False
 
 
 def relative(s: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor, reach: int) -> Tensor:

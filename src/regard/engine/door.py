@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algebra.mask import Causal, Mask, as_mask
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
-from ..algebra.position import Biased, joined
+from ..algebra.position import Bias, Chain
 from ..algebra.snapshot import fixed
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
@@ -182,7 +182,7 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
         raise RegardError(
             f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; pass mask > -inf, or no mask"
         )
-    biased = replace(description, position=joined(description.position, Biased()))
+    biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))
     seen = mask.detach() != float("-inf")
     inputs = {**inputs, "bias": mask}
     if bool(seen.all()):
