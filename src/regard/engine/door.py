@@ -15,7 +15,7 @@ from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
-from . import composed, meter, native, order, packed, reference, rows, sdpa, tiled
+from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
@@ -197,9 +197,14 @@ def execute_plan(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
 ) -> tuple[Tensor, Stats | None]:
     mechanism, name = chosen.mechanism, chosen.executor
+    if alone.counts_places(mechanism) and alone.may_divide(chosen.mask):
+        again = functools.partial(once_more, scale=scale, executor=name, stats=stats)
+        divided = alone.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, again)
+        if divided is not None:
+            return divided
     if not isinstance(mechanism, (Weighted, Program)) and packed.is_packed(chosen.mask):
-        alone = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
-        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, alone), None
+        each = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
+        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, each), None
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
         scan = scans.pose(mechanism, chosen.mask, q, k, v, scale, inputs, exact)
@@ -217,6 +222,23 @@ def execute_plan(
             return attend(q, k, v, m, executor="reference", **rest)
 
     return composed.RUN[type(mechanism)](mechanism, q, k, v, chosen.mask, scale, inputs, inner).to(given), None
+
+
+def once_more(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    *,
+    mask: Mask,
+    scale: float | None,
+    executor: str,
+    stats: bool,
+    **inputs: Any,
+) -> tuple[Tensor, Stats | None]:
+    """A sequence of a call that runs in `executor`; those made for whole calls are chosen anew, by the sequence's own sizes."""
+    wanted = executor if stats or executor in ("reference", "tiled", "rows", "dense") else None
+    return execute_plan(planned(q, k, v, mechanism, mask, inputs, wanted), q, k, v, scale, inputs, stats)
 
 
 def weighted(
@@ -250,9 +272,9 @@ def weighted(
 def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
     """A weighted problem by an executor that skips blocks without visible pairs."""
     if executor == "triton":
-        from .triton import run
+        from . import triton
 
-        return run(problem)
+        return triton.run(problem) if triton.takes(problem) else tiled.run(problem)
     return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
 
 

@@ -73,10 +73,13 @@ def grow(buffer: Tensor, x: Tensor, begin: int, end: int, fresh: bool) -> Tensor
 
 
 def reach(description: Weighted, mask: Mask) -> int | None:
-    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them."""
+    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them.
+
+    What selects counts blocks from the first token, so it forgets nothing.
+    """
     position = description.position
     sizes = [part.size for part in conjuncts(mask) if isinstance(part, Window)]
-    if not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
+    if description.select is not None or not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
         return None
     return min(sizes)
 
