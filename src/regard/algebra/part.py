@@ -170,6 +170,7 @@ class Projected(Part):
     """The layer computes it from its input: `transform(x W (+ bias))`, through a bottleneck of `rank` if given.
 
     channels: of the input's last dimension, where its letter is f. times: so many projections side by side, for `transform` to join.
+    grouped: one a key head, which its query heads share.
     """
 
     transform: Function | None = None
@@ -177,6 +178,7 @@ class Projected(Part):
     bias: float | None = None
     channels: int | None = None
     times: int = 1
+    grouped: bool = False
 
 
 @described

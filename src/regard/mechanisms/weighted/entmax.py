@@ -68,7 +68,8 @@ def entmax(alpha: float | None = None, init: float = 0.0, bounds: tuple[float, f
     if alpha in (1.5, 2.0):
         return Weighted(normalizer=RowLocal({1.5: tempered_half, 2.0: above}[alpha], shift="root", floor=1 / (alpha - 1)))
     if alpha - 1 < FLAT:
-        return Weighted(normalizer=RowLocal(bind(tempered, alpha=alpha), shift="root", floor=-min(1 / (alpha - 1), WIDEST)))
+        spec = Input("alpha", "h", default=alpha, layer=Learned(alpha, trainable=False), at_least=1.0)
+        return Weighted(normalizer=RowLocal(tempered, shift="root", floor=reach, inputs=(spec,)))
     return Weighted(normalizer=RowLocal(bind(tempered_power, delta=alpha - 1), shift="root", floor=1 / (alpha - 1)))
 
 
