@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Mask, as_mask
+from ..algebra.mask import Causal, Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
 from ..algebra.token_mask import Explicit
@@ -114,16 +114,22 @@ def attend(
     mask: Mask | Function | Tensor | None = None,
     scale: float | None = None,
     executor: str | None = None,
+    state: Any = None,
+    return_state: bool = False,
     **inputs: Any,
-) -> Tensor:
+) -> Any:
     """Attention of any registered or described mechanism.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv). Hq must be a multiple of Hkv (grouped heads); queries
     stand at the end of the keys. mask: a regard mask, a function of (b, h, i, j), a bool tensor broadcastable to (B, Hq, Lq, Lk)
     (True: visible), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
     tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
+    state, return_state: of a causal call, what a stream of earlier tokens left (from `step`, or a recurrence's first state as tensors), and
+    whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
+    if state is not None or return_state:
+        return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
     if isinstance(mask, Tensor):
         mask, inputs = explicit(mask, inputs, q)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
@@ -132,6 +138,30 @@ def attend(
             unknown(chosen.mechanism, inputs)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
+
+
+def with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    mask: Any,
+    scale: float | None,
+    executor: str | None,
+    state: Any,
+    return_state: bool,
+    inputs: dict[str, Any],
+) -> Any:
+    """A call that goes on from a state, or gives one: that of a stream."""
+    from .stream import step
+
+    if executor is not None:
+        raise RegardError(f"executor={executor!r} with state: a call with a state runs as a stream does; expected None")
+    causal = isinstance(mask, Mask) and any(isinstance(part, Causal) for part in conjuncts(mask))
+    if not causal and not (mask is None and resolved(mechanism).causal_only):
+        raise RegardError(f"mask={mask!r} with state: what earlier tokens leave is read by later ones alone; expected mask=Causal()")
+    out, new = step(q, k, v, mechanism, state, mask=mask, scale=scale, **inputs)
+    return (out, new) if return_state else out
 
 
 def attend_with_stats(
