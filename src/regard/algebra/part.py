@@ -194,6 +194,7 @@ class Projected(Part):
     """The layer computes it from its input: `transform(x W (+ bias))`, through a bottleneck of `rank` if given.
 
     channels: of the input's last dimension, where its letter is f. times: so many projections side by side, for `transform` to join.
+    grouped: one a key head, which its query heads share.
     """
 
     transform: Function | None = None
@@ -201,6 +202,7 @@ class Projected(Part):
     bias: float | None = None
     channels: int | None = None
     times: int = 1
+    grouped: bool = False
 
 
 @described
@@ -224,6 +226,7 @@ class Input(Part):
     scalar. With letters from `bhqk` only (in this order) it is elementwise: broadcast against scores, sliced by tiles, and
     differentiable in every executor. `default` is a number, a function of any of (sizes, n), or None: then the caller must
     pass it. `layer` says how `regard.nn.Attention` makes it. `dtype` is "float", "int" or "bool".
+    `at_least`: the smallest value it may hold.
     """
 
     name: str
@@ -231,6 +234,7 @@ class Input(Part):
     default: float | Function | str | None = None
     layer: Learned | Projected | Headwise | None = None
     dtype: str = "float"
+    at_least: float | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -247,6 +251,8 @@ class Input(Part):
         kind = "bool" if value.dtype == torch.bool else "float" if value.is_floating_point() else "int"
         if kind != self.dtype and not (self.dtype == "float" and kind == "int"):
             raise RegardError(f"input {self.name!r} has dtype {value.dtype}; expected {self.dtype}")
+        if self.at_least is not None and bool((value < self.at_least).any()):
+            raise RegardError(f"input {self.name!r} goes down to {float(value.min()):.3g}; expected values of at least {self.at_least:g}")
 
     def canonical(self, value: Tensor) -> Tensor:
         """The elementwise form (b|1, h|1, q|1, k|1)."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Mask, as_mask
+from ..algebra.mask import Causal, Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
 from ..algebra.position import Bias, Chain
 from ..algebra.snapshot import fixed
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
-from . import composed, meter, native, order, packed, reference, rows, sdpa, tiled
+from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
@@ -120,8 +120,10 @@ def attend(
     mask: Mask | Function | Tensor | None = None,
     scale: float | None = None,
     executor: str | None = None,
+    state: Any = None,
+    return_state: bool = False,
     **inputs: Any,
-) -> Tensor:
+) -> Any:
     """Attention of any registered or described mechanism.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv). Hq must be a multiple of Hkv (grouped heads); queries
@@ -129,8 +131,12 @@ def attend(
     function of (b, h, i, j), a tensor broadcastable to (B, Hq, Lq, Lk), bool (True: visible) or floating (added to the scores of a
     weighted mechanism; -inf hides), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
     tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
+    state, return_state: of a causal call, what a stream of earlier tokens left (from `step`, or a recurrence's first state as tensors), and
+    whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
+    if state is not None or return_state:
+        return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
     if isinstance(q, Tensor) and q.dim() == 3:
         return single(q, k, v, mechanism, mask, scale=scale, executor=executor, **inputs)
     if isinstance(mask, Tensor):
@@ -143,6 +149,30 @@ def attend(
             return sdpa.given(q, k, v, chosen.whole_mask, inputs, chosen.sizes, scale)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
+
+
+def with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    mask: Any,
+    scale: float | None,
+    executor: str | None,
+    state: Any,
+    return_state: bool,
+    inputs: dict[str, Any],
+) -> Any:
+    """A call that goes on from a state, or gives one: that of a stream."""
+    from .stream import step
+
+    if executor is not None:
+        raise RegardError(f"executor={executor!r} with state: a call with a state runs as a stream does; expected None")
+    causal = isinstance(mask, Mask) and any(isinstance(part, Causal) for part in conjuncts(mask))
+    if not causal and not (mask is None and resolved(mechanism).causal_only):
+        raise RegardError(f"mask={mask!r} with state: what earlier tokens leave is read by later ones alone; expected mask=Causal()")
+    out, new = step(q, k, v, mechanism, state, mask=mask, scale=scale, **inputs)
+    return (out, new) if return_state else out
 
 
 def attend_with_stats(
@@ -182,7 +212,7 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
         raise RegardError(
             f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; pass mask > -inf, or no mask"
         )
-    biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))
+    biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
     seen = mask.detach() != float("-inf")
     inputs = {**inputs, "bias": mask}
     if bool(seen.all()):
@@ -234,9 +264,14 @@ def execute_plan(
     mechanism, name = chosen.mechanism, chosen.executor
     if chosen.sizes.empty:
         return nothing(chosen, q, k, v, inputs)
+    if alone.counts_places(mechanism) and alone.may_divide(chosen.mask):
+        again = functools.partial(once_more, scale=scale, executor=name, stats=stats)
+        divided = alone.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, again)
+        if divided is not None:
+            return divided
     if not isinstance(mechanism, (Weighted, Program)) and packed.is_packed(chosen.mask):
-        alone = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
-        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, alone), None
+        each = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
+        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, each), None
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
         scan = scans.pose(mechanism, chosen.mask, q, k, v, scale, inputs, exact)
@@ -265,6 +300,23 @@ def nothing(chosen: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any
             raise RegardError(f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})")
     rows = q[..., :0].sum(-1, keepdim=True) + k[..., :0].sum() + v[..., :0].sum()
     return rows.expand(*q.shape[:-1], v.shape[-1]).to(v.dtype), Stats(rows.detach(), rows.detach(), rows.detach())
+
+
+def once_more(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    *,
+    mask: Mask,
+    scale: float | None,
+    executor: str,
+    stats: bool,
+    **inputs: Any,
+) -> tuple[Tensor, Stats | None]:
+    """A sequence of a call that runs in `executor`; those made for whole calls are chosen anew, by the sequence's own sizes."""
+    wanted = executor if stats or executor in ("reference", "tiled", "rows", "dense") else None
+    return execute_plan(planned(q, k, v, mechanism, mask, inputs, wanted), q, k, v, scale, inputs, stats)
 
 
 def weighted(
@@ -298,9 +350,9 @@ def weighted(
 def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
     """A weighted problem by an executor that skips blocks without visible pairs."""
     if executor == "triton":
-        from .triton import run
+        from . import triton
 
-        return run(problem)
+        return triton.run(problem) if triton.takes(problem) else tiled.run(problem)
     return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
 
 

@@ -115,7 +115,7 @@ def make(
         if wanted not in (None, *RECURRENT):
             raise RegardError(f"executor={wanted!r}; a recurrence runs in one of {', '.join(RECURRENT)}")
         name = wanted or "chunk"
-        width = sizes.value_dim + (mechanism.readout == "sum" or "mass" in mechanism.read_of)
+        width = sizes.value_dim + mechanism.weighs
         state = sizes.batch * sizes.heads * sizes.head_dim * width
         tokens = sizes.batch * sizes.heads * sizes.k_len
         quadratic = name in ("parallel", "reference")

@@ -267,6 +267,7 @@ def pose(
     if mechanism.select is not None:
         with torch.no_grad():
             selection = mechanism.select.select(q, k, view_of(mask, sizes, inputs, q.device))
+        selection = None if selection is None else selection.checked(sizes)
     return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
 
 

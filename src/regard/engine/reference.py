@@ -63,6 +63,7 @@ def shift_of(normalizer: RowLocal, s: Tensor, seen: Tensor) -> Tensor:
 def root_of(normalizer: RowLocal, s: Tensor, seen: Tensor, env: Mapping[str, Any]) -> Tensor:
     """The c for which the weights sum to 1, by bisection; one Newton step with gradient carries the implicit derivative."""
     floor = call(normalizer.floor, env=env) if callable(normalizer.floor) else normalizer.floor
+    seen = seen & (s > float("-inf"))
     live = seen.any(-1, keepdim=True)
 
     def total(c: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ def root_of(normalizer: RowLocal, s: Tensor, seen: Tensor, env: Mapping[str, Any
 
     with torch.no_grad():
         high = torch.where(live, s.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True), 0.0)
-        low = high - floor
+        floor = torch.as_tensor(floor, dtype=s.dtype, device=s.device)
+        low, high = high - floor.clamp_min(0), high - floor.clamp_max(0)
         for _ in range(200 if s.dtype == torch.float64 else 80):
             middle = (low + high) / 2
             above = total(middle) >= 1

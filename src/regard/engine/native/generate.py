@@ -18,6 +18,7 @@ from ..tiled.stage import asked, position_of
 
 SIZES = {"max": "s", "max0": "s", "maxabs": "fabsf(s)", "root": "s"}
 BODY = " " * 8
+FLOAT32 = 1.2e-7  # relative precision of what the kernel computes with
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,5 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     for blank, filled in blanks.items():
         text = text.replace(f"@{blank}@", filled)
     lines = [line for line, before in zip(text.split("\n"), ["", *text.split("\n")], strict=False) if line.strip() or before.strip()]
-    return Source("\n".join(lines), sides, wrt, shifting and moved is s)
+    bounded = shifting and moved is s and normalizer.anchor <= FLOAT32
+    return Source("\n".join(lines), sides, wrt, bounded)

@@ -85,6 +85,8 @@ def div(a: Expr, b: Expr) -> Expr:
 
 
 def where(test: Expr, a: Expr, b: Expr) -> Expr:
+    if is_const(test):
+        return a if test.args[0] else b
     return a if a is b else node("where", test, a, b)
 
 

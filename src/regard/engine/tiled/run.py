@@ -50,6 +50,8 @@ def no_overflow(problem: Problem, normalizer: RowLocal) -> bool:
     """Whether |q||k| bounds every score so low that exp needs no shift at all: this saves the pass that looks for maxima."""
     if normalizer.shift not in ("max", "max0", "maxabs") or not problem.mechanism.score.dot or problem.mechanism.position is not None:  # type: ignore[union-attr]
         return False
+    if normalizer.anchor > torch.finfo(problem.q.dtype).eps:
+        return False
     if problem.q.numel() == 0:
         return True
     bound = problem.q.norm(dim=-1).amax() * problem.k.norm(dim=-1).amax()

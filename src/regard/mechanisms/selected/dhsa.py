@@ -32,7 +32,7 @@ def dhsa(
             f"expected one of {', '.join(FALLBACKS)}, and positive numbers"
         )
     constants = {"budget": budget, "block_size": block_size, "local": local, "first": first, "dense_last": dense_last, "chunk": chunk}
-    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode, cost=bind(chunk_cost, chunk=chunk))
+    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode, cost=bind(chunk_cost, chunk=chunk), by_sequence=True)
     return Weighted(mask=Causal(), select=plan, inputs=(Input("starts", "bk", 0.0),))
 
 
