@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -46,17 +45,10 @@ def resolved(mechanism: str | Mechanism) -> Mechanism:
     return mechanism
 
 
-def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
-    """The plan of a call, remembered by everything it depends on."""
-    if torch.compiler.is_compiling():
-        shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        return planned_once(mechanism, mask, shapes, str(q.dtype), str(q.device), q.requires_grad, tuple(inputs), executor)
-    return remembered(q, k, v, mechanism, mask, inputs, executor)
-
-
-def remembered(
+def planned(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None
 ) -> Plan:
+    """The plan of a call, remembered by everything it depends on."""
     description = settle(resolved(mechanism))
     mask = None if mask is None else settle(as_mask(mask))
     lasting = fixed(description) and (mask is None or fixed(mask))
@@ -92,25 +84,6 @@ def remembered(
     return found
 
 
-def planned_once(
-    mechanism: str | Mechanism,
-    mask: Any,
-    shapes: tuple[tuple[int, ...], ...],
-    dtype: str,
-    device: str,
-    grad: bool,
-    inputs: tuple[str, ...],
-    executor: str | None,
-) -> Plan:
-    """The plan as torch.compile sees it: a constant of the shapes it compiles for."""
-    q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype[6:]), device=device, requires_grad=grad) for shape in shapes)
-    return remembered(q, k, v, mechanism, mask, dict.fromkeys(inputs), executor)
-
-
-# What torch.compiler.assume_constant_result sets; the decorator itself would load the compiler with `import regard`.
-planned_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -135,6 +108,8 @@ def attend(
     whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
+    if torch.compiler.is_compiling() and state is None and not return_state:
+        return compiled(q, k, v, mechanism, mask, scale, executor, inputs)
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
     if isinstance(q, Tensor) and q.dim() == 3:
@@ -236,31 +211,27 @@ def single(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: An
     return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mechanism, mask=mask, **options).squeeze(1)
 
 
+_eager: list[Callable[..., Any]] = []
+
+
+def compiled(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, scale: float | None, executor: str | None, inputs: dict[str, Any]
+) -> Tensor:
+    """`attend` inside torch.compile: plain softmax is traced; everything else is a break between two compiled parts."""
+    plain = mechanism == "softmax" if isinstance(mechanism, str) else getattr(mechanism, "plain", False)
+    if plain and executor is None and not inputs and q.dim() == 4:
+        how = sdpa.traced(q, k, v, mask)
+        if how is not None:
+            return sdpa.call(*how[:3], how[3], scale, how[4])
+    if not _eager:
+        _eager.append(torch.compiler.disable(attend))  # here, since loading the compiler takes longer than `import regard` may
+    return _eager[0](q, k, v, mechanism, mask=mask, scale=scale, executor=executor, **inputs)  # type: ignore[no-any-return]
+
+
 def execute(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False
 ) -> tuple[Tensor, Stats | None]:
-    """Run a plan: (out, row statistics or None). Under torch.compile this is a break between two compiled parts."""
-    return (uncompiled() if "torch._dynamo" in sys.modules else execute_plan)(chosen, q, k, v, scale, inputs, stats)
-
-
-# What torch.compiler.disable sets; the decorator itself would load the compiler with `import regard`.
-execute._torchdynamo_disable = True  # type: ignore[attr-defined]
-execute._torchdynamo_disable_msg = "regard's executors run as they are"  # type: ignore[attr-defined]
-
-
-_uncompiled: list[Callable[..., tuple[Tensor, Stats | None]]] = []
-
-
-def uncompiled() -> Callable[..., tuple[Tensor, Stats | None]]:
-    """`execute_plan`, of which the compiler keeps its hands."""
-    if not _uncompiled:
-        _uncompiled.append(torch.compiler.disable(execute_plan))
-    return _uncompiled[0]
-
-
-def execute_plan(
-    chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
-) -> tuple[Tensor, Stats | None]:
+    """Run a plan: (out, row statistics or None)."""
     mechanism, name = chosen.mechanism, chosen.executor
     if chosen.sizes.empty:
         return nothing(chosen, q, k, v, inputs)
@@ -316,7 +287,7 @@ def once_more(
 ) -> tuple[Tensor, Stats | None]:
     """A sequence of a call that runs in `executor`; those made for whole calls are chosen anew, by the sequence's own sizes."""
     wanted = executor if stats or executor in ("reference", "tiled", "rows", "dense") else None
-    return execute_plan(planned(q, k, v, mechanism, mask, inputs, wanted), q, k, v, scale, inputs, stats)
+    return execute(planned(q, k, v, mechanism, mask, inputs, wanted), q, k, v, scale, inputs, stats)
 
 
 def weighted(

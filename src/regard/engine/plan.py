@@ -112,6 +112,8 @@ def make(
     if isinstance(mechanism, Weighted):
         return weighted(mechanism, combine_masks(mechanism, mask), mask, sizes, dtype, device, grad, wanted, wide)
     if isinstance(mechanism, Recurrent):
+        if mechanism.causal_only and isinstance(mask, Full):
+            raise RegardError(f"mask={mask!r}: this recurrence reads the past alone; expected Causal() or None, or a mechanism that reads all keys")
         if wanted not in (None, *RECURRENT):
             raise RegardError(f"executor={wanted!r}; a recurrence runs in one of {', '.join(RECURRENT)}")
         name = wanted or "chunk"
@@ -165,6 +167,11 @@ def weighted(
     wide: int,
 ) -> Plan:
     check_functions(mechanism, mask)
+    if mask.causal and not isinstance(mechanism.normalizer, (RowLocal, RowWise)):
+        raise RegardError(
+            f"mask={mask!r}: weights of {type(mechanism.normalizer).__name__} depend on later rows, so a causal mask would not keep them from "
+            "being read; expected a mask that is not causal"
+        )
     score: Any = mechanism.score
     refused: dict[str, str] = {}
     local = isinstance(mechanism.normalizer, RowLocal)

@@ -67,6 +67,20 @@ def given(q: Tensor, k: Tensor, v: Tensor, mask: Mask, inputs: Mapping[str, Any]
     return call(q, k, v, "given", scale, seen)
 
 
+def traced(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None] | None:
+    """q, k, v, how and mask of a call that torch.compile sees, whose mask may be an object just being made; None: it must be looked at."""
+    q_len, k_len = q.shape[-2], k.shape[-2]
+    if mask is None or type(mask) is Full:
+        return q, k, v, "full", None
+    if type(mask) is Causal and (q_len == k_len or q_len == 1):
+        return q, k, v, "causal" if q_len > 1 else "full", None
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() <= 4:
+        seen = mask[(None,) * (4 - mask.dim())]
+        read = seen.any(2).any(1)[:, None, :, None]
+        return q, torch.where(read, k, 0.0), torch.where(read, v, 0.0), "given", seen
+    return None
+
+
 def pairs(mask: Mask, sizes: Sizes, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """(B or 1, H or 1, Lq or 1, Lk) bool."""
     if isinstance(mask, Explicit):
