@@ -94,15 +94,16 @@ def joined_by_sinks(total: Tensor, c: Tensor, sinks: Tensor, mass: Function, shi
 def with_sinks(normalizer: Normalizer) -> RowLocal:
     """The same weights where one more key, of value zero and score `sinks`, takes its share of every row (gpt-oss; OpenAI, 2025).
 
-    Input `sinks` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by nothing (sigmoid) are the same with it. Raises RegardError for
-    weights that are not quotients by a plain sum.
+    Input `sinks` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by no sum over keys (sigmoid, ReLU by the count of keys) are the same
+    with it. Raises RegardError for weights that are not quotients by a plain sum.
     """
-    plain = isinstance(normalizer, RowLocal) and normalizer.shift != "root" and normalizer.divide is None
-    if not isinstance(normalizer, RowLocal) or not plain or set(asks(normalizer.mass or torch.exp)) - {"c"}:
-        raise RegardError(f"sinks join a plain sum of masses, such as softmax divides by; {normalizer!r} has none")
+    if not isinstance(normalizer, RowLocal) or normalizer.shift == "root":
+        raise RegardError(f"sinks join the sum that weights are divided by; {type(normalizer).__name__} weights have none")
     inputs = (*normalizer.inputs, Input("sinks", "bhqk"))
     if normalizer.mass is None:
         return replace(normalizer, inputs=inputs)
+    if normalizer.divide is not None or set(asks(normalizer.mass)) - {"c"}:
+        raise RegardError(f"sinks join a plain sum of masses, such as softmax divides by; {normalizer!r} divides by something else")
     return replace(normalizer, divide=bind(joined_by_sinks, mass=normalizer.mass, shifted=normalizer.shift != "none"), inputs=inputs)
 
 
