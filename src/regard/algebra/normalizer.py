@@ -85,21 +85,21 @@ def softmax_plus(sink: float = 0.0) -> RowLocal:
     return RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=inputs)
 
 
-def joined_by_sinks(total: Tensor, c: Tensor, sinks: Tensor, mass: Function, shifted: bool) -> Tensor:
+def joined_by_sinks(total: Tensor, c: Tensor, sink_logits: Tensor, mass: Function, shifted: bool) -> Tensor:
     # A sink far above every visible score takes all weight; cut where e^80 to 1 is all or nothing, before the exponential overflows.
-    sinks = torch.minimum(sinks, c + 80.0) if shifted else sinks
-    return total + call(mass, sinks, env={"c": c})  # type: ignore[no-any-return]
+    sink_logits = torch.minimum(sink_logits, c + 80.0) if shifted else sink_logits
+    return total + call(mass, sink_logits, env={"c": c})  # type: ignore[no-any-return]
 
 
 def with_sinks(normalizer: Normalizer) -> RowLocal:
-    """The same weights where one more key, of value zero and score `sinks`, takes its share of every row (gpt-oss; OpenAI, 2025).
+    """The same weights where one more key, of value zero and score `sink_logits`, takes its share of every row (gpt-oss; OpenAI, 2025).
 
-    Input `sinks` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by no sum over keys (sigmoid, ReLU by the count of keys) are the same
+    Input `sink_logits` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by no sum over keys (sigmoid, ReLU by the count of keys) are the same
     with it. Raises RegardError for weights that are not quotients by a plain sum.
     """
     if not isinstance(normalizer, RowLocal) or normalizer.shift == "root":
         raise RegardError(f"sinks join the sum that weights are divided by; {type(normalizer).__name__} weights have none")
-    inputs = (*normalizer.inputs, Input("sinks", "bhqk"))
+    inputs = (*normalizer.inputs, Input("sink_logits", "bhqk"))
     if normalizer.mass is None:
         return replace(normalizer, inputs=inputs)
     if normalizer.divide is not None or set(asks(normalizer.mass)) - {"c"}:
