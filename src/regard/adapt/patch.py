@@ -156,9 +156,9 @@ class Patch:
         made = self.inputs[at](None, dict(zip("qkv", heads, strict=True)))
         options = {"mask": piece.mask, "scale": self.scale(call.scale), **made, **self.given, **piece.reads}
         if bias is not None:
-            options["bias"] = piece.pairs(bias, batch, sight.q_len, sight.k_len)
+            options["position_bias"] = piece.pairs(bias, batch, sight.q_len, sight.k_len)
         if sinks is not None:
-            options["sinks"] = piece.of_queries(sinks, batch, sight.q_len)
+            options["sink_logits"] = piece.of_queries(sinks, batch, sight.q_len)
         return mechanism, options
 
     def check_given(self) -> None:

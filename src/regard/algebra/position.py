@@ -176,15 +176,15 @@ class Softcap(Position):
         return bind(softcapped, cap=self.cap)
 
 
-def biased(s: Tensor, bias: Tensor) -> Tensor:
-    return s + bias
+def biased(s: Tensor, position_bias: Tensor) -> Tensor:
+    return s + position_bias
 
 
 @described
 class Bias(Position):
-    """s_ij + bias_ij: any float tensor as a position, such as a model's own. Input `bias` (B, H, Lq, Lk), where 1 broadcasts."""
+    """s_ij + bias_ij: any float tensor as a position, such as a model's own. Input `position_bias` (B, H, Lq, Lk), where 1 broadcasts."""
 
-    inputs: tuple[Input, ...] = (Input("bias", "bhqk"),)
+    inputs: tuple[Input, ...] = (Input("position_bias", "bhqk"),)
 
     @property
     def modify(self) -> Function:
