@@ -12,10 +12,12 @@ import enum
 import functools
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .part import Bound, Function, Part
 
@@ -229,7 +231,8 @@ def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     def wrap(compute: Callable[P, T]) -> Callable[P, T]:
         def lasting(*args: P.args, **kwargs: P.kwargs) -> T:
-            with torch.inference_mode(False):  # what is kept must serve training as well
+            # What is kept must serve training as well, and must be no fake or recorded tensor of a call that is only traced.
+            with torch.inference_mode(False), _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
                 return compute(*args, **kwargs)
 
         cached = functools.lru_cache(maxsize=maxsize)(lasting)

@@ -108,10 +108,24 @@ def attend(
     whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
-    if torch.compiler.is_compiling() and state is None and not return_state:
-        return compiled(q, k, v, mechanism, mask, scale, executor, inputs)
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
+    if torch.compiler.is_compiling():
+        return compiled(q, k, v, mechanism, mask, scale, executor, inputs)
+    return attend_now(q, k, v, mechanism, mask, scale, executor, inputs)
+
+
+def attend_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    mask: Mask | Function | Tensor | None,
+    scale: float | None,
+    executor: str | None,
+    inputs: dict[str, Any],
+) -> Tensor:
+    """`attend` of one whole call, outside the compiler."""
     if isinstance(q, Tensor) and q.dim() == 3:
         return single(q, k, v, mechanism, mask, scale=scale, executor=executor, **inputs)
     if isinstance(mask, Tensor):
@@ -189,10 +203,10 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
         )
     biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
     seen = mask.detach() != float("-inf")
-    inputs = {**inputs, "bias": mask}
+    inputs = {**inputs, "position_bias": mask}
     if bool(seen.all()):
         return biased, None, inputs
-    return biased, Explicit(), {**inputs, "bias": torch.where(seen, mask, 0.0), "visible": seen}
+    return biased, Explicit(), {**inputs, "position_bias": torch.where(seen, mask, 0.0), "visible": seen}
 
 
 def declared_with(chosen: Plan) -> dict[str, Input]:
@@ -224,8 +238,8 @@ def compiled(
         if how is not None:
             return sdpa.call(*how[:3], how[3], scale, how[4])
     if not _eager:
-        _eager.append(torch.compiler.disable(attend))  # here, since loading the compiler takes longer than `import regard` may
-    return _eager[0](q, k, v, mechanism, mask=mask, scale=scale, executor=executor, **inputs)  # type: ignore[no-any-return]
+        _eager.append(torch.compiler.disable(attend_now))  # here, since loading the compiler takes longer than `import regard` may
+    return _eager[0](q, k, v, mechanism, mask, scale, executor, inputs)  # type: ignore[no-any-return]
 
 
 def execute(

@@ -38,7 +38,8 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor, widened: bool = False) -> Sizes:
         raise RegardError(f"q has {q.shape[1]} heads and k {k.shape[1]}; expected the first to be a multiple of the second")
     if 0 in (q.shape[3], v.shape[3]):
         raise RegardError(f"empty q, k or v: q {tuple(q.shape)}, v {tuple(v.shape)}; expected at least one channel")
-    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return Sizes(*sizes) if type(sizes[0]) is int else Sizes(*map(int, sizes))  # torch.jit.trace and torch.export have others
 
 
 def check_names(given: Mapping[str, Any], declared: Mapping[str, Input], mechanism: Mechanism) -> None:

@@ -44,8 +44,10 @@ def call(q: Tensor, k: Tensor, v: Tensor, how: str, scale: float | None, mask: T
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
     if scale is not None and scale <= 0:  # its kernels multiply the -inf of a mask by the scale
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q) * q, 1.0)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal", scale=scale, enable_gqa=grouped)
+    options: dict[str, bool] = {}
+    if q.shape[1] != k.shape[1]:  # as a branch: the compiler may know sizes as symbols alone
+        options["enable_gqa"] = True
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal", scale=scale, **options)
     if out.requires_grad and not torch.compiler.is_compiling():
         refuse_second_derivatives(out)
     return out

@@ -124,7 +124,7 @@ class Native:
         p.dq, p.dk, p.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
         self.launch(call, "backward", p)
         extra = [grad.sum(0).sum_to_size(sides[at].shape) for at, grad in zip(call.wrt, grads, strict=True)]
-        return [dq, *(x.sum(0)[:, :, :k_len] if p.slots > 1 else x[0, :, :, :k_len] for x in (dk, dv)), *extra]
+        return [dq, *((x.sum(0) if p.slots > 1 else x[0])[:, :, :k_len].contiguous() for x in (dk, dv)), *extra]
 
 
 NATIVE = Native()
