@@ -22,20 +22,26 @@ from .select import Selector
 class Recipe(Part):
     """How the paper's layer dresses the mechanism: what `regard.nn.Attention` does around it.
 
-    short_conv: width of a causal depthwise convolution on q, k, v (0: none). activation: on q and k (and v after a convolution):
-    "", "silu", "relu", "elu+1"; value_activation: on v alone. qk_norm: "", "l2", "rms" or "layer", over head_dim; "q_l2" and so on: q alone. out_norm: "", "l2", "rms" or "layer", a head.
+    short_conv: width of a causal depthwise convolution on q, k, v (0: none), with conv_bias, and conv_activation after it. activation: on q and
+    k: "", "silu", "relu", "gelu", "gelu_tanh", "elu+1", or "t2r": relu(W x), W shared by q, k and all heads; value_activation: on v.
+    qk_norm: "", "l2", "sum", "rms" or "layer", over head_dim; "q_l2" and so on: q alone. out_norm: "", "l2", "rms" or "layer", a head.
     out_activation: before it. merge_norm: "", "rms", "srms" (without learned factors), "gated_rms" or "layer", over all heads' channels
-    together; merge_activation: "" or "gelu", after it. out_gate: "", or "silu", "sigmoid", "linear": output times act(x W), W of rank
-    gate_rank if given; "head", "head_mlp" or "heads": each head times sigmoid(G(x)), where G reads the
-    head's own slice of x (linear or with a hidden layer) or all of x, and starts at the bias logit(gate_init). rope: rotate q and k when the model asks for rotary positions.
+    together; merge_activation: after it. qk_eps, norm_eps: of the first and of the other norms (None: `head_norm`'s). out_gate: "", or
+    "silu", "sigmoid", "linear": output times act(x W), W of rank gate_rank if given; "head", "head_mlp", "heads", "mean" or "constant":
+    each head times gate_factor sigmoid(G) (see `regard.nn.parts.HeadGate`), gate_hidden wide inside "head_mlp", with the bias
+    logit(gate_init) at the start. rope: rotate q and k when the model asks for rotary positions.
     key_dim: head_dim of q and k: a number of channels, a share of the layer's own head_dim (a float), or None for the same.
     kv_heads: key and value heads when the layer is not told (None: as many as query heads).
     """
 
     short_conv: int = 0
+    conv_bias: bool = False
+    conv_activation: str = ""
     activation: str = ""
     value_activation: str = ""
     qk_norm: str = ""
+    qk_eps: float | None = None
+    norm_eps: float | None = None
     out_activation: str = ""
     out_norm: str = ""
     merge_norm: str = ""
@@ -43,6 +49,8 @@ class Recipe(Part):
     out_gate: str = ""
     gate_rank: int | None = None
     gate_init: float = 0.5
+    gate_factor: float = 1.0
+    gate_hidden: int | None = None
     rope: bool = True
     key_dim: int | float | None = None
     kv_heads: int | None = None
@@ -93,6 +101,7 @@ class Weighted(Mechanism):
     values: Function | None = None
     inputs: tuple[Input, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
+    plain: bool = field(init=False, repr=False, compare=False, default=False)  # softmax over dot products and nothing else
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +114,8 @@ class Weighted(Mechanism):
         object.__setattr__(self, "mask", as_mask(self.mask))
         if callable(self.normalizer) and not isinstance(self.normalizer, Normalizer):
             object.__setattr__(self, "normalizer", RowLocal(self.normalizer))
+        bare = self.position is None and self.values is None and self.select is None and self.mask == Full()
+        object.__setattr__(self, "plain", bare and self.normalizer == SOFTMAX and self.score == Dot())
 
     @property
     def can_be_causal(self) -> bool:
@@ -134,8 +145,9 @@ class Recurrent(Mechanism):
     |phi(k)|^2) of what stands for beta in the delta rule.
     keys: "features"; or logits f whose exponentials are divided by what they sum to so far, "softmax" (a channel: k_t = e^{f_t - z_t},
     z_t = log sum_{s<=t} e^{f_s}, and the state fades by e^{z_{t-1} - z_t}) or by the largest so far, "max" (one number a token).
-    readout: "none"; "sum": divide by phi_q(q_t).sum phi_k(k), at least eps; or a plain function of o_t and, by name, of mass
-    (phi_q(q_t).sum phi_k(k)), mean (of the visible values), n (how many are visible) and inputs.
+    readout: "none"; "sum": divide by phi_q(q_t).sum phi_k(k), at least eps; "add": by the same plus eps; or a plain function of o_t and, by
+    name, of mass (phi_q(q_t).sum phi_k(k)), query_sum (sum phi_q(q_t)), mean (of the visible values), n (how many are visible), causal
+    (whether the call is) and inputs.
     turn: a plain function of features and, by name, position: applied to both in the numerator only (rotary positions).
     scaled: multiply q by `scale` (D^-1/2 unless given). Without decay and delta it also runs over all keys (bidirectional), unless
     `causal` says that it never does.
@@ -160,7 +172,7 @@ class Recurrent(Mechanism):
             ("decay", self.decay, DECAYS),
             ("write", self.write, ("add", "delta")),
             ("keys", self.keys, ("features", "softmax", "max")),
-            ("readout", self.readout, ("none", "sum")),
+            ("readout", self.readout, ("none", "sum", "add")),
         ):
             if value not in known and not (name == "readout" and callable(value)):
                 raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
@@ -173,6 +185,11 @@ class Recurrent(Mechanism):
     def read_of(self) -> frozenset[str]:
         """What a readout function asks for by name."""
         return frozenset(asks(self.readout, 1)) if callable(self.readout) else frozenset()
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the readout needs phi_q(q_t).sum phi_k(k)."""
+        return self.readout in ("sum", "add") or "mass" in self.read_of
 
     @property
     def causal_only(self) -> bool:

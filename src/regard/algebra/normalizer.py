@@ -36,7 +36,10 @@ class RowLocal(Normalizer):
     mass None: nothing is summed. divide: function of the sum, by default the sum itself; a row that divides by 0 is zero.
     shift: what c_i is. "none": 0. "max", "max0", "maxabs": the row's max of s, max(s, 0), |s|, for stability only: weight and
     mass must scale with exp(-c). "root": the c for which the weights sum to 1 (weight falls in c); then mass and divide are unused.
-    floor: for "root", c lies in [max s - floor, max s].
+    floor: for "root", c lies between max s and max s - floor (above max s where floor is negative), and scores more than |floor| below
+    both weigh nothing.
+    anchor: how much, relative to a weight, weights may depend on c being the row's extreme itself (as where divide adds to a shifted sum);
+    executors may leave the shift out where scores are small and their precision is coarser than this.
     """
 
     weight: Function = torch.exp
@@ -45,6 +48,7 @@ class RowLocal(Normalizer):
     shift: str = "none"
     inputs: tuple[Input, ...] = ()
     floor: Function | float = 1.0
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

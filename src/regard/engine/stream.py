@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra.feature_map import FeatureMap
 from ..algebra.local import LocalLinear
 from ..algebra.mask import Causal, Mask, Window, conjuncts
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
-from ..algebra.part import asks
+from ..algebra.part import Input, Sizes, asks
+from ..algebra.rows import RowWise
 from ..errors import RegardError
 from . import recurrent as scans
 from .composed import STEP, blended
 from .door import attend, resolved
-from .problem import combine_masks, fill_inputs, scaled_values, sizes_of
+from .problem import combine_masks, fill_inputs, functions_of, scaled_values, sizes_of
 from .recurrent.levels import LevelState
 from .recurrent.slots import SlotState
+from .settle import settle
 
 
 @dataclass
@@ -73,12 +76,31 @@ def grow(buffer: Tensor, x: Tensor, begin: int, end: int, fresh: bool) -> Tensor
 
 
 def reach(description: Weighted, mask: Mask) -> int | None:
-    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them."""
-    position = description.position
+    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them.
+
+    What selects counts blocks from the first token, so it forgets nothing.
+    """
+    position, score = description.position, description.score
     sizes = [part.size for part in conjuncts(mask) if isinstance(part, Window)]
-    if not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
+    if description.select is not None or not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
         return None
+    beside = [(function, lead) for function, lead in functions_of(description) if function is not getattr(position, "modify", None)]
+    if score.placed or any({"i", "j"} & set(asks(function, lead)) for function, lead in beside):  # type: ignore[union-attr]
+        return None  # they read the places that keys have in the whole sequence
+    if isinstance(description.normalizer, RowWise):
+        return None  # its functions look at whatever keys there are
     return min(sizes)
+
+
+def length_decides(item: Input, sizes: Sizes) -> bool:
+    """Whether an input's default would be another number at another length."""
+    if not callable(item.default) or "sizes" not in asks(item.default, 0) or {"q", "k"} & set(item.shape):
+        return False
+    now, later = (
+        item.default(**{name: {"sizes": at, "n": None}[name] for name in asks(item.default, 0)})
+        for at in (sizes, replace(sizes, q_len=sizes.q_len + 1, k_len=sizes.k_len + 1))
+    )
+    return not torch.equal(torch.as_tensor(now), torch.as_tensor(later))
 
 
 @dataclass
@@ -127,12 +149,14 @@ def step(
     """Causal attention of new tokens after those in `state`; returns (out, new state).
 
     q (B, Hq, n, D), k (B, Hkv, n, D), v (B, Hkv, n, Dv) with n >= 1 new tokens (a prompt, or one token); state None starts a
-    stream. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`); masks' inputs (`keep` of Padding()) cover
+    stream, and a recurrence also from tensors: S (B, H, F, E), with the sums of phi_k(k) as a last column where the readout divides by
+    them, or the slots (K (B, H, m, D), V (B, H, m, Dv)); one a key head is shared as k and v are. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`); masks' inputs (`keep` of Padding()) cover
     all keys so far. A stream owns its state: older states share its buffers. Inputs whose default depends on the length must be passed.
     """
-    description = resolved(mechanism)
+    description = settle(resolved(mechanism))
+    sizes = sizes_of(q, k, v)
     for item in description.declared:
-        if item.shape == "" and callable(item.default) and inputs.get(item.name) is None:
+        if inputs.get(item.name) is None and length_decides(item, sizes):
             raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs, mask)
@@ -178,6 +202,17 @@ def step(
     return attend(q, new.k, new.v, description, mask=full, scale=scale, **inputs), new
 
 
+def first_state(description: Recurrent, s: Tensor, q: Tensor, k: Tensor, v: Tensor) -> ScanState:
+    """A tensor as the state before the first token."""
+    if description.keys != "features" or not isinstance(description.feature, FeatureMap) or "mean" in description.read_of:
+        raise RegardError("state is a tensor: this mechanism's state holds more than one; expected a ScanState from an earlier step")
+    heads, wide = q.shape[1], v.shape[-1] + description.weighs
+    if s.dim() != 4 or s.shape[0] not in (1, q.shape[0]) or s.shape[1] not in (k.shape[1], heads) or s.shape[3] != wide:
+        raise RegardError(f"state has shape {tuple(s.shape)}; expected (B={q.shape[0]}, H={heads}, features, {wide})")
+    s = s.to(torch.promote_types(q.dtype, torch.float32))
+    return ScanState(s.repeat_interleave(heads // s.shape[1], 1).expand(q.shape[0], -1, -1, -1), 0)
+
+
 def step_scan(
     description: Recurrent,
     q: Tensor,
@@ -188,8 +223,10 @@ def step_scan(
     inputs: dict[str, Any],
     mask: Mask | None,
 ) -> tuple[Tensor, ScanState]:
+    if isinstance(state, Tensor):
+        state = first_state(description, state, q, k, v)
     if state is not None and not isinstance(state, ScanState):
-        raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism")
+        raise RegardError(f"state is {type(state).__name__}; expected a ScanState from an earlier step of this mechanism, or a tensor")
     first = 0 if state is None else state.length
     full: Mask = Causal() if mask is None or isinstance(mask, Causal) else Causal() & mask
     scan = scans.pose(description, full, q, k, v, scale, inputs, first=first, carry=None if state is None else state.carry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,20 @@ from torch import Tensor, nn
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
 from ..engine import State, attend, step, weights
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, ShortConv, head_norm
+from .parts import HeadGate, ShortConv, documents_of, head_norm
 
-ACTIVATION = {"": lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "elu+1": lambda x: F.elu(x) + 1}
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "elu+1": lambda x: F.elu(x) + 1,
+    "t2r": F.relu,
+}
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "linear": lambda x: x}
 
@@ -75,35 +85,49 @@ class Attention(nn.Module):
         widths = (heads * self.key_dim, kv_heads * self.key_dim, kv_heads * self.value_dim)
         self.q, self.k, self.v = (nn.Linear(dim, width, bias) for width in widths)
         self.out = nn.Linear(heads * self.value_dim, dim, bias)
-        self.convs = nn.ModuleList([ShortConv(width, recipe.short_conv) for width in widths] if recipe.short_conv else [])
-        self.q_norm = head_norm(recipe.qk_norm.removeprefix("q_"), self.key_dim)
-        self.k_norm = head_norm("" if recipe.qk_norm.startswith("q_") else recipe.qk_norm, self.key_dim)
-        self.out_norm = head_norm(recipe.out_norm, self.value_dim)
-        self.merge_norm = head_norm(recipe.merge_norm, heads * self.value_dim)
+        after = activation_of(recipe.conv_activation) if recipe.conv_activation else None
+        self.convs = nn.ModuleList(
+            [ShortConv(width, recipe.short_conv, recipe.conv_bias, after) for width in widths] if recipe.short_conv else []
+        )
+        self.feature = nn.Linear(self.key_dim, self.key_dim, False) if recipe.activation == "t2r" else nn.Identity()
+        self.q_norm = head_norm(recipe.qk_norm.removeprefix("q_"), self.key_dim, recipe.qk_eps)
+        self.k_norm = head_norm("" if recipe.qk_norm.startswith("q_") else recipe.qk_norm, self.key_dim, recipe.qk_eps)
+        self.out_norm = head_norm(recipe.out_norm, self.value_dim, recipe.norm_eps)
         width = heads * self.value_dim
+        self.merge_norm = head_norm(recipe.merge_norm, width, recipe.norm_eps)
         wide = nn.Linear(dim, width, bias)
         low = recipe.gate_rank and nn.Sequential(nn.Linear(dim, recipe.gate_rank, bias), nn.Linear(recipe.gate_rank, width, bias))
         self.gate = (low or wide) if recipe.out_gate in GATES else None
         by_head = recipe.out_gate not in ("", *GATES)
-        self.head_gate = HeadGate(dim, heads, recipe.out_gate, recipe.gate_init) if by_head else None
+        if causal and recipe.out_gate == "mean":
+            raise RegardError("out_gate='mean' averages over all tokens; pass causal=False")
+        self.head_gate = (
+            HeadGate(dim, heads, recipe.out_gate, recipe.gate_init, recipe.gate_factor, hidden=recipe.gate_hidden) if by_head else None
+        )
         sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
         self.inputs = Inputs(self.mechanism, sizes, dim)
 
     def heads_of(
-        self, x: Tensor, source: Tensor, position: int | Tensor, conv: tuple[Tensor, ...] | None
+        self,
+        x: Tensor,
+        source: Tensor,
+        position: int | Tensor,
+        conv: tuple[Tensor, ...] | None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """q, k, v as (B, heads, L, channels), and the convolutions' new state. position: the first token's, or every token's (L,)."""
+        """q, k, v as (B, heads, L, channels), and the convolutions' new state. position: the first token's, or every token's (L,).
+        documents: of `ShortConv`."""
         flat, tails = [self.q(x), self.k(source), self.v(source)], []
         for at, layer in enumerate(self.convs):
-            flat[at], tail = layer(flat[at], conv[at] if conv else None)
+            flat[at], tail = layer(flat[at], conv[at] if conv else None, documents)
             tails.append(tail)
-        act = ACTIVATION[self.recipe.activation]
+        act = activation_of(self.recipe.activation)
         q, k, v = (
             y.unflatten(-1, (-1, width)).transpose(1, 2)
             for y, width in zip(flat, (self.key_dim, self.key_dim, self.value_dim), strict=True)
         )
-        q, k = self.q_norm(act(q)), self.k_norm(act(k))
-        v = ACTIVATION[self.recipe.value_activation](act(v) if self.convs else v)
+        q, k = self.q_norm(act(self.feature(q))), self.k_norm(act(self.feature(k)))
+        v = activation_of(self.recipe.value_activation)(v)
         if self.rope is not None:
             for_q, for_k = (
                 position if isinstance(position, Tensor) else torch.arange(position, position + y.shape[-2], device=y.device)
@@ -113,9 +137,9 @@ class Attention(nn.Module):
         return q, k, v, tuple(tails)
 
     def close(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.out_norm(ACTIVATION[self.recipe.out_activation](o))
+        o = self.out_norm(activation_of(self.recipe.out_activation)(o))
         o = o if self.head_gate is None else o * self.head_gate(x)
-        o = ACTIVATION[self.recipe.merge_activation](self.merge_norm(o.transpose(1, 2).flatten(-2)))
+        o = activation_of(self.recipe.merge_activation)(self.merge_norm(o.transpose(1, 2).flatten(-2)))
         return self.out(o if self.gate is None else o * GATES[self.recipe.out_gate](self.gate(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
@@ -123,9 +147,16 @@ class Attention(nn.Module):
         mechanism declares and the layer does not make (segments, a mask's ids)."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
-        q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
-        made = {**self.inputs(x if context is None else context, {"q": q, "k": k, "v": v}), **inputs}
-        return self.close(attend(q, k, v, self.mechanism, mask=self.full_mask(mask, made), **made), x)
+        given: dict[str, Any] = dict(inputs)
+        mechanism: str | Mechanism = self.mechanism
+        if isinstance(mask, Tensor):
+            mechanism, mask, given = given_mask(mechanism, mask, given)
+        full = self.full_mask(mask)
+        source = x if context is None else context
+        documents = documents_of(full, given, x.shape[1]) if self.convs else None
+        q, k, v, _ = self.heads_of(x, source, 0, None, documents)
+        made = {**self.inputs(source, {"q": q, "k": k, "v": v}), **given}
+        return self.close(attend(q, k, v, mechanism, mask=full, **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
@@ -133,12 +164,7 @@ class Attention(nn.Module):
         q, k, v, _ = self.heads_of(x, x, 0, None)
         return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x, {"q": q, "k": k, "v": v}))
 
-    def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
-        if isinstance(mask, Tensor):
-            from ..engine.door import explicit
-
-            mask, extra = explicit(mask, {}, mask)
-            made.update(extra)
+    def full_mask(self, mask: Mask | None) -> Mask | None:
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
@@ -147,12 +173,19 @@ class Attention(nn.Module):
         if not self.causal:
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
         state = state or LayerState(None, (), 0)
-        q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
+        documents = documents_of(mask, inputs, x.shape[1]) if self.convs else None
+        q, k, v, conv = self.heads_of(x, x, state.position, state.conv, documents)
         o, inner = step(q, k, v, self.mechanism, state.inner, mask=mask, **self.inputs(x, {"q": q, "k": k, "v": v}), **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}"
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATION:
+        raise RegardError(f"activation {name!r}; expected one of {', '.join(map(repr, ACTIVATION))}")
+    return ACTIVATION[name]
 
 
 def name_of(mechanism: str | Mechanism) -> str:

@@ -54,7 +54,8 @@ class Inputs(nn.Module):
                     f"input {item.name!r} is a projection of the layer's x, which there is none of here; pass {item.name}=..."
                 )
             channels = item.layer.channels or (sizes.head_dim if item.shape.endswith("d") else 1)
-            self.projected[item.name] = Projection(dim, sizes.heads, channels * item.layer.times, item.layer.rank, item.layer.bias)
+            owners = sizes.kv_heads if item.layer.grouped else sizes.heads
+            self.projected[item.name] = Projection(dim, owners, channels * item.layer.times, item.layer.rank, item.layer.bias)
 
     def forward(self, x: Tensor | None = None, heads: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """x (B, L, dim), and the layer's q, k, v (B, heads, L, D) for inputs read off them -> {name: tensor}."""

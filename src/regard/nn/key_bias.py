@@ -23,9 +23,14 @@ class KeyValueBias(Attention):
         self.value_bias = nn.Parameter(torch.zeros(self.kv_heads, self.value_dim), requires_grad=value)
 
     def heads_of(
-        self, x: Tensor, source: Tensor, position: int | Tensor, conv: tuple[Tensor, ...] | None
+        self,
+        x: Tensor,
+        source: Tensor,
+        position: int | Tensor,
+        conv: tuple[Tensor, ...] | None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        q, k, v, tails = super().heads_of(x, source, position, conv)
+        q, k, v, tails = super().heads_of(x, source, position, conv, documents)
         first = position if isinstance(position, int) else int(position[0])
         if first == 0:  # in a stream the pair is read once, before the first token
             k, v = (

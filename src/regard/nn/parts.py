@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algebra import Causal, Full, Padding, Segments
+from ..algebra.mask import conjuncts
 from ..errors import RegardError
 
 
 class UnitNorm(nn.Module):
-    """x / |x| over the last dimension."""
+    """x / |x| over the last dimension; with eps x / sqrt(|x|^2 + eps)."""
+
+    def __init__(self, eps: float = 0.0):
+        super().__init__()
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1)
+        return x * (x.square().sum(-1, keepdim=True) + self.eps).rsqrt() if self.eps else F.normalize(x, dim=-1)
 
 
-def head_norm(kind: str, width: int) -> nn.Module:
-    """A norm over a head's channels: "" none, "l2", "rms", "srms" (no learned factors), "gated_rms" or "layer"."""
+class SumNorm(nn.Module):
+    """x / sum x over the last dimension, of positive x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.sum(-1, keepdim=True)
+
+
+def head_norm(kind: str, width: int, eps: float | None = None) -> nn.Module:
+    """A norm over a head's channels: "" none, "l2", "sum", "rms", "srms" (no learned factors), "gated_rms" or "layer".
+
+    eps None: 0 in "l2", 1e-6 in "rms" and "srms", 1e-8 in "gated_rms", 1e-5 in "layer".
+    """
+
+    def small(default: float) -> float:
+        return default if eps is None else eps
+
     known: dict[str, Callable[[], nn.Module]] = {
         "": nn.Identity,
-        "l2": UnitNorm,
-        "rms": lambda: nn.RMSNorm(width, eps=1e-6),
-        "srms": lambda: nn.RMSNorm(width, eps=1e-6, elementwise_affine=False),
-        "layer": lambda: nn.LayerNorm(width),
-        "gated_rms": lambda: GatedRMSNorm(width),
+        "l2": lambda: UnitNorm(small(0.0)),
+        "sum": SumNorm,
+        "rms": lambda: nn.RMSNorm(width, eps=small(1e-6)),
+        "srms": lambda: nn.RMSNorm(width, eps=small(1e-6), elementwise_affine=False),
+        "layer": lambda: nn.LayerNorm(width, eps=small(1e-5)),
+        "gated_rms": lambda: GatedRMSNorm(width, small(1e-8)),
     }
     if kind not in known:
         raise RegardError(f"norm {kind!r}; expected one of {', '.join(map(repr, known))}")
@@ -46,47 +68,97 @@ class GatedRMSNorm(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """x (B, L, dim) -> sigmoid(G_h(x)) (B, H, L, 1), times `factor`.
+    """x (B, L, dim) -> factor sigmoid(G_h(x)) (B, H, L, 1).
 
-    kind: "head": linear on the head's own slice of x; "head_mlp": with a hidden layer a quarter as wide; "heads": linear on all of x.
+    kind: "head": G linear on the head's own slice of x; "head_mlp": with a hidden layer, `hidden` wide (None: a quarter of the slice);
+    "heads": linear on all of x; "mean": "head" averaged over the tokens, so in both directions only; "constant": a number a head.
     init: the gate's start. factor: 1 / init makes the gated layer start as the ungated one.
     """
 
-    def __init__(self, dim: int, heads: int, kind: str, init: float = 0.5, factor: float = 1.0, std: float | None = None):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kind: str,
+        init: float = 0.5,
+        factor: float = 1.0,
+        std: float | None = None,
+        hidden: int | None = None,
+    ):
         super().__init__()
         if not 0 < init < 1:
             raise RegardError(f"gate_init={init}; expected a number between 0 and 1")
-        if kind != "heads" and dim % heads:
+        if kind not in ("head", "head_mlp", "heads", "mean", "constant"):
+            raise RegardError(f"out_gate={kind!r}; expected head, head_mlp, heads, mean, constant, silu, sigmoid or linear")
+        if kind not in ("heads", "constant") and dim % heads:
             raise RegardError(f"out_gate={kind!r} cuts dim={dim} into heads={heads} slices; expected a multiple, or out_gate='heads'")
         self.kind, self.heads, self.factor = kind, heads, factor
         own = dim if kind == "heads" else dim // heads
-        hidden = max(1, own // 4)
-        self.hidden = nn.Parameter(torch.randn(heads, own, hidden) / own**0.5) if kind == "head_mlp" else None
-        width = hidden if kind == "head_mlp" else own
-        self.weight = nn.Parameter(torch.randn(heads, width) * (width**-0.5 if std is None else std))
+        width = own
+        self.hidden = self.hidden_bias = None
+        if kind == "head_mlp":
+            width = hidden or max(1, own // 4)
+            self.hidden = nn.Parameter(torch.randn(heads, own, width) / own**0.5)
+            self.hidden_bias = nn.Parameter(torch.zeros(heads, width))
+        self.weight = None if kind == "constant" else nn.Parameter(torch.randn(heads, width) * (width**-0.5 if std is None else std))
         self.bias = nn.Parameter(torch.full((heads,), math.log(init / (1 - init))))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return self.factor * torch.sigmoid(self.bias)[:, None, None].expand(x.shape[0], -1, x.shape[1], -1)
         parts = x.unsqueeze(-2).expand(*x.shape[:-1], self.heads, -1) if self.kind == "heads" else x.unflatten(-1, (self.heads, -1))
-        if self.hidden is not None:
-            parts = torch.relu(torch.einsum("blhd,hdf->blhf", parts, self.hidden))
+        if self.hidden is not None and self.hidden_bias is not None:
+            parts = torch.relu(torch.einsum("blhd,hdf->blhf", parts, self.hidden) + self.hidden_bias)
         logits = (parts * self.weight).sum(-1) + self.bias
+        logits = logits.mean(1, keepdim=True).expand_as(logits) if self.kind == "mean" else logits
         return self.factor * torch.sigmoid(logits).transpose(1, 2).unsqueeze(-1)
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over the length of x (B, L, channels); the state is the last width - 1 inputs."""
+    """Causal depthwise convolution over the length of x (B, L, channels), with the bias and activation given; the state is the last
+    width - 1 inputs."""
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, bias: bool = False, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.width = width
+        self.width, self.activation = width, activation
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """documents (B or 1, L): numbers of what the tokens belong to, none of which reads another; below zero is padding, read as zero."""
         past = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state
-        x = torch.cat((past, x), 1)
-        out = F.conv1d(x.transpose(1, 2), self.weight, groups=x.shape[2]).transpose(1, 2)
-        return out, x[:, x.shape[1] - self.width + 1 :]
+        x = x if documents is None else torch.where(documents[..., None] >= 0, x, 0.0)
+        wide = torch.cat((past, x), 1)
+        if documents is None:
+            out = F.conv1d(wide.transpose(1, 2), self.weight, self.bias, groups=x.shape[2]).transpose(1, 2)
+        else:
+            out = self.apart(wide, documents)
+        return out if self.activation is None else self.activation(out), wide[:, wide.shape[1] - self.width + 1 :]
+
+    def apart(self, wide: Tensor, documents: Tensor) -> Tensor:
+        """The convolution as a sum over lags, each of which reads tokens of the same document alone."""
+        length = documents.shape[-1]
+        of = F.pad(documents, (self.width - 1, 0))
+        total: Tensor | float = 0.0 if self.bias is None else self.bias
+        for tap in range(self.width):
+            at = slice(tap, tap + length)
+            total = total + torch.where((of[..., at] == documents)[..., None], wide[:, at], 0.0) * self.weight[:, 0, tap]
+        return torch.as_tensor(total)
+
+
+def documents_of(mask: Any, inputs: Mapping[str, Any], length: int) -> Tensor | None:
+    """What `ShortConv` must know of a call's mask: numbers of documents (B or 1, length), -1 at padding, or None where all is one text."""
+    documents: Tensor | None = None
+    for part in () if mask is None else conjuncts(mask):
+        if isinstance(part, Segments):
+            ids = inputs["segments"][..., -length:]
+            documents = ids - ids.min() if documents is None else torch.where(documents >= 0, ids - ids.min(), -1)
+        elif isinstance(part, Padding):
+            keep = inputs["keep"][..., -length:]
+            documents = torch.where(keep, 0 if documents is None else documents, -1)
+        elif not isinstance(part, (Full, Causal)):
+            raise RegardError(f"mask={part!r}: a short convolution reads neighbours, so it takes Causal(), Padding(), Segments() or no mask")
+    return documents
 
 
 class Projection(nn.Module):

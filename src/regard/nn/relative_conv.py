@@ -48,7 +48,12 @@ class RelativeConvMHA(Attention):
         self.head_convs = nn.ModuleList([HeadConv(width, kernel) for width in widths])
 
     def heads_of(
-        self, x: Tensor, source: Tensor, position: int | Tensor, conv: tuple[Tensor, ...] | None
+        self,
+        x: Tensor,
+        source: Tensor,
+        position: int | Tensor,
+        conv: tuple[Tensor, ...] | None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         q, k, v, _ = super().heads_of(x, source, position, None)
         if not self.head_convs:

@@ -11,12 +11,14 @@ from typing import Any
 from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
+from ...algebra.snapshot import remembered
 from ..kernels import mask_expression
 from ..symbolic import ONE, Expr, c_lines, const, pullback, substitute, topological, trace, var
 from ..tiled.stage import asked, position_of
 
 SIZES = {"max": "s", "max0": "s", "maxabs": "fabsf(s)", "root": "s"}
 BODY = " " * 8
+FLOAT32 = 1.2e-7  # relative precision of what the kernel computes with
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def used(names: Iterable[str], *expressions: Expr) -> set[str]:
     return found & set(names)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...], wrt: tuple[str, ...] = ()) -> Source:
     """Forward and backward. `varies`: for each side input, which of b, h, q, k it depends on; `wrt`: side inputs to differentiate by."""
     normalizer = mechanism.normalizer
@@ -121,4 +123,5 @@ def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...
     for blank, filled in blanks.items():
         text = text.replace(f"@{blank}@", filled)
     lines = [line for line, before in zip(text.split("\n"), ["", *text.split("\n")], strict=False) if line.strip() or before.strip()]
-    return Source("\n".join(lines), sides, wrt, shifting and moved is s)
+    bounded = shifting and moved is s and normalizer.anchor <= FLOAT32
+    return Source("\n".join(lines), sides, wrt, bounded)

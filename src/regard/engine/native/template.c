@@ -270,24 +270,26 @@ INLINE void slopes(const Row *r, const float *restrict x, const float *restrict 
     *weight += weights, *slope += us, *pulled += gs;
 }
 
-/* The c at which the row's weights sum to 1: only scores above max - floor can weigh anything. Newton's method kept in a bracket. */
+/* The c at which the row's weights sum to 1: only scores above max - |floor| can weigh anything. Newton's method kept in a bracket. */
 static float root(const Row *r, const float *x, int count, float top, float *few) {
     const int b = r->b, h = r->h, i = r->i;
     (void)b, (void)h, (void)i;
     if (!(top > -INFINITY)) return 0.0f;
 @SCALAR_LOADS@
 @FLOOR@
-    float low = top - span, high = top, c = low;
+    float low = span < 0.0f ? top : top - span, high = span < 0.0f ? top - span : top, c = low;
+    const float cut = top - fabsf(span);
+    float last = INFINITY;
     int kept = 0;
     for (int from = 0; from < count; from += 64) {
         int to = from + 64 < count ? from + 64 : count;
         float best = -INFINITY;
 #pragma omp simd reduction(max : best)
         for (int at = from; at < to; at++) best = x[at] > best ? x[at] : best;
-        if (best > low)
+        if (best > cut)
             for (int at = from; at < to; at++) {
                 few[kept] = x[at];
-                kept += x[at] > low;
+                kept += x[at] > cut;
             }
     }
     for (int step = 0; step < 60; step++) {
@@ -295,10 +297,14 @@ static float root(const Row *r, const float *x, int count, float top, float *few
         slopes(r, few, NULL, kept, c, &weight, &slope, &none);
         float excess = weight - 1.0f, next = slope == 0.0f ? NAN : c - excess / slope;
         if (excess >= 0.0f) low = c; else high = c;
-        if (!(next >= low && next <= high)) next = 0.5f * (low + high);
+        /* Where weights rise steeply steps may be tiny far from the root, or go back and forth around it. */
+        const float near = 1e-7f * (1.0f + fabsf(c));
+        int stuck = fabsf(excess) > 2e-6f && (fabsf(next - c) <= near || fabsf(excess) > 0.5f * last);
+        last = fabsf(excess);
+        if (!(next >= low && next <= high) || stuck) next = 0.5f * (low + high);
         float moved = fabsf(next - c);
         c = next;
-        if (!(moved > 1e-7f * (1.0f + fabsf(c)))) break;
+        if (!(moved > near) || !(high - low > near)) break;
     }
     return c;
 }

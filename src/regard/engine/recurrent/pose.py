@@ -15,6 +15,7 @@ from ...algebra.feature_map import FeatureMap
 from ...algebra.mask import Causal, Full, Mask, conjuncts
 from ...algebra.mechanism import Recurrent
 from ...algebra.part import Function, Input, Sizes, bind, call
+from ...algebra.snapshot import remembered
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
@@ -65,7 +66,7 @@ class Scan:
         return self.k.shape[-2]
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(maxsize=1024)
 def declared_of(mechanism: Recurrent) -> dict[str, Input]:
     """All inputs of a recurrence, its decay and write strength included."""
     found = {item.name: item for item in mechanism.declared}
@@ -95,6 +96,16 @@ def kept_keys(mask: Mask, given: Mapping[str, Any], sizes: Sizes, first: int = 0
         raise RegardError(f"mask={mask!r} needs the input {specs[0].name!r}, a bool tensor (B, Lk)")
     specs[0].check(keep, replace(sizes, k_len=first + sizes.k_len))
     return keep, {name: x for name, x in given.items() if name != specs[0].name}
+
+
+def per_head(given: Mapping[str, Any], declared: Mapping[str, Input], sizes: Sizes) -> dict[str, Any]:
+    """Inputs with one entry a key head repeated for the query heads that share it, as k and v are."""
+    shared, out = sizes.heads // sizes.kv_heads, dict(given)
+    for name, spec in declared.items():
+        at, x = spec.shape.find("h"), given.get(name)
+        if shared > 1 and at >= 0 and isinstance(x, Tensor) and x.dim() == len(spec.shape) and x.shape[at] == sizes.kv_heads > 1:
+            out[name] = x.repeat_interleave(shared, at)
+    return out
 
 
 def visible_tokens(at: Tensor, q_at: Tensor, keep: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -130,6 +141,7 @@ def pose(
     keep, given = kept_keys(mask, given, sizes, first)
     declared = declared_of(mechanism)
     check_names(given, declared, mechanism)
+    given = per_head(given, declared, sizes)
     inputs = {name: x.to(wide) if x.is_floating_point() else x for name, x in fill_inputs(declared, given, sizes, q).items()}
     q, k, v = (x.to(wide) for x in (q, k, v))
     if mechanism.scaled:
@@ -148,10 +160,10 @@ def pose(
         k, v = (torch.where(real, x, 0.0) for x in (k, v))
     seen = tuple(x.to(wide) for x in visible_tokens(at, q_at, keep, causal))
     own, last = carry or (None, None)
-    k_env = {**plain, "position": at, "n": seen[1], "real": real, "carry": own}
+    k_env = {**plain, "position": at, "n": seen[1], "real": real, "carry": own, "causal": causal}
     lift = lifting(mechanism, plain, sizes.head_dim)
     rest: list[Any] = []
-    q_env = {**plain, "position": q_at, "n": seen[0]}
+    q_env = {**plain, "position": q_at, "n": seen[0], "causal": causal}
     if lift is None:
         q, k, *rest = mechanism.feature(q, k, q_env, k_env)
     else:
@@ -163,11 +175,11 @@ def pose(
     k = k if real is None else k * real
     apart = None
     if mechanism.turn is not None:
-        apart = (q, k) if "mass" in mechanism.read_of or mechanism.readout == "sum" else None
+        apart = (q, k) if mechanism.weighs else None
         q, k = call(mechanism.turn, q, env={**plain, "position": q_at}), call(mechanism.turn, k, env={**plain, "position": at})
     if decay is not None and decay.shape[-1] not in (1, k.shape[-1]):  # turning put features side by side, as cosines and sines
         decay = decay.repeat(1, 1, 1, k.shape[-1] // decay.shape[-1])
-    ones = apart is None and ("mass" in mechanism.read_of or mechanism.readout == "sum")
+    ones = apart is None and mechanism.weighs
     if ones:
         v = torch.cat((v, torch.ones_like(v[..., :1]) if real is None else real.expand(*v.shape[:-1], 1).to(v.dtype)), -1)
     mean = "mean" in mechanism.read_of
@@ -182,7 +194,8 @@ def pose(
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
         if mechanism.strength is not None:
             beta = mechanism.strength(beta, k.square().sum(-1, keepdim=True))
-    read: Callable[..., Tensor] | None = bind(divided, eps=mechanism.eps) if mechanism.readout == "sum" else None
+    divide = {"sum": divided, "add": added}.get(mechanism.readout) if isinstance(mechanism.readout, str) else None
+    read: Callable[..., Tensor] | None = None if divide is None else bind(divide, eps=mechanism.eps)
     if callable(mechanism.readout):
         read = functools.partial(called, mechanism.readout, plain)
     return Scan(
@@ -200,7 +213,7 @@ def lifting(mechanism: Recurrent, inputs: Mapping[str, Any], d: int) -> Lift | N
         or mechanism.write != "add"
         or mechanism.keys != "features"
         or mechanism.turn
-        or "mean" in mechanism.read_of
+        or {"mean", "query_sum"} & mechanism.read_of
     ):
         return None
     maps = [functools.partial(call, function, env=inputs) for function in (feature.query, feature.key or feature.query)]
@@ -211,13 +224,18 @@ def weighed(kernel: Function, inputs: Mapping[str, Any], d: int, s: Tensor) -> T
     return call(kernel, s, d, env=inputs)  # type: ignore[no-any-return]
 
 
-def divided(o: Tensor, mass: Tensor, mean: Any, n: Any, eps: float) -> Tensor:
+def divided(o: Tensor, eps: float, mass: Tensor, **_: Any) -> Tensor:
     mass = mass.clamp_min(eps)
     return o / torch.where(mass == 0, 1.0, mass)  # a row that sees nothing gives zeros
 
 
-def called(readout: Function, inputs: Mapping[str, Any], o: Tensor, mass: Any, mean: Any, n: Any) -> Tensor:
-    return call(readout, o, env={**inputs, "mass": mass, "mean": mean, "n": n})  # type: ignore[no-any-return]
+def added(o: Tensor, eps: float, mass: Tensor, **_: Any) -> Tensor:
+    mass = mass + eps
+    return o / torch.where(mass == 0, 1.0, mass)
+
+
+def called(readout: Function, inputs: Mapping[str, Any], o: Tensor, **moments: Any) -> Tensor:
+    return call(readout, o, env={**inputs, **moments})  # type: ignore[no-any-return]
 
 
 def log_decays(

@@ -57,4 +57,4 @@ def finish(scan: Scan, o: Tensor, start: Tensor | None, column: Tensor | None) -
         total = v.cumsum(-2) if scan.causal else v.sum(-2, keepdim=True)
         total = total if start is None else total + start[..., -1:, : v.shape[-1]]
         mean = total / scan.count
-    return scan.read(o, mass=mass, mean=mean, n=scan.count)
+    return scan.read(o, mass=mass, mean=mean, n=scan.count, query_sum=scan.q.sum(-1, keepdim=True), causal=scan.causal)

@@ -19,7 +19,7 @@ from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
 from .chunk import SAFE, SEGMENT, SUB, carry, chunked
-from .pose import CLAMP, Scan, check_mask, from_logits, kept_keys
+from .pose import CLAMP, Scan, check_mask, from_logits, kept_keys, per_head
 
 SIZE = 64
 
@@ -101,6 +101,7 @@ def prepared(
         raise RegardError(f"scale={scale}: this mechanism's scores are not scaled; expected None")
     specs = declared(mechanism)
     check_names(given, specs, mechanism)
+    given = per_head(given, specs, sizes)
     found = fill_inputs(
         {name: spec for name, spec in specs.items() if given.get(name) is not None or spec.default is None}, given, sizes, q
     )
@@ -139,6 +140,21 @@ def slots(
     return run(mechanism, q, k, v, scale, given, None, keep)[0][..., -q.shape[-2] :, :]
 
 
+def first_slots(mechanism: Slots, state: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor) -> SlotState:
+    """Slots (K (B, H, m, D), V (B, H, m, Dv)) as the state before the first token."""
+    heads, widths = q.shape[1], (k.shape[-1], v.shape[-1])
+    fits = len(state) == 2 and all(
+        isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (k.shape[1], heads) and x.shape[3] == width
+        for x, width in zip(state, widths, strict=False)
+    )
+    if not fits or mechanism.window or mechanism.gates == "sum":
+        raise RegardError("state is a tuple; expected the slots (K (B, H, m, D), V (B, H, m, Dv)) of a mechanism with gates and no window")
+    slots_k, slots_v = (x.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(heads // x.shape[1], 1) for x in state)
+    empty = [x.new_zeros(*x.shape[:2], 0, width) for x, width in ((slots_k, k.shape[-1]), (slots_v, v.shape[-1]))]
+    gates = slots_k.new_zeros(*slots_k.shape[:2], 0, slots_k.shape[2])
+    return SlotState(slots_k, slots_v, None, (*empty, gates, gates), 0)
+
+
 def step(
     mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, state: SlotState | None, scale: float | None, given: Mapping[str, Any]
 ) -> tuple[Tensor, SlotState]:
@@ -156,6 +172,7 @@ def run(
     keep: Tensor | None = None,
 ) -> tuple[Tensor, SlotState]:
     """(out (B, H, L, Dv), the state after the last token); keep (B, L): tokens that are no padding, where a stream begins."""
+    state = first_slots(mechanism, state, q, k, v) if isinstance(state, tuple) else state
     dtype, length = v.dtype, k.shape[-2]
     read = 0 if state is None else state.length
     real = None if keep is None else keep[:, None, :, None]

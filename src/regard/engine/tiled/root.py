@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-15}
 STEPS = {torch.float32: 40, torch.float64: 90}
+CLOSE = 16  # tolerances by which a row's sum may miss one
 GROUP = 16  # scores of which only the largest is looked at to raise the lower bound
 
 
@@ -30,15 +31,16 @@ def solve(work: Work, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> 
     top = s.amax(-1, keepdim=True)
     live = top > float("-inf")
     high = torch.where(live, top, 0.0)
-    floor = work.normalizer.floor
-    low = high - (call(floor, env=env) if callable(floor) else floor)
+    given = work.normalizer.floor
+    floor = torch.as_tensor(call(given, env=env) if callable(given) else given, dtype=s.dtype, device=s.device)
+    low, high = high - floor.clamp_min(0), high - floor.clamp_max(0)
     few = s
     if work.problem.position_free and s.shape[-1] >= 16 * GROUP:
         groups = s.shape[-1] // GROUP
         largest = s[..., : groups * GROUP].unflatten(-1, (GROUP, groups)).amax(-2)
         bound = newton(work, largest, low, high, env, 1e-4)
         low = torch.maximum(low, bound - 1e-3 * (high - low))
-        few = packed(s, low)
+        few = packed(s, low + floor.clamp_max(0))
     c = newton(work, few, low, high, env, TOLERANCE[s.dtype])
     if hidden is not None:  # weights of masked scores are then exactly zero, and finite
         hide(s, hidden, torch.finfo(s.dtype).min / 4)
@@ -50,16 +52,20 @@ def newton(work: Work, s: Tensor, low: Tensor, high: Tensor, env: dict[str, Any]
 
     For convex weights (sparsemax, 1 < alpha <= 2) steps from the left never leave the bracket, and few are needed.
     """
-    c = low
+    c, last = low, torch.full_like(low, float("inf"))
     for _ in range(STEPS[s.dtype]):
         w, u = work.stage.weight_and_slope(s, {**env, "c": c})
         excess = w.sum(-1, keepdim=True) - 1
         slope = u.sum(-1, keepdim=True)
         low, high = torch.where(excess >= 0, c, low), torch.where(excess >= 0, high, c)
         step = c - excess / torch.where(slope == 0, -1.0, slope)
-        inside = (step >= low) & (step <= high) & step.isfinite()
+        near = tolerance * (1 + c.abs())
+        # Where weights rise steeply (alpha > 2) steps may be tiny far from the root, or go back and forth around it.
+        stuck = (excess.abs() > CLOSE * tolerance) & (((step - c).abs() <= near) | (excess.abs() > last / 2))
+        last = excess.abs()
+        inside = (step >= low) & (step <= high) & step.isfinite() & ~stuck
         new = torch.where(inside, step, (low + high) / 2)
-        moved = (new - c).abs() > tolerance * (1 + c.abs())
+        moved = ((new - c).abs() > near) & (high - low > near)
         c = new
         if not bool(moved.any()):
             break

@@ -73,8 +73,9 @@ ROOT_FORWARD = """\
     high = tl.where(live, high, 0.0)
 {floor_loads}
 {floor}
-    low = high - span
+    low, high = high - tl.maximum(span, 0.0), high - tl.minimum(span, 0.0)
     c = low
+    last = tl.full((BLOCK_M, 1), float("inf"), tl.float32)
     going, step = tl.max(tl.max(tl.where(live, 1.0, 0.0), 1), 0), 0
     while (going > 0.0) & (step < 40):
         excess, slope = tl.zeros((BLOCK_M, 1), tl.float32) - 1.0, tl.zeros((BLOCK_M, 1), tl.float32)
@@ -85,8 +86,11 @@ ROOT_FORWARD = """\
             slope += tl.sum(tl.where(seen, u, 0.0), 1, keep_dims=True)
         low, high = tl.where(excess >= 0.0, c, low), tl.where(excess >= 0.0, high, c)
         new = c - excess / tl.where(slope == 0.0, -1.0, slope)
-        new = tl.where((new >= low) & (new <= high), new, (low + high) * 0.5)
-        going = tl.max(tl.max(tl.where(live & (tl.abs(new - c) > 2e-7 * (1.0 + tl.abs(c))), 1.0, 0.0), 1), 0)
+        near = 2e-7 * (1.0 + tl.abs(c))
+        stuck = (tl.abs(excess) > 4e-6) & ((tl.abs(new - c) <= near) | (tl.abs(excess) > 0.5 * last))
+        last = tl.abs(excess)
+        new = tl.where((new >= low) & (new <= high) & (stuck == 0), new, (low + high) * 0.5)
+        going = tl.max(tl.max(tl.where(live & (tl.abs(new - c) > near) & (high - low > near), 1.0, 0.0), 1), 0)
         c, step = new, step + 1
     c = tl.where(live, c, 0.0)
     for at in range(0, entries):

@@ -23,7 +23,7 @@ def deltanet(negative_eigenvalues: bool = False, short_conv: int = 4) -> Recurre
     return Recurrent(
         write="delta",
         inputs=(Input("beta", "bhk", layer=gate),),
-        recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", rope=False),
+        recipe=Recipe(short_conv=short_conv, activation="silu", value_activation="silu", qk_norm="l2", qk_eps=1e-6, out_norm="rms", norm_eps=1e-5, rope=False),
     )
 
 
@@ -37,5 +37,5 @@ def gated_deltanet(short_conv: int = 4, tau: float = 16.0) -> Recurrent:
             Input("log_decay", "bhk", layer=Projected(bind(log_gate, tau=tau), bias=2.0)),
             Input("beta", "bhk", layer=Projected(torch.sigmoid)),
         ),
-        recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", out_gate="silu", rope=False),
+        recipe=Recipe(short_conv=short_conv, activation="silu", value_activation="silu", qk_norm="l2", qk_eps=1e-6, out_norm="rms", norm_eps=1e-5, out_gate="silu", rope=False),
     )

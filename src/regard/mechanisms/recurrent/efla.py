@@ -43,5 +43,5 @@ def efla(order: int | None = None, beta: str = "sigmoid", short_conv: int = 4) -
         write="delta",
         strength=exact if order is None else bind(runge_kutta, order=order),
         inputs=(Input("beta", "bhk", layer=Projected(gates[beta])),),
-        recipe=Recipe(short_conv=short_conv, activation="silu", qk_norm="q_l2", out_norm="rms", rope=False),
+        recipe=Recipe(short_conv=short_conv, activation="silu", value_activation="silu", qk_norm="q_l2", qk_eps=1e-6, out_norm="rms", norm_eps=1e-5, rope=False),
     )

@@ -26,5 +26,5 @@ def log_linear(base: str = "mamba2", levels: int = 18, tau: float = 16.0, short_
     else:
         raise RegardError(f"base={base!r}; expected mamba2 or gated-delta")
     scales = Input("level_scales", "bhkf", layer=Projected(F.softplus, channels=levels, bias=0.5))
-    recipe = Recipe(short_conv=short_conv, activation="silu", qk_norm="l2", out_norm="rms", out_gate="silu", rope=False)
+    recipe = Recipe(short_conv=short_conv, activation="silu", value_activation="silu", qk_norm="l2", qk_eps=1e-6, out_norm="rms", norm_eps=1e-5, out_gate="silu", rope=False)
     return LogLinear(inner, (scales,), recipe)

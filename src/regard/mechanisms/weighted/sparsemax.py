@@ -28,20 +28,20 @@ class SparsemaxFunction(torch.autograd.Function):
         ranked = z.sort(-1, descending=True).values
         sums = ranked.cumsum(-1) - 1
         rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-        size = (rank * ranked > sums).sum(-1, keepdim=True)
-        p = (z - sums.gather(-1, size - 1) / size).clamp_min(0)
+        size = (rank * ranked > sums).sum(-1, keepdim=True).clamp_min(1)  # a row of -inf has none
+        p = torch.where(z > float("-inf"), (z - sums.gather(-1, size - 1) / size).clamp_min(0), 0.0)
         ctx.save_for_backward(p)
         return p
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         support = (ctx.saved_tensors[0] > 0).to(grads[0].dtype)  # type: ignore[attr-defined]
-        mean = (grads[0] * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+        mean = (grads[0] * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)
         return support * (grads[0] - mean)
 
 
 def sparsemax_weights(z: Tensor, dim: int = -1) -> Tensor:
-    """The map itself along `dim`; entries of -inf get weight 0."""
+    """The map itself along `dim`; entries of -inf get weight 0, and a row of nothing else is zero."""
     return SparsemaxFunction.apply(z.movedim(dim, -1)).movedim(-1, dim)  # type: ignore[no-any-return, no-untyped-call]
 
 
