@@ -127,10 +127,11 @@ def windowed(name, size):
 @torch.no_grad()
 def test_sliding_windows_of_the_model(name, cache, monkeypatch):
     """Distances and counts survive a cache that forgets its oldest keys."""
-    monkeypatch.setitem(loops.FORMULA, "in a window", (None, windowed(name, 5)))
+    inside = f"{name} in a window"
+    monkeypatch.setitem(loops.FORMULA, inside, (None, windowed(name, 5)))
     loops.register()
     model, ids = loops.llama(kind="mistral", sliding_window=5), rows()[0]
-    want = loops.alone(model, "in a window", ids)
+    want = loops.alone(model, inside, ids)
     with adapt.patch(model, loops.FORMULA[name][0]):
         if cache is None:
             return close(model(ids[None], use_cache=False).logits[0], want)
