@@ -1,6 +1,7 @@
 """flexprefill: the distance that picks a head's pattern, the blocks, and the output. Counts are turned into blocks of 128 keys, as released."""
 
 import torch
+from golden.choices import chosen
 from golden.vectors import Vectors, case
 
 import regard
@@ -20,6 +21,5 @@ def prefill(v: Vectors) -> None:
     d = distance(scaled, heads_of(pooled(k, v["block"]), v["H"]), mass, v["block"])
     v.same(d[0], "jsd")
     assert torch.equal(d[0] < v["tau"], v("query_aware"))
-    plan = m.select.select(scaled, k, None)
-    assert torch.equal(plan.keep[0], v("blocks"))
+    assert torch.equal(chosen(m, q, k)[0], v("blocks"))
     v.same(regard.attend(q, k, value, m).transpose(1, 2)[:, v("out_rows").long()], "out")
