@@ -52,11 +52,16 @@ class SparsifinerAttention(nn.Module):
         self.down, self.up = (nn.Parameter(torch.randn(tokens, rank) * tokens**-0.5) for _ in range(2))
         self.sparse = True
 
-    def predict(self, q: Tensor, k: Tensor, thresholds: bool = True) -> Tensor:
-        """The estimate (B, H, N - 1 or N, N) of the attention rows; without thresholds and |.| of P_up while it is being trained."""
-        rows = q[..., 1:, :] if self.exclude_class else q
-        small = self.reduce_k(k).transpose(-1, -2) @ self.down  # (B, H, d, r)
-        c = (self.scale * self.reduce_q(rows) @ small).softmax(-1)
+    def predict(self, q: Tensor, k: Tensor, thresholds: bool = True, real: Tensor | None = None) -> Tensor:
+        """The estimate (B, H, N - 1 or N, N) of the attention rows; without thresholds and |.| of P_up while it is being trained.
+
+        real (B, N) bool: tokens that are left; the others' reduced q and k are zero.
+        """
+        small_q, small_k = self.reduce_q(q), self.reduce_k(k)
+        if real is not None:
+            small_q, small_k = (y * real[:, None, :, None].to(y.dtype) for y in (small_q, small_k))
+        rows = small_q[..., 1:, :] if self.exclude_class else small_q
+        c = (self.scale * rows @ (small_k.transpose(-1, -2) @ self.down)).softmax(-1)
         if not thresholds:
             return c @ self.up.T
         basis = self.up.abs().T
@@ -69,7 +74,8 @@ class SparsifinerAttention(nn.Module):
     def connectivity(self, estimate: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, H, N, N) bool: each row's ceil(keep N) largest, or those above the threshold; the class token's row is full.
 
-        real (B, N) bool: tokens that earlier layers have left; others neither read nor are read, and a row keeps at most as many as are left.
+        real (B, N) bool: tokens that earlier layers have left; others neither read nor are read, but by the class token, whose row stays full
+        (their keys and values are zero, as released). A row keeps at most as many keys as tokens are left.
         """
         score = estimate.detach()
         score = score if real is None else score.masked_fill(~real[:, None, None], float("-inf"))
@@ -77,10 +83,12 @@ class SparsifinerAttention(nn.Module):
             chosen = score > self.estimate_threshold
         else:
             count = torch.full_like(score[:, :1, :1, :1], math.ceil(self.keep * estimate.shape[-1]), dtype=torch.long)
-            count = count if real is None else torch.minimum(count, real.sum(-1)[:, None, None, None])
+            count = count if real is None else torch.minimum(count, real[:, 1:].sum(-1)[:, None, None, None])
             chosen = top_k(score, score > float("-inf"), count)
-        chosen = F.pad(chosen, (0, 0, 1, 0), value=True) if self.exclude_class else chosen
-        return chosen if real is None else chosen & real[:, None, :, None] & real[:, None, None]
+        if real is not None:
+            rows = real[:, 1:] if self.exclude_class else real
+            chosen = chosen & rows[:, None, :, None] & real[:, None, None]
+        return F.pad(chosen, (0, 0, 1, 0), value=True) if self.exclude_class else chosen
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -97,7 +105,7 @@ class SparsifinerAttention(nn.Module):
                 )
             real = F.pad(token_mask, (1, 0), value=True)
             q, k, v = (y * real[:, None, :, None].to(y.dtype) for y in (q, k, v))
-        self.estimate = self.predict(q, k)
+        self.estimate = self.predict(q, k, real=real)
         self.mask = self.connectivity(self.estimate, real)
         o = attend(q, k, v, mask=self.mask) if self.sparse or real is not None else attend(q, k, v)
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
