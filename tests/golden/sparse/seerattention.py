@@ -65,11 +65,7 @@ def maxima(v: Vectors, causal: bool) -> torch.Tensor:
     return seer.block_maxima(q, k, v.meta["hyper"]["GT"]["block"], causal=causal)[0]
 
 
-@case("GT0")
-def causal_maxima(v: Vectors) -> None:
+@case("GT")
+def maxima_of_blocks(v: Vectors) -> None:
     v.same(maxima(v, True), torch.from_numpy(v.arrays["GT0_map"]), 1e-5)
-
-
-@case("GT1")
-def maxima_both_ways(v: Vectors) -> None:
     v.same(maxima(v, False), torch.from_numpy(v.arrays["GT1_map"]), 1e-5)
