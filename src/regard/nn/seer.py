@@ -5,6 +5,8 @@ G = rope(W_q avg(Q_u)) . rope(W_k [max; min; avg](K_w)) / sqrt(d_g);  trained: K
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,6 @@ from ..algebra.blocks import HIDDEN, cut, heads_of, pooled, top_k
 from ..catalog.registry import register
 from ..engine import attend
 from ..errors import RegardError
-
 
 POOLS = ("max", "min", "avg")
 
@@ -162,7 +163,7 @@ class SeerAttention(nn.Module):
         turned_q, turned_k = self.rotated(q, k)
         if q.shape[-2] != k.shape[-2] or (self.threshold <= 0 and self.ratio is None):
             return attend(turned_q, turned_k, v, mask=Causal())
-        given = {"size": self.gate.block_size, "threshold": self.threshold, "ratio": self.ratio or 0.0, "last_dense": self.last_dense}
+        given: dict[str, Any] = {"size": self.gate.block_size, "threshold": self.threshold, "ratio": self.ratio or 0.0, "last_dense": self.last_dense}
         given |= {"gate": self.gate(q, k).detach()}
         return attend(turned_q, turned_k, v, GATED, **given)
 

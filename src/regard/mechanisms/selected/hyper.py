@@ -202,7 +202,8 @@ def hyper_attention(
         directions = torch.randn(q.shape[-1], hash_bits, generator=given.generator, dtype=torch.float64).to(q)
     k, v = heads_of(k, q.shape[1]), heads_of(v, q.shape[1])
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    result = (triangle if causal else cross)(q, k, v, Sizes(block_size, samples, min_length, directions, buckets, zero_keys, given))
+    sizes = Sizes(block_size, samples, min_length, directions, buckets, zero_keys, given)
+    result = triangle(q, k, v, sizes) if causal else cross(q, k, v, sizes)
     given.finish()
     return result
 

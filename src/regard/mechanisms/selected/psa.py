@@ -37,13 +37,13 @@ def psa(
     """mode: "topk": ranges give each level the rank share up to which it holds; "threshold": the cumulative score mass. ranges None: the
     paper's. sample: tokens a block that importance is measured on. similarity: cosines that levels 2, 4, 8 need (None: no cap; the paper's
     are 0.7, 0.65, 0.6). text: tokens at the end read in full. tile: pooled tokens that are worked on together: a level's blocks come in
-    multiples that fill a tile, as released (block_size: any number). floor: the least share of level 1 in threshold mode. tail: pooled
+    multiples that fill a tile of level 1, as released (1: any number). floor: the least share of level 1 in threshold mode. tail: pooled
     tokens over the end count the tokens they have ("counted"), or are filled up with copies of the last one ("repeated", as released).
     causal: a pooled token is read from its last member on. Input `levels` (B, H, nq, nk), optional: a level map instead of the plan's."""
     if mode not in ("topk", "threshold") or tail not in ("counted", "repeated"):
         raise RegardError(f"mode={mode!r}, tail={tail!r}; expected topk or threshold, and counted or repeated")
-    if not 1 <= tile <= block_size:
-        raise RegardError(f"tile={tile}; expected between 1 and block_size={block_size}")
+    if tile < 1:
+        raise RegardError(f"tile={tile}; expected at least 1")
     found = ranges or (RANKS if mode == "topk" else MASSES)
     constants = {
         "mode": mode,
@@ -131,7 +131,7 @@ def psa_plan(
     u, w = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
     if causal:
         scores = scores.masked_fill(w > u[:, None], 0.0)
-    level = levels_of(scores, mode, ranges, block_size // tile, floor)
+    level = levels_of(scores, mode, ranges, max(1, block_size // tile), floor)
     if similarity is not None:
         cap = similarity_cap(k, block_size, similarity)[..., None, :]
         level = torch.where(level == 0, 0, torch.minimum(level, cap))

@@ -84,8 +84,9 @@ def choose(gate: Tensor, own: Tensor, mode: str, threshold: float, top_k: int, s
 
 
 def vmoba_plan(
-    q: Tensor, k: Tensor, view: View, *, size: int, mode: str, threshold: float, top_k: int, scope: str, unreached: int | None, fallback: bool
-) -> Selection | None:
+    q: Tensor, k: Tensor, view: View, *, size: int, mode: str, threshold: float, top_k: int, scope: str, unreached: int | None = None,
+    fallback: bool = False,
+) -> Selection | None:  # fmt: skip
     gate = q @ pooled(heads_of(k, q.shape[1]), size).transpose(-1, -2)
     own = torch.arange(q.shape[-2], device=q.device)[:, None] // size == torch.arange(gate.shape[-1], device=q.device)
     keep = choose(gate, own, mode, threshold, top_k, scope, unreached)
