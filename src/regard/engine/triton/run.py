@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import Call, number_of, sides_of, varying, weighted
+from ..kernels import Call, sides_of, varying, weigh
 from ..layout import layout
 from ..problem import Problem
 from ..reference import Stats
@@ -136,6 +136,6 @@ def run(problem: Problem) -> tuple[Tensor, Stats]:
     dtype = problem.v.dtype if problem.v.dtype != torch.float64 else torch.float32
     q, k, v = (x.to(dtype).contiguous() for x in (problem.q, problem.k, problem.v))
     names = [name for name, _ in source.sides]
-    number = number_of(Call(TRITON, source, block_q, block_k, tuple(names.index(name) for name in source.wrt)))
-    out, total, shift = weighted(q, k, v, [*plan.lists(), *plan.lists(True)], tensors, number)
+    call = Call(TRITON, source, block_q, block_k, tuple(names.index(name) for name in source.wrt))
+    out, total, shift = weigh(problem, call, q, k, v, [*plan.lists(), *plan.lists(True)], tensors, names)
     return finish(problem, out, Stats(shift.detach(), total, torch.zeros_like(total)))

@@ -117,7 +117,7 @@ def selected_tokens(
     chunks = chunk_of(chosen.expand(q.shape[0], length))
     wide = torch.promote_types(q.dtype, torch.float32)
     blocks = cut(q.to(wide).mean(1), block_size)
-    pooled = blocks.amax(-2) if pool == "max" else blocks.sum(-2) / lengths(queries, block_size, q.device).sqrt()[:, None]
+    pooled = blocks.amax(-2) if pool == "max" else blocks.sum(-2) / lengths(queries, block_size, q.device).to(wide).sqrt()[:, None]
     scores = (pooled @ chunk_keys(k, chunks, pool).transpose(-1, -2)).gather(-1, chunks[:, None].expand(-1, pooled.shape[1], -1))
     end = (torch.arange(1, pooled.shape[1] + 1, device=q.device) * block_size + offset).clamp(max=length)[:, None]
     at = torch.arange(length, device=q.device)
@@ -131,7 +131,8 @@ def selected_tokens(
     order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, True) & shown
     if first:  # each takes the place of the chosen token of lowest position
-        begin = torch.zeros_like(end) if window is None else (end - block_size - window).clamp(min=0)
+        start = torch.arange(pooled.shape[1], device=q.device)[:, None] * block_size + offset
+        begin = torch.zeros_like(start) if window is None else (start - window).clamp(min=0)
         keep = (keep & (keep.cumsum(-1) > first)) | ((at >= begin) & (at < begin + first) & (at < end))
     return keep
 
