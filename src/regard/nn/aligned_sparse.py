@@ -16,6 +16,7 @@ from ..algebra.blocks import heads_of
 from ..algebra.compressed import grouped_blocks
 from ..catalog.registry import register
 from ..engine import attend
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .attention import Attention
 
@@ -61,9 +62,16 @@ class SSAAttention(Attention):
             self.sparse = Weighted(mask=Causal(), select=block_top(self.block_size, top_k), recipe=self.recipe)
         self.mode, self.mechanism = mode, self.sparse if mode == "sparse" else Weighted(mask=Causal(), recipe=self.recipe)
 
-    def streams(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **given: Any) -> dict[str, Tensor]:
-        """Both outputs (B, H, L, Dv) of the same q, k, v."""
-        return {name: attend(q, k, v, one, mask=mask, **given) for name, one in (("sparse", self.sparse), ("full", FULL))}
+    def streams(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Both outputs (B, H, L, Dv) of the same q, k, v, under causality and `mask`."""
+        outs: dict[str, Tensor] = {}
+        for name, one in (("sparse", self.sparse), ("full", FULL)):
+            mechanism, given = one, dict(inputs)
+            seen = mask
+            if isinstance(mask, Tensor):
+                mechanism, seen, given = given_mask(one, mask, given)
+            outs[name] = attend(q, k, v, mechanism, mask=self.full_mask(seen), **given)
+        return outs
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
         """As `Attention.forward`; mask and inputs hold for both streams."""
@@ -71,10 +79,8 @@ class SSAAttention(Attention):
             raise RegardError("context: SSA aligns two streams over the tokens of x itself; expected None")
         if not self.training:
             return super().forward(x, None, mask, **inputs)
-        given = dict(inputs)
-        full = self.full_mask(mask, given)
         q, k, v, _ = self.heads_of(x, x, 0, None)
-        outs = self.streams(q, k, v, full, **given)
+        outs = self.streams(q, k, v, mask, **inputs)
         both = {name: o if self.head_gate is None else o * self.head_gate(x) for name, o in outs.items()}
         self.distance = alignment(both["full"], both["sparse"])
         return self.out(both[self.mode].transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]

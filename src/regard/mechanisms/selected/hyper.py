@@ -174,7 +174,8 @@ def triangle(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Part:
         return torch.cat([o for o, _ in found], -2), torch.cat([lse for _, lse in found], -2)
     q, k, v = (filled(x, 2) for x in (q, k, v))  # a last, zero row sees all and is seen by none
     half = q.shape[-2] // 2
-    out, lse = (x.unflatten(1, (-1, 2)) for x in triangle(*(x.unflatten(2, (2, half)).flatten(1, 2) for x in (q, k, v)), sizes))
+    halves = [x.unflatten(2, (2, half)).flatten(1, 2) for x in (q, k, v)]
+    out, lse = (x.unflatten(1, (-1, 2)) for x in triangle(halves[0], halves[1], halves[2], sizes))
     late = merged((out[:, :, 1], lse[:, :, 1]), cross(q[:, :, half:], k[:, :, :half], v[:, :, :half], sizes))
     return torch.cat((out[:, :, 0], late[0]), 2)[:, :, :n], torch.cat((lse[:, :, 0], late[1]), 2)[:, :, :n]
 
