@@ -66,11 +66,11 @@ class SSAAttention(Attention):
         """Both outputs (B, H, L, Dv) of the same q, k, v, under causality and `mask`."""
         outs: dict[str, Tensor] = {}
         for name, one in (("sparse", self.sparse), ("full", FULL)):
-            mechanism, given = one, dict(inputs)
-            seen = mask
             if isinstance(mask, Tensor):
-                mechanism, seen, given = given_mask(one, mask, given)
-            outs[name] = attend(q, k, v, mechanism, mask=self.full_mask(seen), **given)
+                mechanism, seen, given = given_mask(one, mask, inputs)
+                outs[name] = attend(q, k, v, mechanism, mask=self.full_mask(seen), **given)
+            else:
+                outs[name] = attend(q, k, v, one, mask=self.full_mask(mask), **inputs)
         return outs
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:

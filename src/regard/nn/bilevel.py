@@ -117,7 +117,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.routes, self.route_logits = best.indices, logits
         seen = real if self.padded == "hidden" else torch.ones_like(real)
         if self.soft:
-            o = self.gathered(flat, best.indices, best.values.softmax(-1), seen, count)
+            o = self.gathered(flat, best.indices, best.values.softmax(-1), seen)
         else:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, True)
             each_q, each_k, each_v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat)
@@ -127,8 +127,9 @@ class BiLevelRoutingAttention(nn.Module):
             o = o + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
         return self.out(o)  # type: ignore[no-any-return]
 
-    def gathered(self, flat: list[Tensor], routes: Tensor, weights: Tensor, real: Tensor, count: int) -> Tensor:
+    def gathered(self, flat: list[Tensor], routes: Tensor, weights: Tensor, real: Tensor) -> Tensor:
         """The same attention with keys and values of the routed regions gathered and weighted."""
+        count = routes.shape[1]
         q, k, v = (y.unflatten(1, (count, -1)) for y in flat)
         at = torch.arange(q.shape[0], device=q.device)[:, None, None]
         k, v = (y[at, routes] * weights[..., None, None] for y in (k, v))
