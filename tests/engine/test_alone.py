@@ -169,7 +169,7 @@ def test_what_remains_of_the_mask_holds_inside_a_sequence():
             start = 0 if i < 17 else 17
             own = (i - start) // 8
             gate = [float(q[0, h, i] @ k[0, h // 2, start + 8 * c : start + 8 * c + 8].mean(0)) for c in range(own)]
-            read = {own, *sorted(range(own), key=lambda c: -gate[c])[:1]}  # noqa: B023
+            read = {own, *sorted(range(own), key=lambda c: -gate[c])[:1]}
             js = [j for j in range(start, i + 1) if (j - start) // 8 in read and i - j < 21 and (j % 5 != 1 or i == j)]
             p = (k[0, h // 2, js] @ q[0, h, i] * 8**-0.5).softmax(0)
             assert torch.allclose(out[0, h, i], p @ v[0, h // 2, js], atol=1e-12)
@@ -196,7 +196,7 @@ def test_tables_that_are_no_padding_hide_pairs_only():
         for i in range(ROW):
             own = i // 8
             gate = [float(q[0, h, i] @ k[0, h // 2, 8 * c : 8 * c + 8].mean(0)) for c in range(own)]
-            read = {own, *sorted(range(own), key=lambda c: -gate[c])[:1]}  # noqa: B023
+            read = {own, *sorted(range(own), key=lambda c: -gate[c])[:1]}
             js = [j for j in range(i + 1) if j // 8 in read and bool(table[0, 0, i, j])]
             wanted = (k[0, h // 2, js] @ q[0, h, i] * 8**-0.5).softmax(0) @ v[0, h // 2, js] if js else torch.zeros(8, dtype=q.dtype)
             assert torch.allclose(out[0, h, i], wanted, atol=1e-12)

@@ -74,7 +74,7 @@ def test_chosen_and_visible(name, blocks):
         place = torch.arange(length)
         seen = torch.tensor([[[[shows(b, h, i, j) for j in range(length)] for i in range(length)] for h in range(2)] for b in range(2)])
         seen = seen & keep[:, :, place // block_q][..., place // block_k]
-        chosen = Weighted(select=Chosen(lambda q, k, view: Selection(keep, block_q, block_k)))  # noqa: B023
+        chosen = Weighted(select=Chosen(lambda q, k, view: Selection(keep, block_q, block_k)))
         tensors = [torch.randn(2, h, length, 8, dtype=torch.float64, requires_grad=True) for h in (2, kv_heads, kv_heads)]
         truth = softmax_of(*tensors, seen)
         pull = torch.randn_like(truth)
