@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...algebra import JointMap, Recipe, Recurrent, bind, elu_plus_one
 from ...algebra.position import grid_rotary
+from ...algebra.readouts import mean_divided
 from ...catalog.registry import register
-from .nalaformer import mean_divided
 
 
 def relevant(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
