@@ -44,7 +44,8 @@ class FeatureMap(Part):
         return q, k
 
     def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Any, ...]:
-        alone = {"real": None, "causal": False}  # features asked for outside a call
+        # What features that are asked for outside a call go without.
+        alone = {"real": None, "causal": False, **{x.name: x.default for x in self.inputs if isinstance(x.default, (int, float))}}
         q_env, k_env = {**alone, **q_env}, {**alone, **k_env}
         q, k = self.narrow(q, k, q_env, k_env)
         return call(self.query, q, env=q_env), call(self.key or self.query, k, env=k_env)
