@@ -18,8 +18,8 @@ def temperature(sigma_q: Tensor, sigma_k: Tensor, a: float, b: float) -> Tensor:
 
 
 def exp_shifted(x: Tensor) -> Tensor:
-    """exp of x minus its largest channel, which the readout divides out."""
-    return torch.exp(x - x.amax(-1, keepdim=True).detach())
+    """exp of x minus its largest channel, which the readout divides out but for eps."""
+    return torch.exp(x - x.amax(-1, keepdim=True))
 
 
 def spread(x: Tensor, real: Tensor | None) -> Tensor:
