@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def list_rows(
 
     found = records(family, status)
     if as_json:
-        print(json.dumps([record.as_dict() for record in found], ensure_ascii=False))  # noqa: T201
+        print(json.dumps([record.as_dict() for record in found]))  # noqa: T201
         return
     table = Table("id", "name", "family", "year", "status", "what")
     for record in found:
@@ -141,6 +142,9 @@ def sweep(
 
 def main() -> None:
     """Entry point of `regard`."""
+    for stream in (sys.stdout, sys.stderr):  # a console may not know every letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer carries its own click
     try:
         code = app(standalone_mode=False)

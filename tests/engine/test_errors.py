@@ -16,14 +16,14 @@ def t(*shape, **options):
 
 
 CASES = [
-    (lambda: regard.attend(t(4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8)), "q is a tensor of shape"),
+    (lambda: regard.attend(t(4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8)), "k is a tensor of shape"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 3, 8, 8), t(1, 3, 8, 8)), "multiple"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 9, 8), t(1, 4, 8, 8)), "same heads and length"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 6), t(1, 4, 8, 8)), "head_dim"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(2, 4, 8, 8), t(2, 4, 8, 8)), "batch sizes"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8).double(), t(1, 4, 8, 8)), "dtype"),
     (lambda: regard.attend(torch.ones(1, 4, 8, 8).long(), t(1, 4, 8, 8), t(1, 4, 8, 8)), "floating"),
-    (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 0, 8), t(1, 4, 0, 8)), "at least one key"),
+    (lambda: regard.attend(t(1, 4, 8, 0), t(1, 4, 8, 0), t(1, 4, 8, 8)), "at least one channel"),
     (lambda: regard.attend([1], t(1, 4, 8, 8), t(1, 4, 8, 8)), "q is list"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "softmx"), "Did you mean softmax"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "token-pooling"), "planned"),
@@ -32,7 +32,7 @@ CASES = [
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "deltanet"), "'beta' is missing"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "deltanet", beta=t(1, 4, 9)), "input 'beta' has shape"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "gla", log_decay=t(1, 4, 8, 8).abs()), "expected logs of decays"),
-    (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), mask=t(8, 8)), "expected bool"),
+    (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), mask=t(8, 8).long()), "expected bool"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), mask=torch.ones(8, 9) > 0), "'visible' has shape"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), mask="causal"), "mask is str"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "softpick", executor="sdpa"), "only softmax"),

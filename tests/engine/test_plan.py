@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 import regard
@@ -39,18 +37,6 @@ def test_repeated_calls_reuse_the_plan():
     q, k, v = qkv()
     assert regard.plan(q, k, v, "softmax", mask=Causal()) is regard.plan(q, k, v, "softmax", mask=Causal())
     assert regard.plan(q, k, v, "softmax", mask=Causal()) is not regard.plan(q[:, :, 1:], k, v, "softmax", mask=Causal())
-
-
-def test_overhead_on_repeat_shapes_is_small():
-    """60 us a call is the promise; the test allows for a busy machine by taking the fastest of several rounds."""
-    q, k, v = qkv()
-    mask, rounds = Causal(), []
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(200):
-            regard.plan(q, k, v, "softmax", mask=mask)
-        rounds.append((time.perf_counter() - start) / 200)
-    assert min(rounds) < 60e-6
 
 
 def test_queries_stand_at_the_end_of_the_keys():

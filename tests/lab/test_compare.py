@@ -136,3 +136,37 @@ def test_text_is_split_without_overlap():
     assert len(found.train) > 5 * len(found.valid) > 0
     assert found.batch(3, 16, torch.Generator()).shape == (3, 17)
     assert found.held_out(64, 5).shape == (5, 65)
+
+
+BROKEN = {"a list": b"[]", "null": b"null", "not UTF-8": b"\xff\xfe\x00", "truncated": b'{"fingerprint": ', "foreign": b'{"a": 1}'}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_resume_from_what_is_no_report(case, tmp_path):
+    (tmp_path / "report.json").write_bytes(BROKEN[case])
+    with pytest.raises(RegardError, match="--resume"):
+        compare(Config(("softmax",), out=tmp_path), resume=True)
+
+
+def test_nothing_is_left_when_the_text_cannot_be_read(tmp_path):
+    with pytest.raises(RegardError):
+        compare(Config(("softmax",), text=tmp_path / "missing.txt", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(RegardError, match=f"--seed {seed}"):
+        Config(("softmax",), seed=seed)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_run_that_diverged_is_neither_best_nor_worst(place):
+    def one(bits, recall):
+        return {"language": {"valid_bits": dict.fromkeys("124", bits), "tokens": 9}, "synthetic": {"recall": {"4": recall}, "copying": recall}}
+
+    runs = [("good", one(2.0, 0.9)), ("fair", one(3.0, 0.5))]
+    runs.insert(place, ("broken", one(float("nan"), float("nan"))))
+    said = verdict({"mechanisms": dict(runs)})
+    assert "broken diverged" in said and "good needs the fewest bits" in said and "fair the most" in said and "good recalls the most" in said
+    assert said.count("broken") == 1

@@ -8,17 +8,19 @@ in place, is plain training of `model.parameters()` and `patch.inputs.parameters
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..algebra import Causal
-from ..engine import attend, weights
+from ..engine import weights
 from ..engine.policy import Policy
 from ..errors import RegardError
 from ..mechanisms.recurrent.hedgehog import distillation_loss
+from .call import Call
 from .patch import Patch
+from .sight import pieces
 
 
 def distil(patch: Patch, batches: Iterable[dict[str, Tensor]], steps: int = 100, lr: float = 1e-2) -> list[float]:
@@ -32,19 +34,39 @@ def distil(patch: Patch, batches: Iterable[dict[str, Tensor]], steps: int = 100,
     seen = recorded(patch, batches)
     if not seen:
         raise RegardError("batches is empty; expected at least one")
-    return [fit(patch, at, [call for call in seen if call[0] == at], steps, lr) for at in range(len(patch.modules))]
+    return [fit(patch, at, [call for call in seen if call.layer == at], steps, lr) for at in range(len(patch.modules))]
+
+
+@dataclass
+class Seen:
+    """A piece of an attention call: q, k, what its own softmax's weights are, and the options of `weights` there."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax: Tensor
+    mask: Any
+    scale: float | None
 
 
 @torch.no_grad()
-def recorded(patch: Patch, batches: Iterable[dict[str, Tensor]]) -> list[tuple[int, Tensor, Tensor, Any, float | None]]:
-    """(layer, q, k, mask, scale) of every patched layer, while the model runs with its own softmax."""
-    calls: list[tuple[int, Tensor, Tensor, Any, float | None]] = []
+def recorded(patch: Patch, batches: Iterable[dict[str, Tensor]]) -> list[Seen]:
+    """Every document of every patched layer, while the model runs its own attention."""
+    calls: list[Seen] = []
 
-    def listen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: float | None) -> Tensor:
-        calls.append((patch.modules.index(module), q, k, mask if mask is not None else Causal() if causal else None, scale))
-        return attend(q, k, v, "softmax", mask=calls[-1][3], scale=scale)
+    def listen(call: Call) -> None:
+        sight, (q, k, v) = call.sight(True), call.heads()
+        if call.softcap is not None or call.sinks is not None or call.bias(sight) is not None:
+            raise RegardError("the model's attention has a softcap, sinks or a bias, which the mechanism to distil cannot imitate")
+        k, v = k[:, :, : sight.k_len], v[:, :, : sight.k_len]
+        for piece in pieces(sight, q.shape[0]):
+            heads = piece.heads(q, k, v)
+            p = weights(heads[0], heads[1], "softmax", mask=piece.mask, scale=call.scale, **piece.reads)
+            assert p is not None
+            calls.append(Seen(patch.modules.index(call.module), *heads, p, piece.mask, call.scale))
 
-    own, patch.run = patch.run, listen  # type: ignore[method-assign]
+    own, patch.run = patch.run, listen  # type: ignore[method-assign, assignment]
     try:
         for batch in batches:
             patch.model(**batch)
@@ -53,32 +75,31 @@ def recorded(patch: Patch, batches: Iterable[dict[str, Tensor]]) -> list[tuple[i
     return calls
 
 
-def fit(patch: Patch, layer: int, calls: list[tuple[int, Tensor, Tensor, Any, float | None]], steps: int, lr: float) -> float:
+def fit(patch: Patch, layer: int, calls: list[Seen], steps: int, lr: float) -> float:
     inputs = patch.inputs[layer]
-    targets = [truth(q, k, mask, scale) for _, q, k, mask, scale in calls]
     optimizer = torch.optim.Adam(inputs.parameters(), lr)
     losses = []
     for step in range(steps):
-        _, q, k, mask, scale = calls[step % len(calls)]
+        seen = calls[step % len(calls)]
         with torch.enable_grad():
             own = (
                 None
                 if isinstance(patch.mechanism, Policy)
-                else weights(q, k, patch.mechanism, mask=mask, scale=patch.scale(scale), **{**inputs(), **patch.given})
+                else weights(
+                    seen.q,
+                    seen.k,
+                    patch.mechanism,
+                    mask=seen.mask,
+                    scale=patch.scale(seen.scale),
+                    **{**inputs(None, {"q": seen.q, "k": seen.k, "v": seen.v}), **patch.given},
+                )
             )
             if own is None:
                 raise RegardError(f"{type(patch.mechanism).__name__} has no matrix of weights to distil")
-            p = targets[step % len(calls)].to(own.dtype)
-            loss = distillation_loss(own, p)
+            loss = distillation_loss(own, seen.softmax.to(own.dtype))
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
-
-
-def truth(q: Tensor, k: Tensor, mask: Any, scale: float | None) -> Tensor:
-    found = weights(q, k, "softmax", mask=mask, scale=scale)
-    assert found is not None
-    return found

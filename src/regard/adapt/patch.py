@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Causal, Mechanism, Program, Sizes, Weighted
+from ..algebra import Mechanism, Sizes, Weighted
 from ..catalog import get
-from ..engine import attend
+from ..engine import attend, weights
 from ..engine.policy import Policy
-from ..errors import MissingDependency, RegardError
+from ..engine.reference import repeat_heads
+from ..errors import RegardError
 from ..nn.inputs import Inputs
-from .padding import attend_spans
+from .call import Call
+from .fit import always_causal, check_host, compares_places, dressed, reads_places, shifts_freely
+from .host import attention_modules, interface, own_attention, route, routed, shape_of, unroute
 from .policies import check_policy, run_policy
+from .sight import Piece, Sight, pieces
 
 WHEN = ("prefill", "decode", "both")
-Call = Callable[..., tuple[Tensor, Any]]
-
-_patches: weakref.WeakKeyDictionary[nn.Module, list[Patch]] = weakref.WeakKeyDictionary()  # by attention module, the newest last
 
 
 def patch(
@@ -36,12 +36,18 @@ def patch(
 ) -> Patch:
     """Run `mechanism` in the attention layers of a transformers model, until `.restore()` or the end of a `with` block.
 
-    layers, heads: which (None: all; the others keep softmax). when: "prefill" (several queries at once), "decode" (one query) or "both".
-    inputs: tensors the mechanism declares, the same in every layer; learned ones not given become parameters of the patch
-    (`patch.inputs`, a module per layer). Grouped heads, padding masks and caches work as the model gives them. A policy (an object that
-    knows layers, such as `LongHeads`, `Ltri` or `ReuseLayers`) runs prompts only, whole and without padding.
-    Raises RegardError for models that do not use transformers' attention interface, unknown layers or heads, and mechanisms whose
-    inputs are projected from the layer's x; MissingDependency without transformers.
+    layers, heads: which (None: all). when: "prefill" (several queries at once), "decode" (one query) or "both". Layers, heads and phases
+    left alone run the model's own attention, bit for bit. inputs: tensors the mechanism declares, the same in every layer; learned ones
+    not given become parameters of the patch (`patch.inputs`, a module per layer).
+
+    Masks, caches and packed documents are the model's: each row gives what it gives alone, places being those of its real tokens. The
+    model's softcap, position bias, biases in masks and sinks change the mechanism's scores and rows as they change softmax's; dropout
+    in training acts on its weights, and `output_attentions=True` gives them. A policy (an object that knows layers, such as `LongHeads`,
+    `Ltri` or `ReuseLayers`) runs prompts only, whole and without padding. A copy of the model is not patched.
+
+    Raises RegardError for models that do not use transformers' attention interface, or not in all they compute; unknown layers or heads;
+    mechanisms whose inputs are projected from the layer's x; causal mechanisms where the model sees the whole sequence, and others where
+    it is causal. A call raises it for what the mechanism cannot express of the model's attention. MissingDependency without transformers.
     """
     return Patch(model, mechanism, layers, heads, when, inputs)
 
@@ -60,51 +66,125 @@ class Patch:
     ):
         if when not in WHEN:
             raise RegardError(f"when={when!r}; expected one of {', '.join(WHEN)}")
-        interface()
+        interface(forward)
         self.model, self.when, self.given = model, when, given
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
+        self.name = mechanism if isinstance(mechanism, str) else type(mechanism).__name__
         modules = attention_modules(model)
         self.modules = [modules[at] for at in chosen("layers", layers, len(modules))]
+        self.shapes = [shape_of(module) for module in self.modules]
+        wanted = None if heads is None else list(heads)
         if isinstance(self.mechanism, Policy):
-            check_policy(self.mechanism, self.modules[0], when, heads, given)
-        self.heads = None if heads is None else chosen("heads", heads, shape_of(self.modules[0], model)[0])
-        self.inputs = nn.ModuleList([self.inputs_of(module) for module in self.modules])
-        earlier = next((found[0] for module in modules for found in [_patches.get(module)] if found), None)
-        self.before: list[tuple[Any, str]] = (
-            earlier.before if earlier else [(config, config._attn_implementation) for config in configs_of(model)]
-        )
-        for config, _ in self.before:
-            config._attn_implementation = "regard"
+            check_policy(self.mechanism, self.modules[0], when, wanted, given)
+        else:
+            check_host(self.mechanism, self.name, self.modules, self.shapes[0])
+        self.heads = None if wanted is None else [chosen("heads", wanted, count) for count, _, _ in self.shapes][0]
+        self.inputs = nn.ModuleList([self.inputs_of(*shape) for shape in self.shapes])
         for module in self.modules:
-            _patches.setdefault(module, []).append(self)
+            route(module, self)
 
-    def inputs_of(self, module: nn.Module) -> Inputs:
-        heads, kv_heads, width = shape_of(module, self.model)
-        if isinstance(self.mechanism, Policy):
-            return Inputs(Weighted(), Sizes(1, heads, kv_heads, 1024, 1024, width, width), None)
-        made = Inputs(self.mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None)
-        made.items = tuple(item for item in made.items if item.name not in self.given)
+    def inputs_of(self, heads: int, kv_heads: int, width: int) -> Inputs:
+        mechanism = Weighted() if isinstance(self.mechanism, Policy) else self.mechanism
+        made = Inputs(mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None, self.given)
         return made.to(next(self.model.parameters()).device)
 
-    def run(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-    ) -> Tensor | None:
-        """(B, H, Lq, Dv), or None where this call is not the patch's."""
-        if self.when == ("prefill" if q.shape[2] == 1 else "decode"):
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """(B, Lq, H, Dv) and weights where they are asked for; None where this call is not the patch's."""
+        if self.when == ("prefill" if call.query.shape[2] == 1 else "decode"):
             return None
-        if isinstance(self.mechanism, Policy):
-            return run_policy(self.mechanism, self.modules.index(module), q, k, v, mask, causal, scale)
-        made = {**self.inputs[self.modules.index(module)](None, {"q": q, "k": k, "v": v}), **self.given}
-        options: Any = {"mask": mask if mask is not None else Causal() if causal else None}
-        if isinstance(mask, Tensor) and isinstance(self.mechanism, Program):
-            out = attend_spans(q, k, v, self.mechanism, mask, {"scale": self.scale(scale), **made})
-        else:
-            out = attend(q, k, v, self.mechanism, scale=self.scale(scale), **options, **made)
+        call.check()
+        q, k, v = call.heads()
+        with torch.autocast(q.device.type, enabled=False):
+            if isinstance(self.mechanism, Policy):
+                out, p = run_policy(self.mechanism, self.modules.index(call.module), q, k, v, call), None
+            else:
+                out, p = self.attention(call, q, k, v)
+        out = out.transpose(1, 2).contiguous()
         if self.heads is None:
-            return out
+            return out, p
+        own, own_p = call.own()
         mine = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
         mine[self.heads] = True
-        return torch.where(mine[:, None, None], out, attend(q, k, v, "softmax", scale=scale, **options))
+        p = None if p is None or own_p is None else torch.where(mine[:, None, None], p.to(own_p.dtype), own_p)
+        return torch.where(mine[:, None], out.to(own.dtype), own), p
+
+    def attention(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, Lq, Dv) and the weights (B, H, Lq, Lk), if somebody wants them."""
+        assert isinstance(self.mechanism, Mechanism)
+        places, given_keys = reads_places(self.mechanism), k.shape[2]
+        sight = call.sight(places)
+        self.check_sight(call, sight)
+        heads = (q, k[:, :, : sight.k_len], v[:, :, : sight.k_len])
+        bias = call.bias(sight)
+        parts = list(pieces(sight, q.shape[0])) if places else [whole(sight)]
+        out, p = q.new_zeros(*q.shape[:3], v.shape[-1]), None
+        for piece in parts:
+            o, own = self.part(call, piece, piece.heads(*heads), bias, sight)
+            out = piece.put(out, o)
+            if own is not None:
+                p = piece.put_pairs(own.new_zeros(*q.shape[:3], sight.k_len) if p is None else p, own)
+        return out, p if p is None else nn.functional.pad(p, (0, given_keys - sight.k_len)).to(q.dtype)
+
+    def part(
+        self, call: Call, piece: Piece, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, sight: Sight
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs of a piece's queries, and their weights where they are wanted or must be dropped from."""
+        q, k, v = heads
+        mechanism, options = self.posed(call, piece, heads, bias, sight)
+        if not call.dropout and not call.wants_weights:
+            return attend(q, k, v, mechanism, **options), None
+        p = weights(q, k, mechanism, **options)
+        if p is None or (call.dropout and getattr(mechanism, "values", None) is not None):
+            why = f"dropout={call.dropout}" if call.dropout else "output_attentions=True"
+            raise RegardError(f"{self.name} has no matrix of weights for {why}; expected model.eval() or no dropout, and no output_attentions")
+        if not call.dropout:
+            return attend(q, k, v, mechanism, **options), p
+        p = nn.functional.dropout(p, call.dropout)
+        return (p @ repeat_heads(v, q.shape[1]).to(p.dtype)).to(v.dtype), p
+
+    def posed(
+        self, call: Call, piece: Piece, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, sight: Sight
+    ) -> tuple[Mechanism, dict[str, Any]]:
+        """The mechanism with the host's changes, and the options of its call on a piece."""
+        assert isinstance(self.mechanism, Mechanism)
+        at, batch, sinks = self.modules.index(call.module), call.query.shape[0], call.sinks
+        mechanism = dressed(self.mechanism, call.softcap, bias is not None, sinks is not None)
+        if self.inputs[at].items and heads[0].shape[1] != self.shapes[at][0]:
+            raise RegardError(f"{type(call.module).__name__} attends with {heads[0].shape[1]} heads but says it has {self.shapes[at][0]}")
+        if piece.rows is not None:
+            self.check_given()
+        made = self.inputs[at](None, dict(zip("qkv", heads, strict=True)))
+        options = {"mask": piece.mask, "scale": self.scale(call.scale), **made, **self.given, **piece.reads}
+        if bias is not None:
+            options["position_bias"] = piece.pairs(bias, batch, sight.q_len, sight.k_len)
+        if sinks is not None:
+            options["sink_logits"] = piece.of_queries(sinks, batch, sight.q_len)
+        return mechanism, options
+
+    def check_given(self) -> None:
+        """Inputs given along queries or keys cannot follow tokens that move out of a padded row."""
+        for item in self.mechanism.declared:  # type: ignore[union-attr]
+            x = self.given.get(item.name)
+            if isinstance(x, Tensor) and any(x.shape[at] > 1 for at, letter in enumerate(item.shape) if letter in "bqk" and at < x.dim()):
+                raise RegardError(f"input {item.name!r} has shape {tuple(x.shape)} and the batch is padded or packed; expected one for all tokens")
+
+    def check_sight(self, call: Call, sight: Sight) -> None:
+        """Raise where the mechanism cannot mean, in this call, what it means."""
+        mechanism, kind = self.mechanism, type(call.module).__name__
+        assert isinstance(mechanism, Mechanism)
+        if always_causal(mechanism) and not sight.causal:
+            raise RegardError(f"{self.name} is causal by itself, and this call of {kind} sees later tokens; expected a mechanism that is not")
+        if sight.crossed and compares_places(mechanism):
+            raise RegardError(
+                f"{self.name} sets places of queries against places of keys, which in {kind} are of two sequences; expected only layers "
+                "that attend to their own sequence (layers=[...])"
+            )
+        cut = call.window is not None and sight.q_len < sight.k_len and sight.k_len >= call.window
+        if cut and reads_places(mechanism) and not shifts_freely(mechanism):
+            raise RegardError(
+                f"{self.name} reads the places of tokens, and the cache of {kind} forgets those more than {call.window} back; expected "
+                "use_cache=False, or only layers without a sliding window"
+            )
 
     def scale(self, scale: float | None) -> float | None:
         """The model's scale, where the mechanism has one."""
@@ -114,11 +194,7 @@ class Patch:
     def restore(self) -> None:
         """Give the model its own attention back; nothing of the patch stays in it."""
         for module in self.modules:
-            if self in _patches.get(module, []):
-                _patches[module].remove(self)
-        if not any(_patches.get(module) for module in self.model.modules()):
-            for config, name in self.before:
-                config._attn_implementation = name
+            unroute(module, self)
 
     def __enter__(self) -> Patch:
         return self
@@ -127,75 +203,23 @@ class Patch:
         self.restore()
 
 
-def interface() -> None:
-    """Make `regard` known to transformers, with the masks its SDPA path gets: bool, or None where causality says it all."""
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as missing:
-        raise MissingDependency("regard.adapt needs transformers: pip install 'regard[hf]'") from missing
-    if "regard" not in AttentionInterface().valid_keys():
-        AttentionInterface.register("regard", forward)
-        AttentionMaskInterface.register("regard", sdpa_mask)
+def whole(sight: Sight) -> Piece:
+    """The call as it is, for mechanisms to which places mean nothing."""
+    return Piece(None, None, None, sight.shown if sight.shown is not None else None if sight.q_len == 1 else sight.mask)
 
 
-def forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer: q (B, H, Lq, D), k, v (B, Hkv, Lk, D) -> (B, Lq, H, Dv)."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and query.shape[2] > 1 and attention_mask is None
-    for patch in reversed(_patches.get(module, [])):
-        if dropout:
-            raise RegardError(f"dropout={dropout} on attention weights; expected 0 under a patch (model.eval(), or attention_dropout=0)")
-        out = patch.run(module, query, key, value, visible(attention_mask), causal, scaling)
-        if out is not None:
-            return out.transpose(1, 2).contiguous(), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    found: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **more
-    )
-    return found
-
-
-def visible(mask: Tensor | None) -> Tensor | None:
-    """A model's mask as bool (True: visible); additive masks must be 0 or hugely negative."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    seen = mask == 0
-    if not bool((seen | (mask <= -1e4)).all()):
-        raise RegardError("the model adds a position bias to its scores through the mask; expected 0 or -inf only")
-    return seen
-
-
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that call the attention interface, in order."""
-    found = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "config")]
-    if not found:
-        raise RegardError(f"{type(model).__name__} has no attention layer that uses transformers' attention interface")
-    return found
-
-
-def configs_of(model: nn.Module) -> list[Any]:
-    found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    return list(found.values())
-
-
-def shape_of(module: nn.Module, model: nn.Module) -> tuple[int, int, int]:
-    """(heads, kv_heads, head_dim) of an attention module."""
-    config: Any = module.config
-    heads = int(config.num_attention_heads)
-    width = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or config.hidden_size // heads
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(width)
+def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> tuple[Tensor, Any]:
+    """What transformers calls in every attention layer: q (B, H, Lq, D), k, v (B, Hkv, Lk, D) -> (B, Lq, H, Dv), and weights or None."""
+    view = routed(module)
+    if view is not None:
+        view.calls += 1
+        call = Call(module, query, key, value, attention_mask, given)
+        for patch in reversed(view.patches):
+            found: tuple[Tensor, Any] | None = patch.run(call)
+            if found is not None:
+                return found
+    own: tuple[Tensor, Any] = own_attention(module)(module, query, key, value, attention_mask, **given)
+    return own
 
 
 def chosen(name: str, wanted: Iterable[int] | None, count: int) -> list[int]:

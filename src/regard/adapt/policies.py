@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..algebra import Rope
 from ..engine.policy import Heads, Policy, Recorded
 from ..errors import RegardError
+from .call import Call
 
 
 def check_policy(policy: Policy, module: nn.Module, when: str, heads: Iterable[int] | None, given: dict[str, Any]) -> None:
@@ -31,12 +32,14 @@ def rope_of(config: Any, name: str) -> Rope:
     return Rope(base=float(found["rope_theta"]))
 
 
-def run_policy(
-    policy: Policy, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> Tensor:
-    name = type(policy).__name__
-    if mask is not None or not causal or q.shape[2] != k.shape[2]:
+def run_policy(policy: Policy, layer: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    name, sight, scale = type(policy).__name__, call.sight(True), call.scale
+    if not sight.plain or not sight.causal or q.shape[2] != sight.k_len:
         raise RegardError(f"{name} runs whole causal prompts: expected no padding, and no cache before the prompt")
+    for what, there in (("softcap", call.softcap), ("sinks", call.sinks), ("position_bias", call.bias(sight)), ("dropout", call.dropout)):
+        if isinstance(there, Tensor) or there:
+            raise RegardError(f"{name} runs plain softmax; the model's attention has {what}")
+    k, v = k[:, :, : sight.k_len], v[:, :, : sight.k_len]
     if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5, rel_tol=1e-6):
         raise RegardError(f"{name} scales scores by head_dim^-1/2; the model's scale is {scale}")
     if not policy.rotated:

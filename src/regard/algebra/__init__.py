@@ -24,11 +24,11 @@ from .mask import (
 )
 from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Recipe, Recurrent, Relayed, Weighted
 from .neighborhood import Neighborhood
-from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus
+from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus, with_sinks
 from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .permute import Permutation
-from .position import Alibi, Chain, Modified, Position, RelativeBias, Rope
+from .position import Alibi, Bias, Chain, Modified, Position, RelativeBias, Rope, Softcap
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks, View
@@ -40,6 +40,7 @@ __all__ = [
     "ActiveTiles",
     "Additive",
     "Alibi",
+    "Bias",
     "BlockPowers",
     "Both",
     "Bound",
@@ -100,6 +101,7 @@ __all__ = [
     "Sinks",
     "Sizes",
     "Slots",
+    "Softcap",
     "Strided",
     "TopBlocks",
     "View",
@@ -121,4 +123,5 @@ __all__ = [
     "softmax",
     "softmax_plus",
     "taylor",
+    "with_sinks",
 ]

@@ -65,11 +65,6 @@ class Mask(Part):
         return any(getattr(part, "inputs", ()) for part in self.parts())
 
     @property
-    def depends(self) -> str:
-        """Which of "b", "h" the mask looks at."""
-        return ""
-
-    @property
     def relative(self) -> bool:
         """Whether only i - j decides, so that equal offsets share one answer."""
         return False
@@ -92,7 +87,7 @@ class Mask(Part):
 def as_mask(mask: Mask | Function | None) -> Mask:
     """None is Full; a plain function of (b, h, i, j) becomes a mask."""
     if mask is None:
-        return Full()
+        return FULL
     if isinstance(mask, Mask):
         return mask
     if callable(mask):
@@ -113,10 +108,6 @@ class Pair(Mask):
 
     def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         return {**self.left.sides(inputs, q_len, device), **self.right.sides(inputs, q_len, device)}
-
-    @property
-    def depends(self) -> str:
-        return "".join(sorted(set(self.left.depends + self.right.depends)))
 
     @property
     def relative(self) -> bool:
@@ -171,10 +162,6 @@ class Without(Mask):
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         return ~self.mask.visible(b, h, i, j, env)
 
-    @property
-    def depends(self) -> str:
-        return self.mask.depends
-
 
 @described
 class Full(Mask):
@@ -192,6 +179,9 @@ class Full(Mask):
 
     def __and__(self, other: Mask) -> Mask:
         return as_mask(other)
+
+
+FULL = Full()
 
 
 @described
@@ -396,10 +386,6 @@ class PerHead(Mask):
         return seen
 
     @property
-    def depends(self) -> str:
-        return "".join(sorted({"h", *"".join(mask.depends for mask in self.masks)}))
-
-    @property
     def causal(self) -> bool:
         return all(mask.causal for mask in self.masks)
 
@@ -410,14 +396,9 @@ class Where(Mask):
 
     function: Function
     inputs: tuple[Input, ...] = ()
-    depends_on: str = ""
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         return call(self.function, b, h, i, j, env=env)
-
-    @property
-    def depends(self) -> str:
-        return self.depends_on
 
 
 def multiple_between(low: Tensor, high: Tensor, step: int) -> Tensor:

@@ -101,6 +101,7 @@ class Weighted(Mechanism):
     values: Function | None = None
     inputs: tuple[Input, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
+    plain: bool = field(init=False, repr=False, compare=False, default=False)  # softmax over dot products and nothing else
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +114,8 @@ class Weighted(Mechanism):
         object.__setattr__(self, "mask", as_mask(self.mask))
         if callable(self.normalizer) and not isinstance(self.normalizer, Normalizer):
             object.__setattr__(self, "normalizer", RowLocal(self.normalizer))
+        bare = self.position is None and self.values is None and self.select is None and self.mask == Full()
+        object.__setattr__(self, "plain", bare and self.normalizer == SOFTMAX and self.score == Dot())
 
     @property
     def can_be_causal(self) -> bool:

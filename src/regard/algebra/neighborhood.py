@@ -16,6 +16,7 @@ from ..errors import RegardError
 from .mask import Bounds, Mask, spans
 from .part import Sizes, described
 from .permute import grid_order
+from .snapshot import remembered
 
 TILE = 64  # tokens of a tile when a grid is laid out tile by tile
 
@@ -162,7 +163,7 @@ def window_of(x: Tensor, members: Tensor, kernel: int, stride: int, causal: bool
     return start, start + kernel - 1
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(maxsize=64)
 def intervals(
     shape: tuple[int, ...],
     kernel: tuple[int, ...],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .part import Function, Input, Part, described
+from .part import Function, Input, Part, asks, bind, call, described
 
 SHIFTS = ("none", "max", "max0", "maxabs", "root")
 
@@ -86,6 +87,28 @@ def softmax_plus(sink: float = 0.0) -> RowLocal:
 
     inputs = (Input("sink", "h", default=sink, layer=Learned(sink)),)
     return RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=inputs)
+
+
+def joined_by_sinks(total: Tensor, c: Tensor, sink_logits: Tensor, mass: Function, shifted: bool) -> Tensor:
+    # A sink far above every visible score takes all weight; cut where e^80 to 1 is all or nothing, before the exponential overflows.
+    sink_logits = torch.minimum(sink_logits, c + 80.0) if shifted else sink_logits
+    return total + call(mass, sink_logits, env={"c": c})  # type: ignore[no-any-return]
+
+
+def with_sinks(normalizer: Normalizer) -> RowLocal:
+    """The same weights where one more key, of value zero and score `sink_logits`, takes its share of every row (gpt-oss; OpenAI, 2025).
+
+    Input `sink_logits` (B, H, Lq, 1), where 1 broadcasts. Weights that divide by no sum over keys (sigmoid, ReLU by the count of keys) are the same
+    with it. Raises RegardError for weights that are not quotients by a plain sum.
+    """
+    if not isinstance(normalizer, RowLocal) or normalizer.shift == "root":
+        raise RegardError(f"sinks join the sum that weights are divided by; {type(normalizer).__name__} weights have none")
+    inputs = (*normalizer.inputs, Input("sink_logits", "bhqk"))
+    if normalizer.mass is None:
+        return replace(normalizer, inputs=inputs)
+    if normalizer.divide is not None or set(asks(normalizer.mass)) - {"c"}:
+        raise RegardError(f"sinks join a plain sum of masses, such as softmax divides by; {normalizer!r} divides by something else")
+    return replace(normalizer, divide=bind(joined_by_sinks, mass=normalizer.mass, shifted=normalizer.shift != "none"), inputs=inputs)
 
 
 @described

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, dataclass_transform
@@ -104,19 +105,37 @@ def bind(function: Function, /, **constants: Any) -> Bound:
     return Bound(function, tuple(sorted(constants.items())))
 
 
-@functools.lru_cache(maxsize=4096)
 def asks(function: Function, positional: int = 1) -> tuple[str, ...]:
     """Names of the parameters a function wants beyond its first `positional` ones (those without a default)."""
     bound: set[str] = set()
-    while isinstance(function, Bound):
-        bound |= {name for name, _ in function.constants}
-        function = function.function
+    while not isinstance(function, types.FunctionType):
+        if isinstance(function, Bound):
+            bound |= {name for name, _ in function.constants}
+        elif not hasattr(function, "content"):  # of a snapshot: the function inside
+            break
+        function = function.function  # type: ignore[attr-defined]
+    if isinstance(function, types.FunctionType) and not function.__dict__:
+        found = asked_by(function.__code__, len(function.__defaults__ or ()), frozenset(function.__kwdefaults__ or ()), positional)
+    else:
+        found = asked_of(function, positional)
+    return tuple(name for name in found if name not in bound) if bound else found
+
+
+@functools.lru_cache(maxsize=4096)
+def asked_by(code: types.CodeType, defaults: int, options: frozenset[str], positional: int) -> tuple[str, ...]:
+    """As `asks`, of a function's code: nothing a function captured is kept."""
+    places, keywords = code.co_argcount, code.co_kwonlyargcount
+    named = code.co_varnames[positional : max(positional, places - defaults)]
+    return (*named, *(name for name in code.co_varnames[places : places + keywords] if name not in options))
+
+
+def asked_of(function: Function, positional: int) -> tuple[str, ...]:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # C functions such as torch.relu
         return ()
     rest = [p for p in parameters[positional:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return tuple(p.name for p in rest if p.default is p.empty and p.name not in bound)
+    return tuple(p.name for p in rest if p.default is p.empty)
 
 
 def call(function: Function, *first: Any, env: Mapping[str, Any]) -> Any:
@@ -142,6 +161,11 @@ class Sizes:
     k_len: int
     head_dim: int
     value_dim: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute: no sequences, no queries, or no keys."""
+        return 0 in (self.batch, self.q_len, self.k_len)
 
     def letter(self, letter: str) -> int | None:
         table = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
+from .snapshot import remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ def tiles(shape: tuple[int, ...], tile: tuple[int, ...], extra: int = 0) -> Perm
     return Permutation(grid_order(shape, tile, (1,) * len(shape), extra))
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(maxsize=64)
 def grid_order(shape: tuple[int, ...], tile: tuple[int, ...], dilation: tuple[int, ...], extra: int = 0) -> Tensor:
     """Row-major places of a grid's tokens, one dilation group after the other, tile by tile in it; border tiles may be smaller."""
     place, inner = torch.arange(math.prod(shape)), math.prod(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
-from .part import Function, Input, Learned, Part, Sizes, asks, bind, call, described
+from .part import Function, Input, Learned, Part, Sizes, asks, bind, call, described, show
 
 
 @described
@@ -48,19 +49,36 @@ class Modified(Position):
 
 
 @described
+class InTurn:
+    """Several plain functions of scores, one after another; asks by name for what any of them asks for."""
+
+    functions: tuple[Function, ...]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        names = dict.fromkeys(name for function in self.functions for name in asks(function, 1))
+        kinds = [inspect.Parameter("s", inspect.Parameter.POSITIONAL_ONLY)]
+        return inspect.Signature(kinds + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
+
+    def __call__(self, s: Any, /, **named: Any) -> Any:
+        for function in self.functions:
+            s = function(s, **{name: named[name] for name in asks(function, 1)})
+        return s
+
+    def __repr__(self) -> str:
+        return f"regard.algebra.position.InTurn({show(self.functions)})"
+
+
+@described
 class Chain(Position):
-    """Several positions, one after another, of which at most one changes scores (write two such as one function)."""
+    """Several positions, one after another: each turns q and k, and changes the scores that those before it give."""
 
     positions: tuple[Position, ...] = ()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if sum(position.modify is not None for position in self.positions) > 1:
-            raise RegardError(f"{len(self.positions)} positions, of which more than one changes scores; expected one function for both")
-
     @property
     def modify(self) -> Function | None:
-        return next((position.modify for position in self.positions if position.modify is not None), None)
+        found = tuple(position.modify for position in self.positions if position.modify is not None)
+        return InTurn(found) if len(found) > 1 else found[0] if found else None
 
     @property
     def relative(self) -> bool:
@@ -86,6 +104,8 @@ class Rope(Position):
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         dims = x.shape[-1] if self.dims is None else self.dims
+        if dims % 2 or not 0 < dims <= x.shape[-1]:
+            raise RegardError(f"head_dim={x.shape[-1]}, dims={dims}: rotary positions turn pairs of channels; expected an even number of at most head_dim")
         rates = self.base ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
         angle = positions.to(torch.float64)[..., None] * rates
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -136,6 +156,45 @@ class Alibi(Position):
     @property
     def modify(self) -> Function:
         return alibi
+
+
+def softcapped(s: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(s / cap)
+
+
+@described
+class Softcap(Position):
+    """cap * tanh(s_ij / cap): no score leaves (-cap, cap) (Gemma 2; Riviere et al., 2024)."""
+
+    cap: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cap > 0:
+            raise RegardError(f"Softcap(cap={self.cap!r}): expected a positive number")
+
+    @property
+    def modify(self) -> Function:
+        return bind(softcapped, cap=self.cap)
+
+
+def biased(s: Tensor, position_bias: Tensor) -> Tensor:
+    return s + position_bias
+
+
+@described
+class Bias(Position):
+    """s_ij + bias_ij: any float tensor as a position, such as a model's own. Input `position_bias` (B, H, Lq, Lk), where 1 broadcasts."""
+
+    inputs: tuple[Input, ...] = (Input("position_bias", "bhqk"),)
+
+    @property
+    def modify(self) -> Function:
+        return biased
+
+    @property
+    def relative(self) -> bool:
+        return False
 
 
 def relative(s: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor, reach: int) -> Tensor:

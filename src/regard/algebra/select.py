@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .mask import positive
 from .part import Function, Part, Sizes, call, described
 
@@ -28,6 +29,20 @@ class Selection:
     def density(self) -> float:
         """Share of blocks kept."""
         return float(self.keep.float().mean())
+
+    def checked(self, sizes: Sizes) -> Selection:
+        """Itself for all batch rows and heads of a call; RegardError where its blocks do not fit the call."""
+        if not isinstance(self.block_q, int) or not isinstance(self.block_k, int) or min(self.block_q, self.block_k) < 1:
+            raise RegardError(f"a selection with block_q={self.block_q!r}, block_k={self.block_k!r}; expected positive integers")
+        shape = (sizes.batch, sizes.heads, -(-sizes.q_len // self.block_q), -(-sizes.k_len // self.block_k))
+        keep = self.keep
+        fits = keep.dim() == 4 and all(have in (1, want) for have, want in zip(keep.shape[:2], shape, strict=False))
+        if not fits or tuple(keep.shape[2:]) != shape[2:] or keep.dtype != torch.bool:
+            raise RegardError(
+                f"a selection's keep is a {keep.dtype} tensor of shape {tuple(keep.shape)}; expected bool, {shape} for blocks of "
+                f"{self.block_q} queries and {self.block_k} keys, where batch and heads may be 1"
+            )
+        return self if tuple(keep.shape) == shape else Selection(keep.expand(shape), self.block_q, self.block_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +74,12 @@ class Selector(Part):
     @property
     def looks_ahead(self) -> bool:
         """Whether the choice for a query may depend on later queries; what is read never does."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether the choice counts from the first token of a sequence, so that each row of a padded batch and each packed document chooses
+        by itself. Otherwise the choice is made over the whole rows, and the mask hides pairs of what was chosen."""
         return False
 
 
@@ -105,19 +126,25 @@ class TopBlocks(Selector):
     def flops(self, sizes: Sizes) -> int:
         return scoring(sizes, sizes.q_len, sizes.k_len / self.block_size)
 
+    @property
+    def alone(self) -> bool:
+        return True
+
 
 @described
 class Chosen(Selector):
     """A plain function as selector: `function(q, k, view) -> Selection`, and by name tensors that the mechanism declares.
 
     ahead: it looks at later queries to choose, so it cannot run token by token. decode: whether a single query is chosen for as well
-    (else it reads everything). cost: a plain function (sizes) -> about how many FLOP the choice takes.
+    (else it reads everything). cost: a plain function (sizes) -> about how many FLOP the choice takes. by_sequence: rows of a padded batch and
+    packed documents choose each by itself; else `function` sees whole rows, and `view` what the mask hides.
     """
 
     function: Function = lambda q, k, view: None  # replaced by the user's
     ahead: bool = False
     decode: bool = True
     cost: Function | None = None
+    by_sequence: bool = False
 
     def flops(self, sizes: Sizes) -> int | None:
         return None if self.cost is None else 0 if not self.decode and sizes.q_len == 1 else int(self.cost(sizes))
@@ -130,3 +157,7 @@ class Chosen(Selector):
     @property
     def looks_ahead(self) -> bool:
         return self.ahead
+
+    @property
+    def alone(self) -> bool:
+        return self.by_sequence

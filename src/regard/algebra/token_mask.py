@@ -21,7 +21,7 @@ class Segments(Mask):
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
         ids = env["segments"].flatten(0, -2) if env["segments"].dim() > 2 else env["segments"]
         b = b if ids.shape[0] > 1 else torch.zeros_like(b)
-        return ids[b, i] == ids[b, j]
+        return (i >= 0) & (ids[b, i.clamp(min=0)] == ids[b, j])
 
     @property
     def side_shapes(self) -> tuple[tuple[str, str], ...]:
@@ -30,14 +30,12 @@ class Segments(Mask):
     def sides(self, inputs: Mapping[str, Tensor], q_len: int, device: torch.device) -> dict[str, Tensor]:
         ids = torch.unique(inputs["segments"], return_inverse=True)[1]  # small numbers, which float32 tells apart
         ids = ids.flatten(0, -2) if ids.dim() > 2 else ids
-        return {"mask_ids_q": ids[:, None, ids.shape[1] - q_len :, None], "mask_ids_k": ids[:, None, None]}
+        ahead = max(0, q_len - ids.shape[1])  # queries before the first token are of no document
+        rows = torch.nn.functional.pad(ids, (ahead, 0), value=-1)
+        return {"mask_ids_q": rows[:, None, rows.shape[1] - q_len :, None], "mask_ids_k": ids[:, None, None]}
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
         return sides["mask_ids_q"] == sides["mask_ids_k"]
-
-    @property
-    def depends(self) -> str:
-        return "b"
 
 
 @described
@@ -62,10 +60,6 @@ class Padding(Mask):
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
         return sides["mask_keep"] > 0
-
-    @property
-    def depends(self) -> str:
-        return "b"
 
 
 @described
@@ -92,10 +86,6 @@ class Kept(Mask):
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
         return sides["mask_kept"] > 0
 
-    @property
-    def depends(self) -> str:
-        return "bh"
-
 
 @described
 class Explicit(Mask):
@@ -120,7 +110,3 @@ class Explicit(Mask):
 
     def predicate(self, b: Any, h: Any, i: Any, j: Any, sides: Mapping[str, Any]) -> Any:
         return sides["mask_visible"] > 0
-
-    @property
-    def depends(self) -> str:
-        return "bh"

@@ -35,6 +35,7 @@ class Entry:
 
 
 _entries: dict[str, Entry] = {}
+_described: dict[str, Mechanism] = {}
 _loaded = False
 
 
@@ -46,6 +47,7 @@ def register(name: str, kind: str = "mechanism") -> Callable[[Callable[..., Any]
         if name in _entries and _entries[name].where != where:
             raise RegardError(f"the name {name!r} is taken by {_entries[name].where}; choose another for {where}")
         _entries[name] = Entry(name, factory, kind, where)
+        _described.pop(name, None)
         return factory
 
     return put
@@ -95,5 +97,8 @@ def get(name: str, **hyperparameters: Any) -> Mechanism:
 
 
 def describe(name: str) -> Mechanism:
-    """`get(name)` with the defaults; how the engine reads a name."""
-    return get(name)
+    """`get(name)` with the defaults, made once; how the engine reads a name."""
+    found = _described.get(name)
+    if found is None:
+        found = _described[name] = get(name)
+    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +13,18 @@ from torch import Tensor
 from ..algebra.mask import Causal, Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
+from ..algebra.position import Bias, Chain
+from ..algebra.snapshot import fixed
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
-from . import composed, meter, native, order, packed, reference, rows, sdpa, tiled
+from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .plan import Plan
-from .problem import Problem, pose, sizes_of
+from .problem import Problem, check_names, pose, sizes_of
 from .recurrent.pose import declared_of
 from .reference import Stats
+from .settle import settle
 
 _plans: dict[Any, Plan] = {}
 _resolve: list[Callable[[str], Mechanism]] = []
@@ -42,21 +45,17 @@ def resolved(mechanism: str | Mechanism) -> Mechanism:
     return mechanism
 
 
-def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
-    """The plan of a call, remembered by everything it depends on."""
-    if torch.compiler.is_compiling():
-        shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        return planned_once(mechanism, mask, shapes, str(q.dtype), str(q.device), q.requires_grad, tuple(inputs), executor)
-    return remembered(q, k, v, mechanism, mask, inputs, executor)
-
-
-def remembered(
+def planned(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None
 ) -> Plan:
+    """The plan of a call, remembered by everything it depends on."""
+    description = settle(resolved(mechanism))
+    mask = None if mask is None else settle(as_mask(mask))
+    lasting = fixed(description) and (mask is None or fixed(mask))
     try:
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         key = (
-            mechanism,
+            description,
             mask,
             q.shape,
             k.shape,
@@ -71,38 +70,18 @@ def remembered(
             executor,
             tuple(inputs),
         )
-        found = _plans.get(key)
+        found = _plans.get(key) if lasting else None
     except AttributeError:
         sizes_of(q, k, v)  # says which of them is no tensor
         raise
     if found is None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        description = resolved(mechanism)
-        if mask is None and description.causal_only and not isinstance(description, Weighted):
-            mask = Causal()
-        found = planner.make(description, as_mask(mask), sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor)
-        _plans[key] = found
+        within = Causal() if mask is None and description.causal_only and not isinstance(description, Weighted) else as_mask(mask)
+        found = planner.make(description, within, sizes_of(q, k, v), q.dtype, q.device, grad, frozenset(inputs), executor)
+        if lasting:
+            _plans[key] = found
     return found
-
-
-def planned_once(
-    mechanism: str | Mechanism,
-    mask: Any,
-    shapes: tuple[tuple[int, ...], ...],
-    dtype: str,
-    device: str,
-    grad: bool,
-    inputs: tuple[str, ...],
-    executor: str | None,
-) -> Plan:
-    """The plan as torch.compile sees it: a constant of the shapes it compiles for."""
-    q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype[6:]), device=device, requires_grad=grad) for shape in shapes)
-    return remembered(q, k, v, mechanism, mask, dict.fromkeys(inputs), executor)
-
-
-# What torch.compiler.assume_constant_result sets; the decorator itself would load the compiler with `import regard`.
-planned_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(
@@ -121,8 +100,9 @@ def attend(
     """Attention of any registered or described mechanism.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv). Hq must be a multiple of Hkv (grouped heads); queries
-    stand at the end of the keys. mask: a regard mask, a function of (b, h, i, j), a bool tensor broadcastable to (B, Hq, Lq, Lk)
-    (True: visible), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
+    stand at the end of the keys; without heads, q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> (B, Lq, Dv). mask: a regard mask, a
+    function of (b, h, i, j), a tensor broadcastable to (B, Hq, Lq, Lk), bool (True: visible) or floating (added to the scores of a
+    weighted mechanism; -inf hides), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
     tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
     state, return_state: of a causal call, what a stream of earlier tokens left (from `step`, or a recurrence's first state as tensors), and
     whether (out, the state after the last token) is returned: see `step`.
@@ -131,12 +111,32 @@ def attend(
     q, k, v = under_autocast(q, k, v)
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
+    if torch.compiler.is_compiling():
+        return compiled(q, k, v, mechanism, mask, scale, executor, inputs)
+    return attend_now(q, k, v, mechanism, mask, scale, executor, inputs)
+
+
+def attend_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    mask: Mask | Function | Tensor | None,
+    scale: float | None,
+    executor: str | None,
+    inputs: dict[str, Any],
+) -> Tensor:
+    """`attend` of one whole call, outside the compiler."""
+    if isinstance(q, Tensor) and q.dim() == 3:
+        return single(q, k, v, mechanism, mask, scale=scale, executor=executor, **inputs)
     if isinstance(mask, Tensor):
-        mask, inputs = explicit(mask, inputs, q)
+        mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if chosen.direct and chosen.form is not None and not meter.counting():
         if inputs:
-            unknown(chosen.mechanism, inputs)
+            check_names(inputs, declared_with(chosen), chosen.mechanism)
+        if chosen.form == "given":
+            return sdpa.given(q, k, v, chosen.whole_mask, inputs, chosen.sizes, scale)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
 
@@ -192,7 +192,7 @@ def attend_with_stats(
     """`attend` of a weighted mechanism, with each row's (shift, total, count), which `merge` joins over split keys."""
     q, k, v = under_autocast(q, k, v)
     if isinstance(mask, Tensor):
-        mask, inputs = explicit(mask, inputs, q)
+        mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if executor is None and chosen.executor not in WITH_STATS:
         chosen = planned(q, k, v, mechanism, mask, inputs, "tiled")
@@ -202,52 +202,79 @@ def attend_with_stats(
     return out, stats
 
 
-def explicit(mask: Tensor, inputs: dict[str, Any], q: Tensor) -> tuple[Mask, dict[str, Any]]:
-    if mask.dtype != torch.bool:
-        raise RegardError(f"mask is a {mask.dtype} tensor; expected bool (True: visible). Add biases as a position instead")
+def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any]) -> tuple[str | Mechanism, Mask | None, dict[str, Any]]:
+    """A mask that is a tensor, as a mask or an added position and its input."""
     if mask.dim() > 4:
         raise RegardError(f"mask has shape {tuple(mask.shape)}; expected at most 4 dimensions, broadcastable to (B, H, Lq, Lk)")
-    return Explicit(), {**inputs, "visible": mask[(None,) * (4 - mask.dim())]}
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool:
+        return mechanism, Explicit(), {**inputs, "visible": mask}
+    if not mask.is_floating_point():
+        raise RegardError(f"mask is a {mask.dtype} tensor; expected bool (True: visible) or floating (added to scores)")
+    description = resolved(mechanism)
+    if not isinstance(description, Weighted):
+        raise RegardError(
+            f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; pass mask > -inf, or no mask"
+        )
+    biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
+    seen = mask.detach() != float("-inf")
+    inputs = {**inputs, "position_bias": mask}
+    if bool(seen.all()):
+        return biased, None, inputs
+    return biased, Explicit(), {**inputs, "position_bias": torch.where(seen, mask, 0.0), "visible": seen}
 
 
-def unknown(mechanism: Mechanism, inputs: dict[str, Any]) -> None:
-    from .problem import check_names
+def declared_with(chosen: Plan) -> dict[str, Input]:
+    """What a call may be given: the inputs of its mechanism and of its mask."""
+    of_mask = {item.name: item for part in chosen.whole_mask.parts() for item in getattr(part, "inputs", ())}
+    return {**inputs_of(chosen.mechanism), **of_mask}
 
-    check_names(inputs, {item.name: item for item in mechanism.declared}, mechanism)
+
+def single(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, **options: Any) -> Tensor:
+    """`attend` without a dimension of heads."""
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            came = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise RegardError(f"{name} is {came} but q has shape {tuple(q.shape)}; expected (batch, length, channels) like q")
+    mask = mask.unsqueeze(-3) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
+    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mechanism, mask=mask, **options).squeeze(1)
+
+
+_eager: list[Callable[..., Any]] = []
+
+
+def compiled(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, scale: float | None, executor: str | None, inputs: dict[str, Any]
+) -> Tensor:
+    """`attend` inside torch.compile: plain softmax is traced; everything else is a break between two compiled parts."""
+    plain = mechanism == "softmax" if isinstance(mechanism, str) else getattr(mechanism, "plain", False)
+    if plain and executor is None and not inputs and q.dim() == 4:
+        how = sdpa.traced(q, k, v, mask)
+        if how is not None:
+            return sdpa.call(*how[:3], how[3], scale, how[4])
+    if not _eager:
+        _eager.append(torch.compiler.disable(attend_now))  # here, since loading the compiler takes longer than `import regard` may
+    return _eager[0](q, k, v, mechanism, mask, scale, executor, inputs)  # type: ignore[no-any-return]
 
 
 def execute(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False
 ) -> tuple[Tensor, Stats | None]:
-    """Run a plan: (out, row statistics or None). Under torch.compile this is a break between two compiled parts."""
+    """Run a plan: (out, row statistics or None)."""
     if autocasting(q):
         with torch.autocast(q.device.type, enabled=False):
             return execute(chosen, q, k, v, scale, inputs, stats)
-    return (uncompiled() if "torch._dynamo" in sys.modules else execute_plan)(chosen, q, k, v, scale, inputs, stats)
-
-
-# What torch.compiler.disable sets; the decorator itself would load the compiler with `import regard`.
-execute._torchdynamo_disable = True  # type: ignore[attr-defined]
-execute._torchdynamo_disable_msg = "regard's executors run as they are"  # type: ignore[attr-defined]
-
-
-_uncompiled: list[Callable[..., tuple[Tensor, Stats | None]]] = []
-
-
-def uncompiled() -> Callable[..., tuple[Tensor, Stats | None]]:
-    """`execute_plan`, of which the compiler keeps its hands."""
-    if not _uncompiled:
-        _uncompiled.append(torch.compiler.disable(execute_plan))
-    return _uncompiled[0]
-
-
-def execute_plan(
-    chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool
-) -> tuple[Tensor, Stats | None]:
     mechanism, name = chosen.mechanism, chosen.executor
+    if chosen.sizes.empty:
+        return nothing(chosen, q, k, v, inputs)
+    if alone.counts_places(mechanism) and alone.may_divide(chosen.mask):
+        again = functools.partial(once_more, scale=scale, executor=name, stats=stats)
+        divided = alone.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, again)
+        if divided is not None:
+            return divided
     if not isinstance(mechanism, (Weighted, Program)) and packed.is_packed(chosen.mask):
-        alone = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
-        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, alone), None
+        each = functools.partial(attend, scale=scale, executor=name if isinstance(mechanism, Recurrent) or name == "reference" else None)
+        return packed.run(mechanism, inputs_of(mechanism), chosen.mask, q, k, v, inputs, each), None
     if isinstance(mechanism, Recurrent):
         exact = torch.float64 if name == "reference" else None
         scan = scans.pose(mechanism, chosen.mask, q, k, v, scale, inputs, exact)
@@ -265,6 +292,34 @@ def execute_plan(
             return attend(q, k, v, m, executor="reference", **rest)
 
     return composed.RUN[type(mechanism)](mechanism, q, k, v, chosen.mask, scale, inputs, inner).to(given), None
+
+
+def nothing(chosen: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+    """No sequences, no queries, or no keys: rows of zeros, if there are rows, with zero gradients."""
+    declared = declared_with(chosen)
+    check_names(inputs, declared, chosen.mechanism)
+    for name, spec in declared.items():
+        if spec.default is None and inputs.get(name) is None:
+            raise RegardError(f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})")
+    rows = q[..., :0].sum(-1, keepdim=True) + k[..., :0].sum() + v[..., :0].sum()
+    return rows.expand(*q.shape[:-1], v.shape[-1]).to(v.dtype), Stats(rows.detach(), rows.detach(), rows.detach())
+
+
+def once_more(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Mechanism,
+    *,
+    mask: Mask,
+    scale: float | None,
+    executor: str,
+    stats: bool,
+    **inputs: Any,
+) -> tuple[Tensor, Stats | None]:
+    """A sequence of a call that runs in `executor`; those made for whole calls are chosen anew, by the sequence's own sizes."""
+    wanted = executor if stats or executor in ("reference", "tiled", "rows", "dense") else None
+    return execute(planned(q, k, v, mechanism, mask, inputs, wanted), q, k, v, scale, inputs, stats)
 
 
 def weighted(
@@ -298,9 +353,9 @@ def weighted(
 def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
     """A weighted problem by an executor that skips blocks without visible pairs."""
     if executor == "triton":
-        from .triton import run
+        from . import triton
 
-        return run(problem)
+        return triton.run(problem) if triton.takes(problem) else tiled.run(problem)
     return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
 
 
@@ -325,14 +380,12 @@ def plan(
     source: also write out the kernel generated for a weighted mechanism: C where `native` runs, Triton elsewhere.
     """
     if isinstance(mask, Tensor):
-        mask, inputs = explicit(mask, inputs, q)
+        mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     found = planned(q, k, v, mechanism, mask, inputs, executor)
     if not source:
         return found
     if not isinstance(found.mechanism, Weighted):
         raise RegardError("source=True: only weighted mechanisms have a generated kernel")
-    from dataclasses import replace
-
     if found.executor == "native":
         return replace(found, source=native.source_of(found.mechanism, found.mask))
     from .triton import source_of

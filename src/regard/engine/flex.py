@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algebra.mask import Full
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import asks, call
-from .problem import Problem, divisor, reciprocal
+from .problem import Problem, divisor, indices, looked_at, reciprocal
 
 
 def score_mod(problem: Problem) -> Any:
@@ -47,11 +47,12 @@ def block_mask(problem: Problem) -> Any:
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return problem.mask.visible(b, h, i + problem.offset, j, env)
 
-    depends, sizes = problem.mask.depends, problem.sizes
+    sizes = problem.sizes
+    b, h = looked_at(problem.mask, indices(sizes, problem.q.device), env)
     return create_block_mask(
         keep,
-        sizes.batch if "b" in depends else None,
-        sizes.heads if "h" in depends else None,
+        sizes.batch if b.numel() > 1 else None,
+        sizes.heads if h.numel() > 1 else None,
         sizes.q_len,
         sizes.k_len,
         device=str(problem.q.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from ..algebra.mask import Mask
 from ..algebra.mechanism import Weighted
+from .again import differentiable
 from .problem import Problem
+from .reference import in_precision, unnormalised
 from .symbolic import Expr, trace, var
 
 
@@ -94,6 +97,54 @@ def differentiate(ctx: Any, do: Tensor, dt: Tensor, _: Tensor) -> tuple[Any, ...
 
 
 weighted.register_autograd(differentiate, setup_context=remember)
+
+
+class Weighing(torch.autograd.Function):
+    """The operators for a problem that is at hand: as theirs, and its gradients can be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, names: Sequence[str], call: int, blocks: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *sides: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, total, shift = weighted(q, k, v, blocks, list(sides), call)
+        ctx.problem, ctx.names, ctx.call, ctx.blocks = problem, names, call, len(blocks)
+        ctx.save_for_backward(shift, q, k, v, *blocks, *sides)
+        ctx.mark_non_differentiable(shift)
+        return out, total, shift
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        shift, q, k, v, *rest = ctx.saved_tensors
+        blocks, sides = rest[: ctx.blocks], rest[ctx.blocks :]
+        if torch.is_grad_enabled():
+            return None, None, None, None, *twice(ctx.problem, ctx.names, grads[:2], shift, q, k, v, *sides)
+        dq, dk, dv, *extra = weighted_backward(*grads[:2], shift, q, k, v, blocks, sides, ctx.call)
+        found: list[Tensor | None] = [None] * len(sides)
+        for at, grad in zip(_calls[ctx.call].wrt, extra, strict=True):
+            found[at] = grad
+        return None, None, None, None, dq, dk, dv, *found
+
+
+def twice(problem: Problem, names: Sequence[str], grads: Sequence[Tensor], shift: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+    """Gradients of (out, mass) with respect to q, k, v and the side inputs, which can be differentiated again."""
+    sizes = problem.sizes
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *sides: Tensor) -> tuple[Tensor, Tensor]:
+        given = {**problem.inputs, **{name: x for name, x in zip(names, sides, strict=True) if name in problem.inputs}}
+        cut = problem.with_(q=q[..., : sizes.head_dim], k=k[..., : sizes.head_dim], v=v[..., : sizes.value_dim], inputs=given)
+        out, total = unnormalised(in_precision(cut, torch.float32), shift)
+        return torch.nn.functional.pad(out, (0, v.shape[-1] - sizes.value_dim)), total
+
+    return differentiable(forward, tensors, grads)
+
+
+def weigh(
+    problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor], sides: list[Tensor], names: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(unnormalised out, mass, shift) of a problem by a backend's kernels."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sides)):
+        return Weighing.apply(problem, names, number_of(call), blocks, q, k, v, *sides)  # type: ignore[no-any-return, no-untyped-call]
+    return weighted(q, k, v, blocks, sides, number_of(call))  # type: ignore[no-any-return]
 
 
 def varying(x: Tensor) -> str:

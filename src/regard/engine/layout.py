@@ -12,7 +12,8 @@ from torch import Tensor
 from ..algebra.mask import Both, Either, Mask, PerHead, Without
 from ..algebra.part import Sizes
 from ..algebra.select import Selection
-from .problem import indices, visible
+from ..algebra.snapshot import remembered
+from .problem import indices, looked_at, visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -89,9 +90,8 @@ def some_and_every(
         shape = (i0.numel(), j0.numel())
         return some.expand(*some.shape[:2], *shape), every.expand(*every.shape[:2], *shape)
     at = indices(sizes, device)
-    b = at["b"] if "b" in mask.depends else at["b"][:1]
-    h = at["h"] if "h" in mask.depends else at["h"][:1]
     env = {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
+    b, h = looked_at(mask, at, env)
     pad = -sizes.k_len % block_k
     some_rows: list[Tensor] = []
     every_rows: list[Tensor] = []
@@ -121,7 +121,7 @@ def layout(
     return Layout(kind, block_q, block_k)
 
 
-@functools.lru_cache(maxsize=128)
+@remembered(maxsize=128)
 def static_layout(mask: Mask, sizes: Sizes, block_q: int, block_k: int, device: torch.device) -> Layout:
     """`layout` of a mask that reads no tensor, remembered."""
     return layout(mask, sizes, block_q, block_k, {}, device)

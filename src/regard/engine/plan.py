@@ -46,6 +46,11 @@ class Plan:
     source: str | None = field(default=None, repr=False)
     choice: int | None = None
 
+    @property
+    def whole_mask(self) -> Mask:
+        """The mask of the call and the mechanism's own."""
+        return combine_masks(self.mechanism, self.mask) if isinstance(self.mechanism, Weighted) else self.mask
+
     def __str__(self) -> str:
         seen = "depends on q and k" if self.density is None else f"{self.density:.1%} of the score matrix"
         if getattr(self.mechanism, "select", None) is not None:
@@ -102,9 +107,13 @@ def make(
 ) -> Plan:
     """Decide. `wanted` names an executor to use; RegardError if it cannot."""
     wide = ELEMENT.get(torch.promote_types(dtype, torch.float32), 4)
+    if sizes.empty:
+        return Plan("none", "no sequences, no queries or no keys: nothing to compute", (), 0, 0, 0, 0.0, sizes, mechanism, mask)
     if isinstance(mechanism, Weighted):
         return weighted(mechanism, combine_masks(mechanism, mask), mask, sizes, dtype, device, grad, wanted, wide)
     if isinstance(mechanism, Recurrent):
+        if mechanism.causal_only and isinstance(mask, Full):
+            raise RegardError(f"mask={mask!r}: this recurrence reads the past alone; expected Causal() or None, or a mechanism that reads all keys")
         if wanted not in (None, *RECURRENT):
             raise RegardError(f"executor={wanted!r}; a recurrence runs in one of {', '.join(RECURRENT)}")
         name = wanted or "chunk"
@@ -158,6 +167,11 @@ def weighted(
     wide: int,
 ) -> Plan:
     check_functions(mechanism, mask)
+    if mask.causal and not isinstance(mechanism.normalizer, (RowLocal, RowWise)):
+        raise RegardError(
+            f"mask={mask!r}: weights of {type(mechanism.normalizer).__name__} depend on later rows, so a causal mask would not keep them from "
+            "being read; expected a mask that is not causal"
+        )
     score: Any = mechanism.score
     refused: dict[str, str] = {}
     local = isinstance(mechanism.normalizer, RowLocal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from ..algebra.mechanism import Mechanism, Weighted
 from ..algebra.part import Input, Sizes, asks, call, show
 from ..algebra.rows import RowWise
 from ..algebra.select import Selection, View
+from ..algebra.snapshot import remembered
 from ..errors import RegardError, nearest
 
 
@@ -36,9 +36,10 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor, widened: bool = False) -> Sizes:
         raise RegardError(f"q has head_dim {q.shape[3]} but k has {k.shape[3]}; expected the same")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise RegardError(f"q has {q.shape[1]} heads and k {k.shape[1]}; expected the first to be a multiple of the second")
-    if 0 in (k.shape[2], q.shape[3], v.shape[3]):
-        raise RegardError(f"empty k or v: k {tuple(k.shape)}, v {tuple(v.shape)}; expected at least one key and one channel")
-    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    if 0 in (q.shape[3], v.shape[3]):
+        raise RegardError(f"empty q, k or v: q {tuple(q.shape)}, v {tuple(v.shape)}; expected at least one channel")
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return Sizes(*sizes) if type(sizes[0]) is int else Sizes(*map(int, sizes))  # torch.jit.trace and torch.export have others
 
 
 def check_names(given: Mapping[str, Any], declared: Mapping[str, Input], mechanism: Mechanism) -> None:
@@ -113,7 +114,7 @@ def visible_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], devic
     return streamed_counts(mask, sizes, inputs, device)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(maxsize=64)
 def streamed_counts_cached(mask: Mask, sizes: Sizes) -> Tensor:
     return streamed_counts(mask, sizes, {}, torch.device("cpu"))
 
@@ -121,14 +122,20 @@ def streamed_counts_cached(mask: Mask, sizes: Sizes) -> Tensor:
 def streamed_counts(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
     at = indices(sizes, device)
     env = {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
-    b = at["b"] if "b" in mask.depends else at["b"][:1]
-    h = at["h"] if "h" in mask.depends else at["h"][:1]
+    b, h = looked_at(mask, at, env)
     rows = max(1, 2**20 // max(1, sizes.k_len * b.numel() * h.numel()))
     counts = [
         visible(mask, b, h, part, at["j"], env).expand(b.numel(), h.numel(), part.numel(), sizes.k_len).sum(-1, keepdim=True)
         for part in at["i"].split(rows)
     ]
     return torch.cat(counts, -2).float() if counts else torch.zeros(b.numel(), h.numel(), 0, 1, device=device)
+
+
+def looked_at(mask: Mask, at: Mapping[str, Tensor], env: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Indices of batches and heads, cut to one where the shape of the mask's answer says that it does not look at them."""
+    seen = visible(mask, at["b"], at["h"], at["i"][:1], at["j"][:1], env)
+    shape = (*[1] * (4 - seen.dim()), *seen.shape)
+    return tuple(at[name] if shape[dim] > 1 else at[name][:1] for dim, name in enumerate("bh"))  # type: ignore[return-value]
 
 
 def visible(mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
@@ -186,7 +193,7 @@ def functions_of(mechanism: Weighted) -> list[tuple[Any, int]]:
     return [(function, lead) for function, lead in found if function is not None]
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(maxsize=1024)
 def wants_counts(mechanism: Weighted) -> bool:
     """Whether anything asks for the visible count n."""
     row_scale = getattr(mechanism.score, "row_scale", None)
@@ -263,6 +270,7 @@ def pose(
     if mechanism.select is not None:
         with torch.no_grad():
             selection = mechanism.select.select(q, k, view_of(mask, sizes, inputs, q.device))
+        selection = None if selection is None else selection.checked(sizes)
     return Problem(mechanism, mask, sizes, q, k, v, inputs, counts, selection)
 
 

@@ -78,11 +78,17 @@ def root_of(normalizer: RowLocal, s: Tensor, seen: Tensor, env: Mapping[str, Any
             above = total(middle) >= 1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         c = low
-    with torch.enable_grad():
-        leaf = c.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(total(leaf).sum(), leaf)
-    slope = torch.where(slope == 0, -torch.ones_like(slope), slope.detach())
-    return c - torch.where(live, (total(c) - 1) / slope, 0.0)
+
+    def newton(c: Tensor, twice: bool) -> Tensor:
+        with torch.enable_grad():
+            leaf = c if c.requires_grad else c.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(total(leaf).sum(), leaf, create_graph=twice)
+        slope = torch.where(slope == 0, -torch.ones_like(slope), slope)
+        return c - torch.where(live, (total(c) - 1) / slope, 0.0)
+
+    if torch.is_grad_enabled() and s.requires_grad:  # each step doubles the number of right derivatives
+        return newton(newton(c, True), True)
+    return newton(c, False)
 
 
 def row_weights(problem: Problem, s: Tensor, seen: Tensor) -> tuple[Tensor, Stats]:
@@ -100,6 +106,21 @@ def row_weights(problem: Problem, s: Tensor, seen: Tensor) -> tuple[Tensor, Stat
         total = torch.where(seen, call(normalizer.mass, inside, env={**env, "c": c}), 0.0).sum(-1, keepdim=True)
     z = None if root else divisor(problem, total if normalizer.mass is not None else None, c)
     return (weights if z is None else weights * reciprocal(z)), Stats(c, total, count)
+
+
+def unnormalised(problem: Problem, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_j w_ij v_j, sum_j h_ij) of a row-local normalizer at a given shift (a root is looked for anew), as autograd follows them."""
+    normalizer = problem.mechanism.normalizer
+    assert isinstance(normalizer, RowLocal)
+    k, v = (repeat_heads(x, problem.sizes.heads) for x in (problem.k, problem.v))
+    s, seen, env = scores(problem, problem.q, k), seen_pairs(problem), problem.env()
+    c = root_of(normalizer, s, seen, env) if normalizer.shift == "root" else shift
+    inside = torch.where(seen, s, c)
+    w, h = (
+        torch.where(seen, call(function, inside, env={**env, "c": c}), 0.0) if function is not None else None
+        for function in (normalizer.weight, normalizer.mass)
+    )
+    return w @ v, s.new_zeros(*s.shape[:-1], 1) if h is None else h.sum(-1, keepdim=True)  # type: ignore[operator]
 
 
 def weights(problem: Problem) -> Tensor:

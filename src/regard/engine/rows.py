@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..algebra.position import modify
+from . import reference
+from .again import differentiable
 from .layout import layout, static_layout
 from .problem import Problem, visible
 from .reference import Stats, repeat_heads
@@ -109,6 +111,8 @@ class Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, k, v, *inputs = ctx.saved_tensors
         problem: Problem = ctx.problem
+        if torch.is_grad_enabled():
+            return None, None, *twice(problem, ctx.names, grads[0], q, k, v, *inputs)
         given = {**problem.inputs, **dict(zip(ctx.names, inputs, strict=True))}
         wrt = [name for name, x in zip(ctx.names, inputs, strict=True) if x.requires_grad]
         into = [torch.zeros_like(x) for x in (q, k, v)]
@@ -131,6 +135,17 @@ class Rows(torch.autograd.Function):
                 if grad is not None:
                     whole[at] += grad
         return None, None, *into, *[extra.get(name) for name in ctx.names]
+
+
+def twice(problem: Problem, names: list[str], grad: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+    """Gradients with respect to q, k, v and the named inputs, which can be differentiated again."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor]:
+        given = {**problem.inputs, **dict(zip(names, inputs, strict=True))}
+        whole = reference.run(problem.with_(q=q, k=k, v=v, inputs=given), torch.promote_types(q.dtype, torch.float32))
+        return (whole[0],)
+
+    return differentiable(forward, tensors, (grad,))
 
 
 def run(problem: Problem) -> tuple[Tensor, Stats]:

@@ -1,20 +1,27 @@
-"""PyTorch's own fused kernel, for softmax over dot products under no mask, a causal one, or one small enough to spell out."""
+"""PyTorch's own fused kernel, for softmax over dot products under no mask, a causal one, one that a tensor of the call gives, or one small
+enough to spell out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra.mask import Causal, Full, Mask
+from ..algebra.mask import Causal, Full, Mask, conjuncts
 from ..algebra.part import Sizes
-from .problem import Problem
+from ..algebra.token_mask import Explicit, Kept, Padding, Segments
+from ..errors import RegardError
+from .problem import Problem, fill_inputs, indices, keys_in_sight, visible
 
 SMALL_MASK = 1 << 20  # elements of an explicit mask worth building
+FEW = 16  # queries up to which a pass over all keys costs as much as the call
 
 
 def form(mask: Mask, sizes: Sizes) -> str | None:
-    """How SDPA expresses a mask: "full", "causal", "explicit", or None when it cannot."""
+    """How SDPA expresses a mask: "full", "causal", "explicit", "given" (by tensors of the call), or None when it cannot."""
     if isinstance(mask, Full):
         return "full"
     if isinstance(mask, Causal):
@@ -24,19 +31,89 @@ def form(mask: Mask, sizes: Sizes) -> str | None:
             return "full"
         if sizes.q_len < sizes.k_len and sizes.q_len * sizes.k_len <= SMALL_MASK:
             return "explicit"  # is_causal would align queries to the first keys, not to the last
+        return None
+    parts = {type(part) for part in conjuncts(mask)}
+    if parts & {Explicit, Kept, Padding, Segments} and parts <= {Explicit, Kept, Padding, Segments, Causal, Full}:
+        held = Explicit in parts or parts <= {Padding, Kept, Full} or sizes.q_len == 1
+        return "given" if held or sizes.batch * sizes.q_len * sizes.k_len <= SMALL_MASK else None
     return None
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, how: str, scale: float | None) -> Tensor:
-    mask = None
+def call(q: Tensor, k: Tensor, v: Tensor, how: str, scale: float | None, mask: Tensor | None = None) -> Tensor:
     if how == "explicit":
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal", scale=scale, enable_gqa=grouped)
+    if scale is not None and scale <= 0:  # its kernels multiply the -inf of a mask by the scale
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q) * q, 1.0)
+    options: dict[str, bool] = {}
+    if q.shape[1] != k.shape[1]:  # as a branch: the compiler may know sizes as symbols alone
+        options["enable_gqa"] = True
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal", scale=scale, **options)
+    if out.requires_grad and not torch.compiler.is_compiling():
+        refuse_second_derivatives(out)
+    return out
+
+
+def given(q: Tensor, k: Tensor, v: Tensor, mask: Mask, inputs: Mapping[str, Any], sizes: Sizes, scale: float | None) -> Tensor:
+    """Softmax under a mask whose tensors come with the call."""
+    declared = {item.name: item for part in mask.parts() for item in getattr(part, "inputs", ())}
+    tensors = fill_inputs(declared, inputs, sizes, q)
+    seen = pairs(mask, sizes, tensors, q.device)
+    unread = keys_in_sight(mask, tensors)
+    if unread is None or bool(unread.all()):
+        return call(q, k, v, "given", scale, seen)
+    if sizes.q_len <= FEW and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or q.requires_grad)):
+        out = call(q, k, v, "given", scale, seen)  # what stands where no query looks matters only if it is no number
+        if not bool(out.isnan().any()):
+            return out
+    k, v = (torch.where(unread[:, None, :, None], x, 0.0) for x in (k, v))
+    return call(q, k, v, "given", scale, seen)
+
+
+def traced(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None] | None:
+    """q, k, v, how and mask of a call that torch.compile sees, whose mask may be an object just being made; None: it must be looked at."""
+    q_len, k_len = q.shape[-2], k.shape[-2]
+    if mask is None or type(mask) is Full:
+        return q, k, v, "full", None
+    if type(mask) is Causal and (q_len == k_len or q_len == 1):
+        return q, k, v, "causal" if q_len > 1 else "full", None
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() <= 4:
+        seen = mask[(None,) * (4 - mask.dim())]
+        read = seen.any(2).any(1)[:, None, :, None]
+        return q, torch.where(read, k, 0.0), torch.where(read, v, 0.0), "given", seen
+    return None
+
+
+def pairs(mask: Mask, sizes: Sizes, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """(B or 1, H or 1, Lq or 1, Lk) bool."""
+    if isinstance(mask, Explicit):
+        return tensors["visible"]
+    if isinstance(mask, Padding):
+        return mask.in_sight(tensors)[:, None, None]
+    at = indices(sizes, device)
+    at = at if any(isinstance(part, (Kept, Explicit)) for part in conjuncts(mask)) else {**at, "h": at["h"][:1]}
+    return visible(mask, at["b"], at["h"], at["i"], at["j"], {**tensors, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len})
 
 
 def run(problem: Problem) -> Tensor:
     """Prepared q already carries the scale."""
     how = form(problem.mask, problem.sizes)
     assert how is not None
-    return call(problem.q.to(problem.v.dtype), problem.k.to(problem.v.dtype), problem.v, how, 1.0)
+    q, k = problem.q.to(problem.v.dtype), problem.k.to(problem.v.dtype)
+    seen = pairs(problem.mask, problem.sizes, problem.inputs, q.device) if how == "given" else None
+    return call(q, k, problem.v, how, 1.0, seen)
+
+
+def refuse_second_derivatives(out: Tensor) -> None:
+    """PyTorch's fused kernels have no second derivative, and say so only when it is asked of them, by an internal name."""
+    node = out.grad_fn
+    if node is None or not type(node).__name__.startswith("ScaledDotProduct"):
+        return
+
+    def check(grads: Any) -> None:
+        if torch.is_grad_enabled():
+            raise RegardError(
+                "create_graph=True: the fused softmax kernel has no second derivatives; pass executor='tiled' to attend, or run the "
+                "forward pass under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+            )
+
+    node.register_prehook(check)

@@ -12,14 +12,16 @@ from ..algebra.feature_map import FeatureMap
 from ..algebra.local import LocalLinear
 from ..algebra.mask import Causal, Mask, Window, conjuncts
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
-from ..algebra.part import asks
+from ..algebra.part import Input, Sizes, asks
+from ..algebra.rows import RowWise
 from ..errors import RegardError
 from . import recurrent as scans
 from .composed import STEP, blended
 from .door import attend, autocasting, resolved, under_autocast
-from .problem import combine_masks, fill_inputs, scaled_values, sizes_of
+from .problem import combine_masks, fill_inputs, functions_of, scaled_values, sizes_of
 from .recurrent.levels import LevelState
 from .recurrent.slots import SlotState
+from .settle import settle
 
 
 @dataclass
@@ -74,12 +76,31 @@ def grow(buffer: Tensor, x: Tensor, begin: int, end: int, fresh: bool) -> Tensor
 
 
 def reach(description: Weighted, mask: Mask) -> int | None:
-    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them."""
-    position = description.position
+    """How many keys a causal mask leaves in sight of any token to come, where older ones may be forgotten; None: all of them.
+
+    What selects counts blocks from the first token, so it forgets nothing.
+    """
+    position, score = description.position, description.score
     sizes = [part.size for part in conjuncts(mask) if isinstance(part, Window)]
-    if not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
+    if description.select is not None or not sizes or not mask.relative or not (position is None or position.relative):  # type: ignore[union-attr]
         return None
+    beside = [(function, lead) for function, lead in functions_of(description) if function is not getattr(position, "modify", None)]
+    if score.placed or any({"i", "j"} & set(asks(function, lead)) for function, lead in beside):  # type: ignore[union-attr]
+        return None  # they read the places that keys have in the whole sequence
+    if isinstance(description.normalizer, RowWise):
+        return None  # its functions look at whatever keys there are
     return min(sizes)
+
+
+def length_decides(item: Input, sizes: Sizes) -> bool:
+    """Whether an input's default would be another number at another length."""
+    if not callable(item.default) or "sizes" not in asks(item.default, 0) or {"q", "k"} & set(item.shape):
+        return False
+    now, later = (
+        item.default(**{name: {"sizes": at, "n": None}[name] for name in asks(item.default, 0)})
+        for at in (sizes, replace(sizes, q_len=sizes.q_len + 1, k_len=sizes.k_len + 1))
+    )
+    return not torch.equal(torch.as_tensor(now), torch.as_tensor(later))
 
 
 @dataclass
@@ -136,9 +157,10 @@ def step(
         q, k, v = under_autocast(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
             return step(q, k, v, mechanism, state, mask=mask, scale=scale, **inputs)
-    description = resolved(mechanism)
+    description = settle(resolved(mechanism))
+    sizes = sizes_of(q, k, v)
     for item in description.declared:
-        if item.shape == "" and callable(item.default) and inputs.get(item.name) is None:
+        if inputs.get(item.name) is None and length_decides(item, sizes):
             raise RegardError(f"input {item.name!r} depends on the length, which a stream does not know; pass {item.name}=...")
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs, mask)

@@ -11,8 +11,9 @@ from ..algebra.mask import as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from . import recurrent as scans
 from . import reference
-from .door import explicit, resolved
+from .door import given_mask, resolved
 from .problem import pose
+from .settle import settle
 
 
 def weights(
@@ -22,9 +23,9 @@ def weights(
 
     For recurrences these are the implied weights (signed, and normalised only where the readout divides).
     """
-    description = resolved(mechanism)
     if isinstance(mask, Tensor):
-        mask, inputs = explicit(mask, inputs, q)
+        mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
+    description = settle(resolved(mechanism))
     v = torch.zeros_like(k[..., :1])
     if isinstance(description, Weighted):
         problem = pose(description, as_mask(mask), q, k, v, scale, inputs)

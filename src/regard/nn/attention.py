@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
 from ..engine import State, attend, step, weights
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
 from .parts import HeadGate, ShortConv, documents_of, head_norm
@@ -147,12 +148,15 @@ class Attention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
         given: dict[str, Any] = dict(inputs)
-        full = self.full_mask(mask, given)
+        mechanism: str | Mechanism = self.mechanism
+        if isinstance(mask, Tensor):
+            mechanism, mask, given = given_mask(mechanism, mask, given)
+        full = self.full_mask(mask)
         source = x if context is None else context
         documents = documents_of(full, given, x.shape[1]) if self.convs else None
         q, k, v, _ = self.heads_of(x, source, 0, None, documents)
         made = {**self.inputs(source, {"q": q, "k": k, "v": v}), **given}
-        return self.close(attend(q, k, v, self.mechanism, mask=full, **made), x)
+        return self.close(attend(q, k, v, mechanism, mask=full, **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
@@ -160,12 +164,7 @@ class Attention(nn.Module):
         q, k, v, _ = self.heads_of(x, x, 0, None)
         return weights(q, k, self.mechanism, mask=Causal() if self.causal else None, **self.inputs(x, {"q": q, "k": k, "v": v}))
 
-    def full_mask(self, mask: Mask | Tensor | None, made: dict[str, Any]) -> Any:
-        if isinstance(mask, Tensor):
-            from ..engine.door import explicit
-
-            mask, extra = explicit(mask, {}, mask)
-            made.update(extra)
+    def full_mask(self, mask: Mask | None) -> Mask | None:
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from .parts import Projection
 class Inputs(nn.Module):
     """The tensors a mechanism declares, made from parameters and from x.
 
-    dim: channels of x; None where there is no x to project from, which mechanisms with projected inputs (gates, betas) refuse.
+    dim: channels of x; None where there is no x to project from, which mechanisms with projected inputs (gates, betas) refuse. given: names
+    of inputs that come from elsewhere.
     """
 
-    def __init__(self, mechanism: Mechanism, sizes: Sizes, dim: int | None):
+    def __init__(self, mechanism: Mechanism, sizes: Sizes, dim: int | None, given: Collection[str] = ()):
         super().__init__()
-        self.items = tuple(item for item in inputs_of(mechanism) if item.layer is not None)
+        self.items = tuple(item for item in inputs_of(mechanism) if item.layer is not None and item.name not in given)
         self.learned, self.projected = nn.ParameterDict(), nn.ModuleDict()
         self.exact: dict[str, Tensor] = {}
         for item in self.items:

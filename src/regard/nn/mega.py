@@ -191,7 +191,7 @@ class MegaLayer(nn.Module):
         mask: Mask | None = Causal() if self.causal else None
         if keep is not None:
             mask = Padding() if mask is None else mask & Padding()
-        given = {"offsets": self.table(z.shape[1])} | ({} if keep is None else {"keep": keep})
+        given: dict[str, Any] = {"offsets": self.table(z.shape[1])} | ({} if keep is None else {"keep": keep})
         return attend(q[:, None], k[:, None], v[:, None], self.mechanism, mask=mask, scale=scale, **given)[:, 0]
 
     def close(self, x: Tensor, u: Tensor, r: Tensor, hx: Tensor, out: Tensor) -> Tensor:

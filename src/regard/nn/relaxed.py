@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import Mask
+from ..algebra import Mask, Mechanism
 from ..catalog import get
 from ..engine import attend, step
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .attention import Attention, LayerState
 
@@ -31,7 +32,10 @@ class RelaxedAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Any = None, **inputs: Any) -> Tensor:
         if not self.relaxing:
             q, k, v, _ = self.heads_of(x, x if context is None else context, 0, None)
-            return self.close(attend(q, k, v, mask=self.full_mask(mask, inputs), **inputs), x)
+            softmax: str | Mechanism = "softmax"
+            if isinstance(mask, Tensor):
+                softmax, mask, inputs = given_mask(softmax, mask, inputs)
+            return self.close(attend(q, k, v, softmax, mask=self.full_mask(mask), **inputs), x)
         gamma = self.gamma
         if self.training and self.fuzzy_std:
             gamma = min(1.0, max(0.0, gamma + self.fuzzy_std * float(torch.randn(()))))

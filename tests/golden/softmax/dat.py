@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from golden.vectors import Vectors, case, stepped
+from golden.vectors import Vectors, case
 from torch import nn
 
-import regard
 from regard.nn import DualAttention, RelationalAttention, RelationalCrossAttention, RelativeSymbols, SymbolicAttention
 
 PARTS = {"q": "wq_attn", "k": "wk_attn", "q_rel": "wq_rel", "k_rel": "wk_rel", "v": "wv"}

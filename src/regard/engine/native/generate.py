@@ -11,6 +11,7 @@ from typing import Any
 from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
+from ...algebra.snapshot import remembered
 from ..kernels import mask_expression
 from ..symbolic import ONE, Expr, c_lines, const, pullback, substitute, topological, trace, var
 from ..tiled.stage import asked, position_of
@@ -43,7 +44,7 @@ def used(names: Iterable[str], *expressions: Expr) -> set[str]:
     return found & set(names)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...], wrt: tuple[str, ...] = ()) -> Source:
     """Forward and backward. `varies`: for each side input, which of b, h, q, k it depends on; `wrt`: side inputs to differentiate by."""
     normalizer = mechanism.normalizer

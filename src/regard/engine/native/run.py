@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...algebra.select import Selection
-from ..kernels import Call, number_of, sides_of, varying, weighted
+from ..kernels import Call, sides_of, varying, weigh
 from ..layout import layout, static_layout
 from ..problem import Problem, visible_counts
 from ..reference import Stats
@@ -124,7 +124,7 @@ class Native:
         p.dq, p.dk, p.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
         self.launch(call, "backward", p)
         extra = [grad.sum(0).sum_to_size(sides[at].shape) for at, grad in zip(call.wrt, grads, strict=True)]
-        return [dq, *(x.sum(0)[:, :, :k_len] if p.slots > 1 else x[0, :, :, :k_len] for x in (dk, dv)), *extra]
+        return [dq, *((x.sum(0) if p.slots > 1 else x[0])[:, :, :k_len].contiguous() for x in (dk, dv)), *extra]
 
 
 NATIVE = Native()
@@ -173,7 +173,7 @@ def run(problem: Problem) -> tuple[Tensor, Stats]:
     tensors = [sides[name].float().contiguous() for name in names]
     q, k, v = (pad(x, (0, -x.shape[-1] % CHANNELS)) if x.shape[-1] % CHANNELS else x for x in (problem.q, problem.k, problem.v))
     q, k, v = (x.float().contiguous() for x in (q, k, v))
-    out, total, shift = weighted(q, k, v, blocks, tensors, number_of(call))
+    out, total, shift = weigh(problem, call, q, k, v, blocks, tensors, names)
     sizes = problem.sizes
     count = torch.zeros_like(total)
     if problem.want_count:

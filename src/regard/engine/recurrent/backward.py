@@ -13,9 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .chunk import SAFE, faded, in_chunks, on_device, one_a_head, segments, steps_in, strong_decay, tensors, through, totals, within
+from ..again import differentiable
+from .chunk import (
+    SAFE,
+    faded,
+    in_chunks,
+    on_device,
+    one_a_head,
+    segment,
+    segments,
+    steps_in,
+    strong_decay,
+    tensors,
+    through,
+    totals,
+    within,
+)
 from .parallel import decay_matrix
 from .pose import Scan
 
@@ -28,16 +42,17 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
         scan = Scan(q, k, v, decay, beta, True)
-        out, state, kept = through(scan, state, size)
-        ctx.save_for_backward(*tensors(scan), *kept)
+        out, end, kept = through(scan, state, size)
+        ctx.save_for_backward(*tensors(scan), state, *kept)
         ctx.size = size
-        return out, state
+        return out, end
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Maybe, ...]:
-        q, k, v, decay, beta, *kept = ctx.saved_tensors
+        q, k, v, decay, beta, first, *kept = ctx.saved_tensors
         scan = Scan(q, k, v, decay, beta, True)
+        if torch.is_grad_enabled():
+            return (*twice(scan, first, ctx.size, (d_out, d_state)), None)
         device = on_device(scan)
         if device is not None:
             return (*device.segment_back(scan, kept[0], ctx.size, d_out, d_state), None)
@@ -53,6 +68,19 @@ class Chunked(torch.autograd.Function):
                     (grad if grad.shape[-2] == 1 else grad[..., start:stop, :]).add_(piece.sum_to_size(piece_shape(grad, piece)))
             stop = start
         return (*grads, d_state, None)
+
+
+def twice(scan: Scan, first: Tensor, size: int, grads: tuple[Tensor, Tensor]) -> list[Maybe]:
+    """All gradients, in a form that can be differentiated again: autograd follows the chunks."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for part in segments(Scan(q, k, v, decay, beta, True), size):
+            out, state, _ = segment(part, state, size)
+            outputs.append(out)
+        return torch.cat(outputs, -2), state
+
+    return differentiable(forward, (*tensors(scan), first), grads)
 
 
 def piece_shape(grad: Tensor, piece: Tensor) -> list[int]:

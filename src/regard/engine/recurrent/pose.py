@@ -15,6 +15,7 @@ from ...algebra.feature_map import FeatureMap
 from ...algebra.mask import Causal, Full, Mask, conjuncts
 from ...algebra.mechanism import Recurrent
 from ...algebra.part import Function, Input, Sizes, bind, call
+from ...algebra.snapshot import remembered
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
@@ -65,7 +66,7 @@ class Scan:
         return self.k.shape[-2]
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(maxsize=1024)
 def declared_of(mechanism: Recurrent) -> dict[str, Input]:
     """All inputs of a recurrence, its decay and write strength included."""
     found = {item.name: item for item in mechanism.declared}

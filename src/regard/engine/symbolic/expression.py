@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Expr:
         return str(self.args[0]) if self.op in ("var", "const") else f"{self.op}({', '.join(map(repr, self.args))})"
 
 
-_nodes: dict[tuple[Any, ...], Expr] = {}
+_nodes: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 
 
 def node(op: str, *args: Any) -> Expr:
@@ -169,6 +170,7 @@ OPS.update(
         "or": Op(torch.logical_or, "({0} | {1})", "({0} | {1})"),
         "not": Op(torch.logical_not, "(({0}) == 0)", "(!{0})"),
         "mod": Op(torch.remainder, "((({0}) % {1} + {1}) % {1})", "mod_({0}, {1})"),
+        "detach": Op(torch.detach, "({0})", "({0})", lambda a, g, o: (Z,)),
         "floordiv": Op(torch.floor_divide, "(({0} - (({0}) % {1} + {1}) % {1}) // {1})", "floordiv_({0}, {1})"),
     }
 )

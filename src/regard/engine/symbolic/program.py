@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class Program:
                     free.add(id(e))
         result = ", ".join(names[id(e)] if id(e) in names else repr(e.args[0]) for e in outputs)
         body = "\n".join([f"def program({', '.join([*self.names, '**_'])}):", *lines, f"    return [{result}]"])
-        space: dict[str, Any] = {"torch": torch}
+        space: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan}  # as constants print
         exec(compile(body, "<regard program>", "exec"), space)  # noqa: S102 - text printed from traced expressions, never a user's string
         self.source, self.run = body, space["program"]
 
@@ -71,6 +72,8 @@ def python_call(e: Expr, names: Mapping[int, str], target: str | None) -> str:
     text = [names[id(a)] if id(a) in names else repr(a.args[0]) for a in e.args]
     number = [is_const(a) for a in e.args]
     out = f", out={target}" if target else ""
+    if e.op == "detach":  # a buffer of its own: the operand's may be overwritten
+        return f"{text[0]}.clone()"
     if e.op == "relu":
         return f"torch.clamp_min({text[0]}, 0{out})"
     if e.op in ("maximum", "minimum") and any(number):

@@ -116,7 +116,7 @@ WORDS: dict[str, Callable[..., Expr]] = {
     "float": lambda a: a,
     "to": lambda a, *_, **__: a,
     "type_as": lambda a, b: a,
-    "detach": lambda a: a,
+    "detach": un("detach"),
     "contiguous": lambda a: a,
     "zeros_like": lambda a, **_: Z,
     "ones_like": lambda a, **_: ONE,

@@ -10,6 +10,7 @@ and for a root shift, by implicit differentiation, ds = dw/ds * (gw - sum(u gw) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import asks
+from ..again import differentiable
 from ..layout import Index
 from ..problem import Problem, divisor, reciprocal, visible
-from ..reference import Stats
+from ..reference import Stats, unnormalised
 from .root import solve
 from .stage import asked, hide, stage_of
 from .tiles import Names, Schedule, Span, Tile, fold, unfold
@@ -50,8 +52,8 @@ def no_overflow(problem: Problem, normalizer: RowLocal) -> bool:
         return False
     if normalizer.anchor > torch.finfo(problem.q.dtype).eps:
         return False
-    if problem.q.numel() == 0:
-        return True
+    if torch._C._len_torch_dispatch_stack():  # what is recorded must hold for other numbers as well
+        return False
     bound = problem.q.norm(dim=-1).amax() * problem.k.norm(dim=-1).amax()
     return bool(bound <= SAFE_EXPONENT[problem.q.dtype])
 
@@ -199,6 +201,8 @@ class Tiled(torch.autograd.Function):
         d_o, _, d_total, _ = grads
         shift, q, k, v, *inputs = ctx.saved_tensors
         problem: Problem = ctx.problem
+        if torch.is_grad_enabled():
+            return None, None, *twice(problem, ctx.names, (d_o, d_total), shift, q, k, v, *inputs)
         wrt = tuple(name for name, x in zip(ctx.names, inputs, strict=True) if x.requires_grad)
         d_inputs: dict[str, Tensor] = {name: torch.zeros_like(problem.inputs[name]) for name in wrt}
         normalizer: Any = problem.mechanism.normalizer
@@ -220,6 +224,19 @@ class Tiled(torch.autograd.Function):
         d_q, d_k, d_v = unfold(dq, b, group), unfold(dk, b, 1), unfold(dv, b, 1)
         extra = [d_inputs[name].to(x.dtype) if name in d_inputs else None for name, x in zip(ctx.names, inputs, strict=True)]
         return None, None, d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *extra
+
+
+def twice(
+    problem: Problem, names: Sequence[str], grads: tuple[Tensor | None, Tensor | None], shift: Tensor, *tensors: Tensor
+) -> list[Tensor | None]:
+    """Gradients of (o, total) with respect to q, k, v and the named inputs, which can be differentiated again."""
+    wide = torch.promote_types(tensors[2].dtype, torch.float32)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        given = {**problem.inputs, **{name: x.to(wide) for name, x in zip(names, inputs, strict=True)}}
+        return unnormalised(problem.with_(q=q.to(wide), k=k.to(wide), v=v.to(wide), inputs=given), shift)
+
+    return differentiable(forward, tensors, grads)
 
 
 def score_inputs(problem: Problem) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import asks, call
+from ...algebra.snapshot import remembered
 from ..symbolic import ONE, Expr, Program, Untraceable, const, pullback, substitute, trace, var
 
 Env = Mapping[str, Any]
@@ -45,7 +45,7 @@ class Traced:
         self.expressions: dict[str, Sequence[Expr]] = {"forward": chained, "backward": gradients}
 
     def scores(self, s: Tensor, env: Env) -> Tensor:
-        return self.move({**env, "s": s})[0] if self.moves else s
+        return as_tensor(self.move({**env, "s": s})[0], s) if self.moves else s
 
     def weights(self, s: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
         out = self.weigh({**env, "s": s})
@@ -67,7 +67,7 @@ class Traced:
     def weight_and_slope(self, s: Tensor, env: Env) -> tuple[Tensor, Tensor]:
         """(w, dw/dc) of moved scores, which are kept."""
         w, u = self.slope({**env, "s": s})
-        return w, as_tensor(u, s)
+        return as_tensor(w, s), as_tensor(u, s)
 
 
 class Opaque:
@@ -79,11 +79,12 @@ class Opaque:
         self.wrt = wrt
 
     def scores(self, s: Tensor, env: Env) -> Tensor:
-        return call(self.position, s, env=env) if self.position else s
+        return as_tensor(call(self.position, s, env=env), s) if self.position else s
 
     def weights(self, s: Tensor, env: Env) -> tuple[Tensor, Tensor | None]:
         mass = self.normalizer.mass
-        return call(self.normalizer.weight, s, env=env), None if mass is None else call(mass, s, env=env)
+        w = as_tensor(call(self.normalizer.weight, s, env=env), s)
+        return w, None if mass is None else as_tensor(call(mass, s, env=env), s)
 
     def pullback(self, s: Tensor, env: Env, gw: Tensor, gh: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
         if hidden is not None:
@@ -128,10 +129,13 @@ def asked(mechanism: Weighted) -> set[str]:
 
 
 def as_tensor(x: Any, like: Tensor) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.full_like(like, float(x))
+    """What a function of scores gave, a value a pair: it may have turned out to be a constant, or one number a row."""
+    if not isinstance(x, Tensor):
+        return torch.full_like(like, float(x))
+    return x if x.shape == like.shape else x.expand_as(like).clone()
 
 
-@functools.lru_cache(maxsize=512)
+@remembered(maxsize=512)
 def stage_of(mechanism: Weighted, wrt: tuple[str, ...], unshifted: bool) -> Traced | Opaque:
     """The stage of a mechanism; `wrt` names the inputs whose gradient is asked for; `unshifted`: c is 0 everywhere."""
     raw = {item.name for item in mechanism.declared if not item.elementwise}

@@ -173,16 +173,19 @@ class Schedule:
                 yield Tile(at, at.stop - at.start, Columns(keys, keys.stop - keys.start, 0))
             return
         b, h = int(span.batch[0]), int(span.heads[0, 0])
-        keep = (
-            selection.keep[b, h].repeat_interleave(selection.block_q, 0)[: sizes.q_len] if selection.block_q > 1 else selection.keep[b, h]
-        )
+        keep = selection.keep[b, h]
+        keep = keep.repeat_interleave(selection.block_q, 0)[: sizes.q_len] if selection.block_q > 1 else keep
         chosen = keep.T.nonzero()  # (block, query), in order of block
+        if self.own:  # pairs on the diagonal that all heads have worked on together
+            own = torch.tensor(sorted(self.own), device=self.device)
+            diagonal = chosen[:, 1] // self.block_q == chosen[:, 0]
+            chosen = chosen[~(diagonal & torch.isin(chosen[:, 0], own))]
         kind = self.layout.kind[span.blocks][chosen[:, 1] // self.block_q, chosen[:, 0]]
         for wanted in (FULL, PARTIAL):
             pairs = chosen[kind == wanted]
             counts = torch.bincount(pairs[:, 0], minlength=keep.shape[1]).tolist()
             for block, rows in enumerate(pairs[:, 1].split(counts)):
-                if not rows.numel() or (wanted == PARTIAL and block in self.own):
+                if not rows.numel():
                     continue
                 start, stop = block * selection.block_k, min((block + 1) * selection.block_k, sizes.k_len)
                 for part in rows.split(self.tiling.columns):

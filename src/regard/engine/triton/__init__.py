@@ -16,9 +16,9 @@ except ImportError as _missing:
     raise MissingDependency("the Triton executor needs triton: pip install 'regard[triton]'") from _missing
 
 from .generate import generate
-from .run import run
+from .run import run, takes
 
-__all__ = ["refusal", "run", "source_of"]
+__all__ = ["refusal", "run", "source_of", "takes"]
 
 
 def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes) -> str:

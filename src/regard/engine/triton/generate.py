@@ -13,6 +13,7 @@ from typing import Any
 from ...algebra.mask import Mask
 from ...algebra.mechanism import Weighted
 from ...algebra.normalizer import RowLocal
+from ...algebra.snapshot import remembered
 from ..kernels import mask_expression
 from ..symbolic import ONE, Expr, const, node, pullback, substitute, topological, trace, triton_lines, var
 from ..tiled.stage import asked, position_of
@@ -70,7 +71,7 @@ def gather_lines(wrt: Iterable[str], letters: Mapping[str, str], indent: str) ->
     return lines
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def generate(mechanism: Weighted, mask: Mask, varies: tuple[tuple[str, str], ...], wrt: tuple[str, ...] = ()) -> Source:
     """Forward and both backward kernels. `varies`: for each side input, which of b, h, q, k it depends on; `wrt`: which to differentiate by."""
     normalizer = mechanism.normalizer

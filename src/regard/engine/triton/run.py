@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import Call, number_of, sides_of, varying, weighted
+from ..kernels import Call, sides_of, varying, weigh
 from ..layout import layout
 from ..problem import Problem
 from ..reference import Stats
@@ -17,6 +17,17 @@ from .generate import compiled, generate
 
 def blocks(head_dim: int) -> tuple[int, int]:
     return (64, 64) if head_dim <= 128 else (32, 32)
+
+
+def within(size: int, selected: int) -> int | None:
+    """The largest tile of at most `size` that a selection's blocks are made of; None: there is none."""
+    return next((tile for tile in (64, 32, 16) if tile <= size and selected % tile == 0), None)
+
+
+def takes(problem: Problem) -> bool:
+    """Whether a selection's blocks are such as the kernel's tiles can follow; the tiled executor runs the others."""
+    selection = problem.selection
+    return selection is None or (within(64, selection.block_q) is not None and within(64, selection.block_k) is not None)
 
 
 def splits_of(q_len: int, key_blocks: int, programs: int) -> int:
@@ -118,11 +129,13 @@ def run(problem: Problem) -> tuple[Tensor, Stats]:
     wrt = tuple(sorted(name for name, x in sides.items() if x.requires_grad and torch.is_grad_enabled()))
     source = generate(problem.mechanism, problem.mask, tuple(sorted((name, varying(x)) for name, x in sides.items())), wrt)
     block_q, block_k = blocks(problem.sizes.head_dim)
+    if problem.selection is not None:
+        block_q, block_k = within(block_q, problem.selection.block_q) or block_q, within(block_k, problem.selection.block_k) or block_k
     plan = layout(problem.mask, problem.sizes, block_q, block_k, problem.inputs, problem.q.device, problem.selection)
     tensors = [sides[name].float().contiguous() for name, _ in source.sides]
     dtype = problem.v.dtype if problem.v.dtype != torch.float64 else torch.float32
     q, k, v = (x.to(dtype).contiguous() for x in (problem.q, problem.k, problem.v))
     names = [name for name, _ in source.sides]
-    number = number_of(Call(TRITON, source, block_q, block_k, tuple(names.index(name) for name in source.wrt)))
-    out, total, shift = weighted(q, k, v, [*plan.lists(), *plan.lists(True)], tensors, number)
+    call = Call(TRITON, source, block_q, block_k, tuple(names.index(name) for name in source.wrt))
+    out, total, shift = weigh(problem, call, q, k, v, [*plan.lists(), *plan.lists(True)], tensors, names)
     return finish(problem, out, Stats(shift.detach(), total, torch.zeros_like(total)))

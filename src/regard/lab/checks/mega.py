@@ -62,6 +62,7 @@ def mega_truth(layer: MegaLayer, x: Tensor, ema: bool = True) -> Tensor:
     q, k = layer.kappa[0] * z + layer.mu[0], layer.kappa[1] * z + layer.mu[1]
     n = x.shape[1]
     i = torch.arange(n)
+    assert layer.offsets is not None
     reach = (len(layer.offsets) + 1) // 2
     bias = layer.offsets[(i[:, None] - i).clamp(1 - reach, reach - 1) + reach - 1]
     seen = i[:, None] >= i

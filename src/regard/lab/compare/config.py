@@ -50,6 +50,8 @@ class Config:
             raise RegardError(f"--minutes {self.minutes:g}: expected a positive number up to 10000")
         if not 16 <= self.seq_len <= 8192:
             raise RegardError(f"--seq-len {self.seq_len}: expected between 16 and 8192")
+        if not 0 <= self.seed < 2**32:
+            raise RegardError(f"--seed {self.seed}: expected between 0 and 4294967295")
         for name in self.mechanisms:
             plain, options = parsed(name)
             if plain in mixer_names():

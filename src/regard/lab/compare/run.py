@@ -52,8 +52,11 @@ def resumed(path: Path, mark: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise RegardError(f"--resume: {path} is not a report that can be read; remove it or leave out --resume") from None
+    except (OSError, ValueError):
+        found = None
+    mechanisms = found.get("mechanisms") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or "fingerprint" not in found or not isinstance(mechanisms or {}, dict):
+        raise RegardError(f"--resume: {path} is not a report that can be read; remove it or leave out --resume")
     if found.get("fingerprint") != mark:
         raise RegardError(f"--resume: {path} was made with other settings or text; use the same ones, or leave out --resume")
     return dict(found)
@@ -62,10 +65,10 @@ def resumed(path: Path, mark: str) -> dict[str, Any]:
 def compare(config: Config, resume: bool = False, console: Console | None = None) -> tuple[dict[str, Any], bool]:
     """Run a comparison and write report.json and report.html in config.out; returns (report, whether it was finished)."""
     console = console or Console(stderr=True)
-    config.prepare_out()
     corpus = load_corpus(config)
     path, mark = config.out / "report.json", fingerprint(config, corpus)
     old = resumed(path, mark) if resume else {}
+    config.prepare_out()
     names = list(config.mechanisms)
     report: dict[str, Any] = {
         "fingerprint": mark,

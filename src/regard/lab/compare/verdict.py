@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -10,11 +11,20 @@ def best(scores: dict[str, float], low: bool = True) -> tuple[str, float]:
     return name, scores[name]
 
 
+def finite(scores: dict[str, float]) -> dict[str, float]:
+    """Scores that are numbers: a run that diverged is neither best nor worst."""
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
 def verdict(report: dict[str, Any]) -> str:
     """What the numbers say, and only that; parts that were not measured are left out."""
     results = report["mechanisms"]
     said = []
     bits = {name: one["language"]["valid_bits"]["1"] for name, one in results.items() if "language" in one}
+    diverged = [name for name, value in bits.items() if not math.isfinite(value)]
+    if diverged:
+        said.append(f"{' and '.join(diverged)} diverged: the loss is no number.")
+    bits = finite(bits)
     if bits:
         name, value = best(bits)
         worst, most = best(bits, low=False)
@@ -24,19 +34,22 @@ def verdict(report: dict[str, Any]) -> str:
         growth = {
             n: one["language"]["valid_bits"]["4"] - one["language"]["valid_bits"]["1"] for n, one in results.items() if "language" in one
         }
-        name, value = best(growth)
-        said.append(
-            f"At four times the training length {name} changes by {value:+.3f} bits per byte"
-            + (f", {best(growth, low=False)[0]} by {best(growth, low=False)[1]:+.3f}." if len(growth) > 1 else ".")
-        )
+        growth = finite(growth)
+        if growth:
+            name, value = best(growth)
+            said.append(
+                f"At four times the training length {name} changes by {value:+.3f} bits per byte"
+                + (f", {best(growth, low=False)[0]} by {best(growth, low=False)[1]:+.3f}." if len(growth) > 1 else ".")
+            )
     recalls = {
         name: sum(one["synthetic"]["recall"].values()) / len(one["synthetic"]["recall"])
         for name, one in results.items()
         if "synthetic" in one
     }
-    if recalls:
+    recalls = finite(recalls)
+    copies = finite({n: one["synthetic"]["copying"] for n, one in results.items() if "synthetic" in one})
+    if recalls and copies:
         name, value = best(recalls, low=False)
-        copies = {n: one["synthetic"]["copying"] for n, one in results.items() if "synthetic" in one}
         said.append(
             f"In this budget {name} recalls the most associations ({value:.0%} on average) and {best(copies, low=False)[0]} copies best "
             f"({best(copies, low=False)[1]:.0%})."

@@ -39,8 +39,12 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 256 or min(self.windows, self.needles, self.repeats) < 1 or not all(0 <= d <= 1 for d in self.depths):
-            raise RegardError(f"{self}: expected a length of at least 256, positive counts, depths between 0 and 1")
+        if self.length < 256:
+            raise RegardError(f"--seq-len {self.length}: expected at least 256 tokens a prompt")
+        if self.needles < 1:
+            raise RegardError(f"--needles {self.needles}: expected at least one prompt a depth")
+        if min(self.windows, self.repeats) < 1 or not self.depths or not all(0 <= d <= 1 for d in self.depths):
+            raise RegardError(f"windows={self.windows}, repeats={self.repeats}, depths={self.depths}: expected positive counts, depths between 0 and 1")
 
 
 @dataclass(frozen=True)

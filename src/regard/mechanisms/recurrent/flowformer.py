@@ -11,7 +11,6 @@ from ...algebra import JointMap, Recipe, Recurrent, bind
 from ...catalog.registry import register
 from ...errors import RegardError
 
-
 HIDDEN = -1e30  # finite: a row of nothing but padding has a softmax, which its zero keys then ignore
 
 

@@ -32,7 +32,7 @@ def dhsa(
             f"expected one of {', '.join(FALLBACKS)}, and positive numbers"
         )
     constants = {"budget": budget, "block_size": block_size, "local": local, "first": first, "dense_last": dense_last, "chunk": chunk}
-    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode, cost=bind(chunk_cost, chunk=chunk))
+    plan = Chosen(bind(token_plan, **constants, boundaries=boundaries), ahead=True, decode=decode, cost=bind(chunk_cost, chunk=chunk), by_sequence=True)
     return Weighted(mask=Causal(), select=plan, inputs=(Input("starts", "bk", 0.0),))
 
 
@@ -95,7 +95,7 @@ def selected_tokens(
     chosen = given > 0 if bool((given > 0).any()) else rule_starts(k, chunk, boundaries)
     chunks = chunk_of(chosen.expand(q.shape[0], length))
     wide = torch.promote_types(q.dtype, torch.float32)
-    means = cut(q.to(wide).mean(1), block_size).sum(-2) / lengths(queries, block_size, q.device).sqrt()[:, None]
+    means = cut(q.to(wide).mean(1), block_size).sum(-2) / lengths(queries, block_size, q.device).to(wide).sqrt()[:, None]
     scores = (means @ chunk_keys(k, chunks).transpose(-1, -2)).gather(-1, chunks[:, None].expand(-1, means.shape[1], -1))
     end = (torch.arange(1, means.shape[1] + 1, device=q.device) * block_size).clamp(max=queries)[:, None] + offset
     at = torch.arange(length, device=q.device)

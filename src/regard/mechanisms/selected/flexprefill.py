@@ -24,7 +24,8 @@ def flexprefill(
     block may read of columns, and of diagonals. Prompts of at most max(2 block_size, min_budget) tokens, and chunks after others, run dense."""
     constants = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget, "block_size": block_size}
     return Weighted(
-        mask=Causal(), select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False, cost=bind(flex_cost, size=block_size))
+        mask=Causal(),
+        select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False, cost=bind(flex_cost, size=block_size), by_sequence=True),
     )
 
 

@@ -35,7 +35,10 @@ def hip(
     return Weighted(
         mask=Causal(),
         select=Chosen(
-            bind(hip_plan, **constants, **rest), ahead=True, cost=bind(hip_cost, mask_k=mask_k, block_k=block_k, query_stride=query_stride)
+            bind(hip_plan, **constants, **rest),
+            ahead=True,
+            cost=bind(hip_cost, mask_k=mask_k, block_k=block_k, query_stride=query_stride),
+            by_sequence=True,
         ),
     )
 

@@ -29,6 +29,7 @@ def proxyattn(groups: int | None = None, gamma: float = 0.95, block_size: int = 
             bind(proxy_plan, **constants),
             ahead=True,
             decode=False,
+            by_sequence=True,
             cost=bind(proxy_cost, groups=groups, block_size=block_size, stride=stride),
         ),
     )

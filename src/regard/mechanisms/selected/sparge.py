@@ -33,7 +33,7 @@ def sparge(
     """theta: self-similarity above which a block is pooled; tau: mass to keep (from 1 on: all); a number, or one a head.
     ratio: keep this share of the blocks instead of a mass. first: always the first key block. Prompts only: one query reads everything."""
     constants = {"theta": theta, "tau": tau, "block_q": block_q, "block_k": block_k, "ratio": ratio, "first": first}
-    chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False, cost=bind(pooled_cost, block_q=block_q, block_k=block_k))
+    chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False, cost=bind(pooled_cost, block_q=block_q, block_k=block_k), by_sequence=True)
     return Weighted(mask=Causal(), select=chosen) if causal else Weighted(select=chosen)
 
 

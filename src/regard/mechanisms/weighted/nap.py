@@ -4,7 +4,6 @@ p_ij = g_h (s_ij - mean_j s_i) / (std_j s_i + eps) + b_h,   s_ij = q_i.k_j      
 """
 
 import torch
-import torch
 from torch import Tensor
 
 from ...algebra import Dot, Input, Learned, Recipe, RowLocal, RowWise, Weighted, bind, identity, row_mean
