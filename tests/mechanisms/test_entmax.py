@@ -46,12 +46,18 @@ def rows(dtype: torch.dtype) -> torch.Tensor:
     return z.to(dtype)
 
 
+def allowed(dtype: torch.dtype, alpha: float, smooth: float) -> float:
+    """What rounding of scores may change: near its threshold a weight is (alpha - 1) s - tau to the power 1 / (alpha - 1)."""
+    step = torch.finfo(dtype).eps * (1 + float(rows(torch.float64)[:3].abs().max()) * 20)
+    return max(smooth, step ** (1 / (alpha - 1)) if alpha > 2 else 0.0)
+
+
 @pytest.mark.parametrize("alpha", [1.0, *ALPHAS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_map(alpha: float, dtype: torch.dtype) -> None:
     z = rows(dtype)
     want = torch.tensor([definition(row, alpha) for row in z.double().tolist()], dtype=torch.float64)
-    tolerance = 1e-9 if dtype == torch.float64 else 2e-3 if alpha > 2 else 2e-5
+    tolerance = allowed(dtype, alpha, 1e-9 if dtype == torch.float64 else 2e-5)
     got = entmax_weights(z, torch.tensor(alpha, dtype=dtype))
     assert float((got.double() - want).abs().max()) < tolerance
     assert float((got.sum(-1) - 1).abs().max()) < (1e-12 if dtype == torch.float64 else 1e-5)
@@ -66,7 +72,7 @@ def test_attention(alpha: float, executor: str) -> None:
         want = torch.tensor([definition(row, alpha) for row in z.double().tolist()], dtype=torch.float64)
         seen, eye = z.isfinite(), torch.eye(40, dtype=dtype)[None, None]
         q = torch.where(seen, z, 0.0)[None, None]
-        tolerance = 1e-9 if dtype == torch.float64 else 2e-3 if alpha > 2 else 5e-5
+        tolerance = allowed(dtype, alpha, 1e-9 if dtype == torch.float64 else 5e-5)
         for mechanism, given in ((regard.get("entmax", alpha=alpha), {}), (regard.get("entmax"), {"alpha": torch.tensor([alpha], dtype=dtype)})):
             out = regard.attend(q, eye, eye, mechanism, mask=seen, scale=1.0, executor=executor, **given)
             assert float((out[0, 0].double() - want).abs().max()) < tolerance, (dtype, given)

@@ -229,7 +229,8 @@ def _() -> tuple[float, float]:
     q, k, v = qkv(37)
     maps = {name: torch.randn(2, 8, 8, dtype=F64) for name in ("query_map", "key_map")}
     zero = torch.zeros(2, dtype=F64)
-    truth = naive_kernel(mapped(q, maps["query_map"], zero, "softmax", 1e-12), mapped(k, maps["key_map"], zero, "softmax", 1e-12), v)
+    phi_q, phi_k = (mapped(x, maps[f"{side}_map"], zero, "softmax", 1e-12) for x, side in ((q, "query"), (k, "key")))
+    truth = naive_kernel(phi_q, phi_k, v, 1e-12)
     mechanism = get("hedgehog")
     assert isinstance(mechanism, Recurrent)
     own = max(naive.gap(out, truth) for out in forms(mechanism, q, k, v, **maps))
@@ -237,12 +238,12 @@ def _() -> tuple[float, float]:
     return own, naive.gap(same, truth)
 
 
-def naive_kernel(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
-    """Causal normalised kernel attention, a loop over tokens."""
+def naive_kernel(phi_q: Tensor, phi_k: Tensor, v: Tensor, eps: float = 0.0) -> Tensor:
+    """Causal normalised kernel attention, a loop over tokens; eps: added to the divisor."""
     out = torch.zeros(*phi_q.shape[:-1], v.shape[-1], dtype=v.dtype)
     for t in range(phi_q.shape[-2]):
         a = torch.einsum("bhf,bhjf->bhj", phi_q[:, :, t], phi_k[:, :, : t + 1])
-        out[:, :, t] = torch.einsum("bhj,bhje->bhe", a, v[:, :, : t + 1]) / a.sum(-1, keepdim=True)
+        out[:, :, t] = torch.einsum("bhj,bhje->bhe", a, v[:, :, : t + 1]) / (a.sum(-1, keepdim=True) + eps)
     return out
 
 

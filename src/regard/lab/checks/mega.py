@@ -73,7 +73,7 @@ def mega_truth(layer: MegaLayer, x: Tensor, ema: bool = True) -> Tensor:
     else:
         s = q @ k.mT / seen.sum(-1, keepdim=True) + bias
         w = ((1 + torch.erf((s - 0.707107) / (0.282095 * 2**0.5))) / 2 if layer.attn == "laplace" else F.relu(s) ** 2) * seen
-    h = F.silu(hx + (F.silu(r) * (w @ v)) @ layer.h.weight.T)
+    h = F.silu(hx + (F.silu(r) * (w @ v)) @ layer.h.weight.T + layer.h.bias)
     return x + torch.sigmoid(u) * (h - x)
 
 
