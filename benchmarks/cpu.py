@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import regard
 from regard.algebra import Selection
 from regard.algebra.select import Chosen
+from regard.engine import native
 from regard.lab.files import write_text
 from regard.lab.memory import peak_bytes
 
@@ -171,7 +172,13 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.manual_seed(0)
     report: dict[str, dict[str, object]] = {
-        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "environment": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+            "block": native.block(),
+        },
         "shape": {"batch": 1, "heads": HEADS, "head_dim": DIM, "dtype": "float32", "causal": True},
         "ratio to SDPA": {},
     }

@@ -20,6 +20,7 @@ from cpu import ratio, tensors
 import regard
 from regard.algebra import Weighted
 from regard.algebra.mechanism import Hybrid
+from regard.engine import native
 from regard.lab.files import write_text
 
 SLOW = ("neural-attention", "tapa")  # a pair costs more than a product: measured at 2048 alone, once
@@ -72,6 +73,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.manual_seed(0)
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    environment |= {"vectors": torch.backends.cpu.get_cpu_capability(), "block": native.block()}
     report: dict[str, object] = {"environment": environment, "ratio to SDPA": {}}
     for name in chosen.names or weighted_names():
         report["ratio to SDPA"][name] = measure(name, 1 if name in SLOW else chosen.rounds)  # type: ignore[index]

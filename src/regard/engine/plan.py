@@ -216,7 +216,7 @@ def weighted(
     elif device.type == "cuda" and "flex" not in refused and not mask.reads:
         name, why = "flex", "FlexAttention can express it"
     elif "native" not in refused and worth_compiling(sizes):
-        name, why = "native", "the generated kernel: row-local weights on a CPU"
+        name, why = "native", f"the generated kernel: row-local weights on a CPU, in blocks of {native.block()}"
     else:
         if "native" not in refused and device.type == "cpu":
             refused["native"] = "too small to be worth compiling for"

@@ -12,11 +12,12 @@ from ...errors import RegardError
 from ..kernels import declared_sides
 from ..symbolic import Untraceable
 from ..tiled.stage import position_of
+from .build import block
 from .build import problem as build_problem
 from .generate import generate
 from .run import run, takes
 
-__all__ = ["refusal", "run", "source_of", "takes"]
+__all__ = ["block", "refusal", "run", "source_of", "takes"]
 
 
 def refusal(mechanism: Weighted, mask: Mask, sizes: Sizes, dtype: Any, device: Any) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...errors import RegardError
 
+BLOCKS = (("__AVX512F__", "8 x 32, AVX-512"), ("__AVX2__", "6 x 16, AVX2"), ("__AVX__", "6 x 16, AVX"), ("", "8 x 8, vectors of 4"))  # template.c's
 PROBE = "int regard_probe(void) { return 1; }\n"
 
 
@@ -30,10 +31,24 @@ def compiler() -> list[str]:
     return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), [])
 
 
+def architecture() -> str:
+    """What is compiled for: this processor, or what $REGARD_MARCH names (x86-64-v3 is AVX2, v4 AVX-512), which must run here."""
+    return os.environ.get("REGARD_MARCH", "native")
+
+
+@functools.cache
+def block() -> str:
+    """The register block that the kernels are built with, and its vectors."""
+    asked = [*compiler(), *flags(), "-dM", "-E", "-x", "c", os.devnull]
+    defined = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    wide = [(name, text) for name, text in BLOCKS if f"#define {name} " in defined]
+    return (wide or BLOCKS[-1:])[0][1]
+
+
 def flags() -> list[str]:
     common = ["-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC", "-pthread"]
     if platform.machine() in ("x86_64", "AMD64"):
-        return [*common, "-march=native", "-mprefer-vector-width=512"]
+        return [*common, f"-march={architecture()}", "-mprefer-vector-width=512"]
     return [*common, "-mcpu=native"]
 
 

@@ -2,22 +2,26 @@
  * everything else is the same for all of them.
  *
  * Work is cut into tiles of bq queries x bk keys that stay in the cache: a product, one pass of elementwise functions, a product.
- * q, k, v are float32, their channels padded to a multiple of NR; kt and vt are k and v with each block of keys turned. */
+ * q, k, v are float32, their channels padded to a multiple of NR; kt and vt are k and v with each block of keys turned into panels. */
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+/* A block of a product is MR x NR sums in registers, with room for two vectors of b and one of a; rows come in multiples of GR. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define MR 8
+#define GR 8
 #elif defined(__AVX__)
 #define LANES 8
-#define MR 4
+#define MR 6
+#define GR 2
 #else
 #define LANES 4
 #define MR 8
+#define GR 8
 #endif
 #define NR (2 * LANES)
 #define SIDES @SIDES@
@@ -128,51 +132,58 @@ INLINE int mod_(int a, int b) { int r = a % b; return r != 0 && ((r < 0) != (b <
 INLINE int floordiv_(int a, int b) { return (a - mod_(a, b)) / b; }
 INLINE float fmod_(float a, float b) { return a - __builtin_floorf(a / b) * b; }
 
-/* c[m, n] (+)= sum_k a[m * am + k * ak] b[k * ldb + n]; m in steps of MR, n in steps of NR. */
-INLINE void micro(const float *a, int am, int ak, const float *b, int ldb, float *c, int64_t ldc, int depth, int add) {
-    vec sum[MR][2];
-    for (int m = 0; m < MR; m++)
+/* c[m, n] (+)= sum_k a[m * am + k * ak] b[k * ldb + n] for `rows` x NR sums. */
+INLINE void micro(const int rows, const float *a, int am, int ak, const float *b, int ldb, float *c, int64_t ldc, int depth, int add) {
+    vec sum[8][2]; /* as many as any block has */
+    for (int m = 0; m < rows; m++)
         for (int n = 0; n < 2; n++) sum[m][n] = add ? *(const vec *)(c + m * ldc + n * LANES) : (vec){0};
     for (int k = 0; k < depth; k++) {
         vec b0 = *(const vec *)(b + (int64_t)k * ldb), b1 = *(const vec *)(b + (int64_t)k * ldb + LANES);
-        for (int m = 0; m < MR; m++) {
+        for (int m = 0; m < rows; m++) {
             float x = a[m * am + k * ak];
             sum[m][0] += x * b0;
             sum[m][1] += x * b1;
         }
     }
-    for (int m = 0; m < MR; m++)
+    for (int m = 0; m < rows; m++)
         for (int n = 0; n < 2; n++) *(vec *)(c + m * ldc + n * LANES) = sum[m][n];
 }
-static void product(int rows, int columns, int depth, const float *a, int am, int ak, const float *b, int ldb, float *c, int64_t ldc, int add) {
-    if (ak == 1) {
-        for (int n = 0; n < columns; n += NR)
-            for (int m = 0; m < rows; m += MR) micro(a + m * am, am, 1, b + n, ldb, c + m * ldc + n, ldc, depth, add);
-    } else {
-        for (int n = 0; n < columns; n += NR)
-            for (int m = 0; m < rows; m += MR) micro(a + m, 1, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
-    }
+/* All rows of NR columns; what does not fill a block of MR goes in smaller ones, 8 = 4 + 4 rather than 6 + 2. */
+INLINE void strip(int rows, const float *a, int am, int ak, const float *b, int ldb, float *c, int64_t ldc, int depth, int add) {
+    int m = 0;
+    for (; rows - m >= MR && (GR == MR || rows - m != MR + GR); m += MR) micro(MR, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, depth, add);
+    if (GR < MR)
+        for (; rows - m >= 2 * GR; m += 2 * GR) micro(2 * GR, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, depth, add);
+    for (; m < rows; m += GR) micro(GR, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, depth, add);
+}
+/* The same for any number of columns; b's next NR columns are `panel` further on: NR where its rows are whole. */
+static void product(int rows, int columns, int depth, const float *a, int am, int ak, const float *b, int ldb, int64_t panel, float *c, int64_t ldc, int add) {
+    if (ak == 1)
+        for (int n = 0; n < columns; n += NR) strip(rows, a, am, 1, b + n / NR * panel, ldb, c + n, ldc, depth, add);
+    else
+        for (int n = 0; n < columns; n += NR) strip(rows, a, 1, ak, b + n / NR * panel, ldb, c + n, ldc, depth, add);
 }
 
 /* Raw scores of a tile: a row of q (depth wide) against turned keys. Distances are summed from differences, which do not cancel. */
 INLINE void score(int rows, int columns, int depth, const float *q, const float *kt, float *s, int64_t lds) {
     if (!DISTANCE) {
-        product(rows, columns, depth, q, depth, 1, kt, columns, s, lds, 0);
+        product(rows, columns, depth, q, depth, 1, kt, NR, (int64_t)depth * NR, s, lds, 0);
         return;
     }
     for (int n = 0; n < columns; n += NR)
-        for (int m = 0; m < rows; m += MR) {
-            vec sum[MR][2] = {{{0}}};
+        for (int m = 0; m < rows; m += GR) {
+            vec sum[GR][2] = {{{0}}};
             for (int k = 0; k < depth; k++) {
-                const vec b0 = *(const vec *)(kt + (int64_t)k * columns + n), b1 = *(const vec *)(kt + (int64_t)k * columns + n + LANES);
-                for (int r = 0; r < MR; r++) {
+                const float *b = kt + ((int64_t)n / NR * depth + k) * NR;
+                const vec b0 = *(const vec *)b, b1 = *(const vec *)(b + LANES);
+                for (int r = 0; r < GR; r++) {
                     const float x = q[(m + r) * depth + k];
                     const vec d0 = x - b0, d1 = x - b1;
                     sum[r][0] += d0 * d0;
                     sum[r][1] += d1 * d1;
                 }
             }
-            for (int r = 0; r < MR; r++)
+            for (int r = 0; r < GR; r++)
                 for (int t = 0; t < 2; t++) *(vec *)(s + (m + r) * lds + n + t * LANES) = sum[r][t];
         }
 }
@@ -323,7 +334,7 @@ INLINE Row row_of(const Call *p, int b, int h, int row, int slot) {
 
 INLINE void fill(float *to, const float *from, int rows, int width) {
     memcpy(to, from, sizeof(float) * (size_t)rows * width);
-    int whole = (rows + MR - 1) / MR * MR;
+    int whole = (rows + GR - 1) / GR * GR;
     if (whole > rows) memset(to + (size_t)rows * width, 0, sizeof(float) * (size_t)(whole - rows) * width);
 }
 
@@ -351,7 +362,7 @@ INLINE float raise_shift(float *c, float top, float *total, float *out, int widt
 static void forward_rows(Call *p, int64_t unit, float *room) {
     const int blocks = (p->q_len + p->bq - 1) / p->bq, block = blocks - 1 - unit % blocks; /* the longest first, where causal */
     const int n = unit / blocks, b = n / p->heads, h = n % p->heads;
-    const int first = block * p->bq, rows = first + p->bq < p->q_len ? p->bq : p->q_len - first, whole = (rows + MR - 1) / MR * MR;
+    const int first = block * p->bq, rows = first + p->bq < p->q_len ? p->bq : p->q_len - first, whole = (rows + GR - 1) / GR * GR;
     const int64_t kv = (int64_t)b * (p->heads / p->group) + h / p->group, at = (int64_t)n * p->q_len + first;
     const int32_t *list = p->lists + b * p->list_b + h * p->list_h + block * p->list_q;
     const int entries = p->lengths[b * p->length_b + h * p->length_h + block];
@@ -393,7 +404,7 @@ static void forward_rows(Call *p, int64_t unit, float *room) {
             }
             any |= list[e] & 1 ? weigh(&r, x, shift, total + m, 0) : weigh(&r, x, shift, total + m, 1);
         }
-        if (any) product(whole, p->dv_size, count, tile, wide, 1, p->v + (kv * p->k_len + j0) * p->dv_size, p->dv_size, out, p->dv_size, 1);
+        if (any) product(whole, p->dv_size, count, tile, wide, 1, p->v + (kv * p->k_len + j0) * p->dv_size, p->dv_size, NR, out, p->dv_size, 1);
     }
     memcpy(p->out + at * p->dv_size, out, sizeof(float) * (size_t)rows * p->dv_size);
     for (int m = 0; m < rows; m++) p->total[at + m] = total[m], p->shift[at + m] = c[m] > -INFINITY ? c[m] : 0.0f;
@@ -440,7 +451,7 @@ static void forward_columns(Call *p, int64_t n, float *room) {
         const int32_t from = starts[block], to = starts[block + 1];
         const int j0 = block * p->bk, count = j0 + p->bk < p->k_len ? p->bk : p->k_len - j0;
         for (int32_t start = from; start < to; start += p->bq) {
-            const int rows = start + p->bq < to ? p->bq : to - start, whole = (rows + MR - 1) / MR * MR;
+            const int rows = start + p->bq < to ? p->bq : to - start, whole = (rows + GR - 1) / GR * GR;
             for (int m = 0; m < rows; m++) memcpy(q + m * p->d, p->q + (at + chosen[start + m]) * p->d, sizeof(float) * p->d);
             score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
             for (int m = 0; m < rows; m++) {
@@ -454,7 +465,7 @@ static void forward_columns(Call *p, int64_t n, float *room) {
                 }
                 if (full) weigh(&r, x, shift, p->total + at + row, 0); else weigh(&r, x, shift, p->total + at + row, 1);
             }
-            product(whole, width, count, s, p->bk, 1, p->v + (kv * p->k_len + j0) * width, width, out, width, 0);
+            product(whole, width, count, s, p->bk, 1, p->v + (kv * p->k_len + j0) * width, width, NR, out, width, 0);
             for (int m = 0; m < rows; m++) {
                 float *into = p->out + (at + chosen[start + m]) * width;
                 for (int t = 0; t < width; t++) into[t] += out[m * width + t];
@@ -469,12 +480,12 @@ static void forward_columns(Call *p, int64_t n, float *room) {
 /* The gradients one tile gives, added to dq (local), dk and dv. */
 INLINE void backward_tile(Call *p, int b, int h, int slot, const int32_t *row_of_m, int first, int rows, int32_t entry, const float *even,
                           const float *q, const float *grad, float *dq, float *s, float *g, float *dk, float *dv, int64_t kv) {
-    const int whole = (rows + MR - 1) / MR * MR;
+    const int whole = (rows + GR - 1) / GR * GR;
     int j0, count = enter(p, entry, &j0);
-    const int columns = (count + MR - 1) / MR * MR;
+    const int columns = (count + GR - 1) / GR * GR;
     const int64_t n = (int64_t)b * p->heads + h;
     score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
-    product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, p->bk, g, p->bk, 0);
+    product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, NR, (int64_t)p->dv_size * NR, g, p->bk, 0);
     for (int m = 0; m < rows; m++) {
         const int row = row_of_m ? row_of_m[m] : first + m;
         Row r = row_of(p, b, h, row, slot);
@@ -483,7 +494,7 @@ INLINE void backward_tile(Call *p, int b, int h, int slot, const int32_t *row_of
         const int full = row_of_m ? p->kind[b * p->kind_b + h * p->kind_h + (int64_t)(row / p->bk) * (p->k_pad / p->bk) + entry / 2] == 2 : entry & 1;
         if (full) pull(&r, x, y, c, gh, even ? even[m] : 0.0f, 0); else pull(&r, x, y, c, gh, even ? even[m] : 0.0f, 1);
     }
-    product(columns, p->dv_size, rows, s, 1, p->bk, grad, p->dv_size, dv + (int64_t)j0 * p->dv_size, p->dv_size, 1);
+    product(columns, p->dv_size, rows, s, 1, p->bk, grad, p->dv_size, NR, dv + (int64_t)j0 * p->dv_size, p->dv_size, 1);
 #if DISTANCE /* d |q - k|^2 = 2 (q - k) (dq - dk): the products below with -2 g, and each side times its own sums of that */
     for (int m = 0; m < rows; m++) {
         float sum = 0.0f, *own = g + m * p->bk;
@@ -496,8 +507,8 @@ INLINE void backward_tile(Call *p, int b, int h, int slot, const int32_t *row_of
         for (int e = 0; e < p->d; e++) dk[(int64_t)(j0 + t) * p->d + e] -= sum * p->k[(kv * p->k_len + j0 + t) * p->d + e];
     }
 #endif
-    product(columns, p->d, rows, g, 1, p->bk, q, p->d, dk + (int64_t)j0 * p->d, p->d, 1);
-    product(whole, p->d, count, g, p->bk, 1, p->k + (kv * p->k_len + j0) * p->d, p->d, dq, p->d, 1);
+    product(columns, p->d, rows, g, 1, p->bk, q, p->d, NR, dk + (int64_t)j0 * p->d, p->d, 1);
+    product(whole, p->d, count, g, p->bk, 1, p->k + (kv * p->k_len + j0) * p->d, p->d, NR, dq, p->d, 1);
 }
 
 /* One head of keys and a share of its queries; dk and dv of each share are summed by the caller. */
@@ -512,7 +523,7 @@ static void backward_rows(Call *p, int64_t unit, float *room) {
             const int first = block * p->bq, rows = first + p->bq < p->q_len ? p->bq : p->q_len - first;
             const int64_t at = ((int64_t)b * p->heads + h) * p->q_len + first;
             const int32_t *list = p->lists + b * p->list_b + h * p->list_h + block * p->list_q;
-            const int entries = p->lengths[b * p->length_b + h * p->length_h + block], whole = (rows + MR - 1) / MR * MR;
+            const int entries = p->lengths[b * p->length_b + h * p->length_h + block], whole = (rows + GR - 1) / GR * GR;
             fill(q, p->q + at * p->d, rows, p->d);
             fill(grad, p->grad_out + at * p->dv_size, rows, p->dv_size);
             memset(dq, 0, sizeof(float) * (size_t)whole * p->d);
@@ -524,7 +535,7 @@ static void backward_rows(Call *p, int64_t unit, float *room) {
                 int j0, count = enter(p, list[e], &j0);
                 float weight = 0.0f;
                 score(whole, p->bk, p->d, q, p->kt + (kv * p->k_pad + j0) * p->d, s, p->bk);
-                product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, p->bk, g, p->bk, 0);
+                product(whole, p->bk, p->dv_size, grad, p->dv_size, 1, p->vt + (kv * p->k_pad + j0) * p->dv_size, NR, (int64_t)p->dv_size * NR, g, p->bk, 0);
                 float before = 0.0f, after = 0.0f;
                 for (int m = 0; m < rows; m++) {
                     Row r = row_of(p, b, h, first + m, slot);
@@ -559,7 +570,7 @@ static void backward_columns(Call *p, int64_t kv, float *room) {
         for (int block = 0; block < blocks; block++) {
             const int32_t from = starts[block], to = starts[block + 1];
             for (int32_t start = from; start < to; start += p->bq) {
-                const int rows = start + p->bq < to ? p->bq : to - start, whole = (rows + MR - 1) / MR * MR;
+                const int rows = start + p->bq < to ? p->bq : to - start, whole = (rows + GR - 1) / GR * GR;
                 for (int m = 0; m < rows; m++) {
                     memcpy(q + m * p->d, p->q + (at + chosen[start + m]) * p->d, sizeof(float) * p->d);
                     memcpy(grad + m * p->dv_size, p->grad_out + (at + chosen[start + m]) * p->dv_size, sizeof(float) * p->dv_size);
@@ -575,7 +586,7 @@ static void backward_columns(Call *p, int64_t kv, float *room) {
 }
 #endif
 
-/* A block of keys or values turned, channels first, zeros beyond the end; 16 x 16 at a time, which caches like. */
+/* A block of keys or values turned into panels of NR keys, in each channels first, zeros beyond the end; 16 x 16 at a time, which caches like. */
 static void turn(Call *p, int64_t unit, float *room) {
     (void)room;
     const int64_t blocks = p->k_pad / p->bk, half = blocks * p->batch * (p->heads / p->group);
@@ -587,7 +598,7 @@ static void turn(Call *p, int64_t unit, float *room) {
     for (int j = 0; j < p->bk; j += 16)
         for (int d = 0; d < width; d += 16)
             for (int e = d; e < d + 16; e++)
-                for (int at = j; at < j + 16; at++) to[(int64_t)e * p->bk + at] = at < count ? from[(int64_t)at * width + e] : 0.0f;
+                for (int at = j; at < j + 16; at++) to[((int64_t)at / NR * width + e) * NR + at % NR] = at < count ? from[(int64_t)at * width + e] : 0.0f;
 }
 
 static void *worker(void *call) {

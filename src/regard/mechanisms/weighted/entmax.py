@@ -13,24 +13,26 @@ from .sparsemax import above
 
 WIDEST = 50.0  # exp(-50) is below the rounding of a sum of one, so no root lies further from the row's maximum
 FLAT = 0.1  # alpha - 1 below which weights are written as what they are beside e^(s - c)
-NEAR, ORDER = 0.03, 12  # where log(1 + t) / t is a series, and how many terms make it exact to float64
+NEAR, ORDER = 0.003, 6  # where log(1 + t) / t is a series, and how many terms make it exact to float64
 
 
 def tempered(s: Tensor, c: Tensor, alpha: Tensor) -> Tensor:
     """((alpha - 1) (s - c))_+^(1 / (alpha - 1)), c = tau / (alpha - 1), whose threshold is exact; and, for alpha - 1 below FLAT, where that c
     grows without bound, (1 + (alpha - 1) (s - c))_+^(1 / (alpha - 1)), which tends to e^(s - c) at alpha = 1."""
-    x, delta = s - c, alpha - 1
-    t, flat = delta * x, delta * torch.ones_like(x) < FLAT
+    x, one = s - c, torch.ones_like(s)
+    delta = (alpha - 1) * one
+    t, flat = delta * x, delta < FLAT
     base = torch.where(flat, 1 + t, t)
+    on = base > 0
+    safe = torch.where(on, base, one)
+    log = torch.log(safe) + torch.where(flat & on, (t - (base - 1)) / safe, 0.0 * one)  # what rounding 1 + t lost
     near = flat & (torch.abs(t) < NEAR)
-    inside = torch.where(near, t, torch.zeros_like(t))
+    inside = torch.where(near, t, 0.0 * one)
     series = inside * (-1 / ORDER) + 1 / (ORDER - 1)
     for n in range(ORDER - 2, 0, -1):
         series = 1 / n - inside * series
-    on = base > 0
-    log = torch.log(torch.where(on, torch.where(near, torch.ones_like(x), base), torch.ones_like(x)))
-    power = torch.where(near, x * series, log / torch.where(near, torch.ones_like(x), delta * torch.ones_like(x)))
-    return torch.where(on, torch.exp(power), torch.zeros_like(x))
+    power = torch.where(near, x * series, log * (1 / torch.where(delta > 0, delta, one)))
+    return torch.where(on, torch.exp(power), 0.0 * one)
 
 
 def tempered_half(s: Tensor, c: Tensor) -> Tensor:
