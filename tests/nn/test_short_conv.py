@@ -12,12 +12,8 @@ OPTIONAL = {"gla": {"short_conv": 4}, "gsa": {"short_conv": 4}, "lightnet": {"sh
 
 
 def recipes() -> list[str]:
-    found = []
-    for name, entry in entries().items():
-        if entry.kind == "mechanism" and getattr(regard.get(name, **OPTIONAL.get(name, {})), "recipe", None) is not None:
-            if regard.get(name, **OPTIONAL.get(name, {})).recipe_of.short_conv:
-                found.append(name)
-    return found
+    made = {name: regard.get(name, **OPTIONAL.get(name, {})) for name, entry in entries().items() if entry.kind == "mechanism"}
+    return [name for name, mechanism in made.items() if mechanism.recipe_of.short_conv]
 
 
 def layer_of(name: str) -> regard.nn.Attention:
