@@ -109,8 +109,17 @@ class Vectors:
     def leaf(self, name: str) -> Tensor:
         return self(name).clone().requires_grad_()
 
-    def leaves(self, *names: str) -> list[Tensor]:
-        return [self.leaf(name) for name in names]
+    def leaves(self, *names: str) -> dict[str, Tensor]:
+        return {name: self.leaf(name) for name in names}
+
+    def op(self, function: Callable[..., Tensor], **arrays: str) -> Tensor:
+        """function(argument=leaf, ...) and its gradients against the stored ones; arrays: {argument: array}, by default q, k and v."""
+        arrays = arrays or {name: name for name in "qkv"}
+        leaves = {array: self.leaf(array) for array in arrays.values()}
+        out = function(**{argument: leaves[array] for argument, array in arrays.items()})
+        self.same(out, "out")
+        self.gradients(self.weigh(out), leaves)
+        return out.detach()
 
     def exact(self, want: str | Tensor) -> Tensor:
         """A stored array in the precision it is stored in."""

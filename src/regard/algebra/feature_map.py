@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .part import Function, Input, Learned, Part, Sizes, bind, call, described
 
 
 @described
 class FeatureMap(Part):
-    """query and key: plain functions x (B, H, L, D) -> (B, H, L, F), and by name any of: position (L,), n, inputs.
+    """query and key: plain functions x (B, H, L, D) -> (B, H, L, F), and by name any of: position (L,), n, causal, inputs; key also
+    real.
 
-    n (B|1, 1, L|1, 1) is how many tokens are visible to a query, or stand up to a key.
+    n (B|1, 1, L|1, 1) is how many tokens are visible to a query, or stand up to a key. causal: whether the call is. real (B, 1, L, 1): which
+    keys are no padding, or None.
 
     key None: the same function as query. pre: a power of D multiplying q and k before the map (Performer: -1/4).
     causal: whether each token's features read no later token. kernel: phi_q(q).phi_k(k) as a plain function of (q.k, D), for maps that are
@@ -41,6 +44,9 @@ class FeatureMap(Part):
         return q, k
 
     def __call__(self, q: Tensor, k: Tensor, q_env: Mapping[str, Any], k_env: Mapping[str, Any]) -> tuple[Any, ...]:
+        # What features that are asked for outside a call go without.
+        alone = {"real": None, "causal": False, **{x.name: x.default for x in self.inputs if isinstance(x.default, (int, float))}}
+        q_env, k_env = {**alone, **q_env}, {**alone, **k_env}
         q, k = self.narrow(q, k, q_env, k_env)
         return call(self.query, q, env=q_env), call(self.key or self.query, k, env=k_env)
 
@@ -106,24 +112,35 @@ def orthogonal_gaussian(sizes: Sizes, features: int, orthogonal: bool = True, se
     return torch.cat(blocks)[:features] * norms[:, None]
 
 
-def positive_random(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool, stabilize: bool) -> Tensor:
-    """m^(-1/2) exp(w.x - |x|^2/2) (+ eps): an unbiased positive estimate of exp(q.k)."""
+def exponents(x: Tensor, projection: Tensor, hyperbolic: bool) -> tuple[Tensor, Tensor]:
+    """w.x of every feature, and |x|^2 / 2."""
     at = x @ projection.to(x.dtype).transpose(-1, -2)
-    at = torch.cat((at, -at), -1) if hyperbolic else at
-    power = at - x.square().sum(-1, keepdim=True) / 2
-    if stabilize:
-        power = power - power.amax((-1, -2), keepdim=True).detach()
-    return (torch.exp(power) + eps) / math.sqrt(at.shape[-1])
+    return torch.cat((at, -at), -1) if hyperbolic else at, x.square().sum(-1, keepdim=True) / 2
 
 
-def positive_random_query(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool, stabilize: bool) -> Tensor:
-    """As for keys; the stabilising maximum is the token's own, which cancels in the readout."""
-    at = x @ projection.to(x.dtype).transpose(-1, -2)
-    at = torch.cat((at, -at), -1) if hyperbolic else at
-    power = at - x.square().sum(-1, keepdim=True) / 2
-    if stabilize:
-        power = power - power.amax(-1, keepdim=True).detach()
-    return (torch.exp(power) + eps) / math.sqrt(at.shape[-1])
+def positive_random(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool) -> Tensor:
+    """m^(-1/2) (exp(w.x - |x|^2/2) + eps): an unbiased positive estimate of exp(q.k)."""
+    at, half = exponents(x, projection, hyperbolic)
+    return (torch.exp(at - half) + eps) / math.sqrt(at.shape[-1])
+
+
+def stable_query(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool) -> Tensor:
+    """The same over e^max w.x of the token, which the readout divides out but for eps."""
+    at, half = exponents(x, projection, hyperbolic)
+    return (torch.exp(at - half - at.detach().amax(-1, keepdim=True)) + eps) / math.sqrt(at.shape[-1])
+
+
+def stable_key(
+    x: Tensor, projection: Tensor, key_shift: Tensor, real: Tensor | None, causal: bool, eps: float, hyperbolic: bool
+) -> Tensor:
+    """The same over e^max w.x of all keys that are no padding; over e^key_shift in a causal call, where a maximum would look ahead."""
+    at, half = exponents(x, projection, hyperbolic)
+    if causal:
+        top = key_shift
+    else:
+        top = (at.detach() if real is None else at.detach().masked_fill(~real, float("-inf"))).amax((-1, -2), keepdim=True)
+        top = torch.where(top.isfinite(), top, 0.0)
+    return (torch.exp(at - half - top) + eps) / math.sqrt(at.shape[-1])
 
 
 def favor(
@@ -139,16 +156,17 @@ def favor(
 ) -> FeatureMap:
     """Performer's positive random features; input `projection` (features, D), drawn from `seed` unless passed.
 
-    causal: leave out the maximum over all keys, which would let a query feel later keys through eps.
+    phi(x) = m^(-1/2) (exp(w.x - |x|^2/2 - shift) + eps).
+    stabilize: exponents are taken from the largest w.x, of the token for queries, of all keys for keys; under a causal mask from the input
+    `key_shift` (B, H), 0 unless given, since a maximum would let a query feel later keys through eps. causal: whether it may run so.
     """
     draw = bind(orthogonal_gaussian, features=features, orthogonal=orthogonal, seed=seed, regularised=regularised)
     common: dict[str, Any] = {"eps": eps, "hyperbolic": hyperbolic}
-    return FeatureMap(
-        bind(positive_random_query, stabilize=stabilize, **common),
-        bind(positive_random, stabilize=stabilize and not causal, **common),
-        inputs=(Input("projection", "fd", default=draw, layer=Learned(draw, trainable=False)),),
-        pre=-0.25,
-    )
+    inputs = (Input("projection", "fd", default=draw, layer=Learned(draw, trainable=False)),)
+    if not stabilize:
+        return FeatureMap(bind(positive_random, **common), inputs=inputs, pre=-0.25, causal=causal)
+    shift = Input("key_shift", "bh", default=0.0)
+    return FeatureMap(bind(stable_query, **common), bind(stable_key, **common), inputs=(*inputs, shift), pre=-0.25, causal=causal)
 
 
 def generalized(x: Tensor, projection: Tensor, function: Function, eps: float) -> Tensor:
@@ -159,33 +177,50 @@ def eye_per_head(sizes: Sizes) -> Tensor:
     return torch.eye(sizes.head_dim).repeat(sizes.heads, 1, 1)
 
 
-def softmax_pair(x: Tensor, weight: Tensor, shift: Tensor, clamp: float) -> Tensor:
-    """Hedgehog's [softmax_d(Wx + b), softmax_d(-Wx - b)], clamped from below."""
+def softmax_pair(y: Tensor) -> Tensor:
+    """Hedgehog's [softmax_d(y), softmax_d(-y)]."""
+    return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
+
+
+def softmax_half(y: Tensor) -> Tensor:
+    return y.softmax(-1)
+
+
+def exp_pair(y: Tensor) -> Tensor:
+    """[exp(y), exp(-y)], the unnormalised form."""
+    return torch.cat((y, -y), -1).exp()
+
+
+def exp_shifted_pair(y: Tensor) -> Tensor:
+    """[exp(y - max y), exp(-y + min y)]: between 0 and 1, and for keys another function than `exp_pair`."""
+    return torch.cat((y - y.amax(-1, keepdim=True), y.amin(-1, keepdim=True) - y), -1).exp()
+
+
+HEDGEHOG: dict[str, Function] = {"softmax": softmax_pair, "half": softmax_half, "exp": exp_pair, "exp_shifted": exp_shifted_pair}
+
+
+def mapped(x: Tensor, weight: Tensor, shift: Tensor, form: str, clamp: float) -> Tensor:
+    """The form of y = W x + b, clamped from below."""
     y = torch.einsum("...hld,hfd->...hlf", x, weight.to(x.dtype)) + shift.to(x.dtype)[:, None, None]
-    return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).clamp_min(clamp)
+    return HEDGEHOG[form](y).clamp_min(clamp)  # type: ignore[no-any-return]
 
 
-def exp_pair(x: Tensor, weight: Tensor, shift: Tensor, clamp: float) -> Tensor:
-    """[exp(Wx + b), exp(-Wx - b)], the unnormalised form."""
-    y = torch.einsum("...hld,hfd->...hlf", x, weight.to(x.dtype)) + shift.to(x.dtype)[:, None, None]
-    return torch.cat((y, -y), -1).exp().clamp_min(clamp)
+def on_query(x: Tensor, query_map: Tensor, query_shift: Tensor, form: str, clamp: float) -> Tensor:
+    return mapped(x, query_map, query_shift, form, clamp)
 
 
-def on_query(x: Tensor, query_map: Tensor, query_shift: Tensor, form: Function, clamp: float) -> Tensor:
-    return form(x, query_map, query_shift, clamp)
-
-
-def on_key(x: Tensor, key_map: Tensor, key_shift: Tensor, form: Function, clamp: float) -> Tensor:
-    return form(x, key_map, key_shift, clamp)
+def on_key(x: Tensor, key_map: Tensor, key_shift: Tensor, form: str, clamp: float) -> Tensor:
+    return mapped(x, key_map, key_shift, form, clamp)
 
 
 def hedgehog(form: str = "softmax", clamp: float = 1e-12) -> FeatureMap:
     """Learned maps, one D x D matrix a head for queries and one for keys, from the identity; inputs `query_map`, `key_map`
     (H, F, D) and scalar shifts `query_shift`, `key_shift` (H,)."""
-    function = softmax_pair if form == "softmax" else exp_pair
+    if form not in HEDGEHOG:
+        raise RegardError(f"form={form!r}; expected one of {', '.join(HEDGEHOG)}")
     maps = [Input(f"{side}_map", "hfd", default=eye_per_head, layer=Learned(eye_per_head)) for side in ("query", "key")]
     shifts = [Input(f"{side}_shift", "h", default=0.0, layer=Learned(0.0, trainable=False)) for side in ("query", "key")]
-    return FeatureMap(bind(on_query, form=function, clamp=clamp), bind(on_key, form=function, clamp=clamp), inputs=(*maps, *shifts))
+    return FeatureMap(bind(on_query, form=form, clamp=clamp), bind(on_key, form=form, clamp=clamp), inputs=(*maps, *shifts))
 
 
 def cosine_reweighted(x: Tensor, position: Tensor, horizon: float, base: Function) -> Tensor:

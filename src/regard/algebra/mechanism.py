@@ -233,7 +233,8 @@ class Nystrom(Mechanism):
     """o = P A^+ (P'^T v) with P = kernel(q, landmarks), A = kernel(landmarks, landmarks), P' = kernel(k, landmarks).
 
     The kernel is Gaussian, exp(-|x - y|^2 / 2), on q and k times D^(-1/4). A^+ by `iterations` Newton-Raphson steps on
-    A + ridge I, whose backward is -Y^T G Y^T. symmetric: D^-1/2 A^+ D^-1/2 with D = diag(A 1). Not causal.
+    A + ridge I, whose backward is -Y^T G Y^T. symmetric: D^-1/2 A^+ D^-1/2 with D = diag(A 1). mode: "newton" or "symmetric", from a
+    start a sample and head; "exact": a direct inverse; "released": from one start over the batch, differentiated step by step. Not causal.
     landmarks: the input `landmarks` (B, H, m, D), or, when absent, q pooled over its length to `count` tokens.
     """
 
@@ -241,6 +242,7 @@ class Nystrom(Mechanism):
     iterations: int = 20
     ridge: float = 0.0
     symmetric: bool = False
+    mode: str = "newton"
     inputs: tuple[Input, ...] = (Input("landmarks", "bhfd", default="pool"),)
     recipe: Recipe = field(default_factory=lambda: Recipe(rope=False))
 
@@ -289,13 +291,18 @@ class Clustered(Mechanism):
 
 
 def constants(sizes: Sizes, values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def every_channel(sizes: Sizes, values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None].repeat(1, sizes.heads, sizes.value_dim)
 
 
 @described
 class Hybrid(Mechanism):
     """Several mechanisms on the same q, k, v. how: "sum", "head" (heads split in `shares`), "gate": sum_m gate_m o_m with input
-    `gate` (B, H, Lq, M), or "blend": sum_m blend_m o_m with input `blend` (M,), by default `shares`."""
+    `gate` (B, H, Lq, M), "blend": sum_m blend_m o_m with input `blend` (M,), by default `shares`, or "channels": the same with `blend`
+    (M, H, Dv), learned from `shares`."""
 
     members: tuple[Mechanism, ...] = ()
     how: str = "sum"
@@ -305,14 +312,17 @@ class Hybrid(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.how not in ("sum", "head", "gate", "blend"):
-            raise RegardError(f"Hybrid(how={self.how!r}): expected sum, head, gate or blend")
+        if self.how not in ("sum", "head", "gate", "blend", "channels"):
+            raise RegardError(f"Hybrid(how={self.how!r}): expected sum, head, gate, blend or channels")
+        if self.how == "channels" and not self.inputs:
+            wide = bind(every_channel, values=self.shares)
+            object.__setattr__(self, "inputs", (Input("blend", "fhe", default=wide, layer=Learned(wide)),))
         if self.how == "blend" and not self.inputs:
             start = bind(constants, values=self.shares)
             object.__setattr__(self, "inputs", (Input("blend", "f", default=start, layer=Learned(start, trainable=False)),))
         if self.how == "gate" and not self.inputs:
             object.__setattr__(self, "inputs", (Input("gate", "bhqf"),))
-        if self.how in ("head", "blend") and len(self.shares) != len(self.members):
+        if self.how in ("head", "blend", "channels") and len(self.shares) != len(self.members):
             raise RegardError(f"Hybrid(shares={self.shares}): expected one number for each of {len(self.members)} members")
 
     @property

@@ -140,7 +140,7 @@ def alibi_slopes(sizes: Sizes) -> Tensor:
         return [2 ** (-8 * (head + 1) / count) for head in range(count)]
 
     below = 2 ** math.floor(math.log2(sizes.heads))
-    return torch.tensor(powers(below) + powers(2 * below)[0::2][: sizes.heads - below])
+    return torch.tensor(powers(below) + powers(2 * below)[0::2][: sizes.heads - below], dtype=torch.float64)
 
 
 def alibi(s: Tensor, i: Tensor, j: Tensor, slopes: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Dot(Score):
 
 def log2_pairs(sizes: Sizes) -> Tensor:
     """QKNorm's g0 = log2(L^2 - L), about the number of off-diagonal pairs (at least 1 for very short inputs)."""
-    return torch.tensor(max(1.0, math.log2(max(2, sizes.k_len**2 - sizes.k_len))))
+    return torch.tensor(max(1.0, math.log2(max(2, sizes.k_len**2 - sizes.k_len))), dtype=torch.float64)
 
 
 @described

@@ -54,15 +54,12 @@ def relayed(
 
 
 class NewtonInverse(torch.autograd.Function):
-    """(A + ridge I)^-1 by Newton-Raphson; backward is -Y^T G Y^T, without walking back through the iterations."""
+    """(A + ridge I)^-1 by Newton-Raphson (iterations None: directly); backward is -Y^T G Y^T, without walking back through the iterations."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, ridge: float, start: float, iterations: int) -> Tensor:
+    def forward(ctx: Any, a: Tensor, ridge: float, start: float, iterations: int | None) -> Tensor:
         system = a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        largest = a.abs().sum(-1).amax(-1)[..., None, None]
-        y = start / largest.square() * system
-        for _ in range(iterations):
-            y = 2 * y - y @ system @ y
+        y = torch.linalg.inv(system) if iterations is None else newton_steps(system, start / row_sums(a).square(), iterations)
         ctx.save_for_backward(y)
         return y
 
@@ -71,6 +68,30 @@ class NewtonInverse(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         turned = y.transpose(-1, -2)
         return -turned @ grads[0] @ turned, None, None, None
+
+
+def row_sums(a: Tensor) -> Tensor:
+    """The largest row sum of each matrix, (..., 1, 1)."""
+    return a.abs().sum(-1).amax(-1)[..., None, None]
+
+
+def newton_steps(system: Tensor, start: Tensor, iterations: int) -> Tensor:
+    y = start * system
+    for _ in range(iterations):
+        y = 2 * y - y @ system @ y
+    return y
+
+
+def batchwise_inverse(a: Tensor, iterations: int, start: float = 2.0, halvings: int = 10, bound: float = 1.01) -> Tensor:
+    """A^-1 as SOFT++ was released: one factor for the whole batch, halved until no column of |I - factor A A| sums to more than `bound`."""
+    with torch.no_grad():
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        factor = start / row_sums(a).amax().square()
+        for _ in range(halvings):
+            if float((eye - factor * a @ a).abs().sum(-2).amax()) <= bound:
+                break
+            factor = factor / 2
+    return newton_steps(a, factor, iterations)
 
 
 def gaussian(x: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +113,10 @@ def nystrom(
     marks = pooled(q, mechanism.count) if marks is None else marks.to(wide) * temperature
     middle = gaussian(marks, marks)
     start = 2.0 if mechanism.symmetric else 1.8
-    inverse = NewtonInverse.apply(middle, mechanism.ridge, start, mechanism.iterations)
+    if mechanism.mode == "released":
+        inverse = batchwise_inverse(middle, mechanism.iterations)
+    else:
+        inverse = NewtonInverse.apply(middle, mechanism.ridge, start, None if mechanism.mode == "exact" else mechanism.iterations)
     if mechanism.symmetric:
         side = middle.sum(-1).rsqrt()
         inverse = side[..., :, None] * inverse * side[..., None, :]
@@ -196,7 +220,7 @@ def hybrid(
             start += int(share)
         return torch.cat(outs, 1)
     outs = [part(member, q, k, v) for member in mechanism.members]
-    if mechanism.how in ("sum", "blend"):
+    if mechanism.how in ("sum", "blend", "channels"):
         return blended(mechanism, outs, given)
     gate = given.get("gate")
     if gate is None or gate.shape[-1] != len(outs):
@@ -209,6 +233,13 @@ def blended(mechanism: Hybrid, outs: Sequence[Tensor], given: Mapping[str, Any])
     if mechanism.how == "sum":
         return torch.stack(tuple(outs)).sum(0)
     blend = given.get("blend")
+    if mechanism.how == "channels":
+        wanted = (len(outs), outs[0].shape[1], outs[0].shape[-1])
+        if blend is None:
+            blend = outs[0].new_tensor(mechanism.shares)[:, None, None].expand(wanted)
+        if blend.shape != wanted:
+            raise RegardError(f"input 'blend' has shape {tuple(blend.shape)}; expected {wanted}: members, heads, channels")
+        return (torch.stack(tuple(outs)) * blend[:, None, :, None].to(outs[0])).sum(0)
     factors = torch.tensor(mechanism.shares, dtype=torch.float64) if blend is None else blend
     if factors.shape != (len(outs),):
         raise RegardError(f"input 'blend' has shape {tuple(factors.shape)}; expected ({len(outs)},), one number a member")

@@ -108,6 +108,7 @@ def attend(
     whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
+    q, k, v = under_autocast(q, k, v)
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
     if torch.compiler.is_compiling():
@@ -138,6 +139,19 @@ def attend_now(
             return sdpa.given(q, k, v, chosen.whole_mask, chosen.mask_inputs, inputs, chosen.sizes, scale)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
+
+
+def autocasting(x: Any) -> bool:
+    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+
+
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as PyTorch's attention takes them under autocast: in its dtype. Executors then run outside it, and widen what they need."""
+    if not autocasting(q):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v)]
+    return cast[0], cast[1], cast[2]
 
 
 def with_state(
@@ -176,6 +190,7 @@ def attend_with_stats(
     **inputs: Any,
 ) -> tuple[Tensor, Stats]:
     """`attend` of a weighted mechanism, with each row's (shift, total, count), which `merge` joins over split keys."""
+    q, k, v = under_autocast(q, k, v)
     if isinstance(mask, Tensor):
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
@@ -240,6 +255,9 @@ def execute(
     chosen: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: dict[str, Any], stats: bool = False
 ) -> tuple[Tensor, Stats | None]:
     """Run a plan: (out, row statistics or None)."""
+    if autocasting(q):
+        with torch.autocast(q.device.type, enabled=False):
+            return execute(chosen, q, k, v, scale, inputs, stats)
     mechanism, name = chosen.mechanism, chosen.executor
     if chosen.sizes.empty:
         return nothing(chosen, q, k, v, inputs)

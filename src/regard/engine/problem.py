@@ -71,6 +71,8 @@ def fill_inputs(
                 if "n" in wanted and counts is None:
                     raise RegardError(f"the default of input {name!r} needs visible counts, which this call has not")
                 value = value(**{key: {"sizes": sizes, "n": counts}[key] for key in wanted})
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    value = value.to(torch.promote_types(like.dtype, torch.float32))
                 if isinstance(value, Tensor) and value.dim() == 4 and len(spec.shape) != 4:
                     out[name] = value.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
                     continue

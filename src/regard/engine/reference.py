@@ -51,10 +51,11 @@ def scores(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
 
 
 def shift_of(normalizer: RowLocal, s: Tensor, seen: Tensor) -> Tensor:
-    """The stabilising shift c of each row; it changes no weight, so no gradient passes."""
+    """The stabilising shift c of each row; it changes no weight, so no gradient passes, unless the normalizer is anchored to it."""
     if normalizer.shift == "none":
         return torch.zeros_like(s[..., :1])
-    size = s.detach().abs() if normalizer.shift == "maxabs" else s.detach()
+    s = s if normalizer.anchor else s.detach()
+    size = s.abs() if normalizer.shift == "maxabs" else s
     top = size.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
     top = top.clamp_min(0) if normalizer.shift == "max0" else top
     return torch.where(top.isfinite(), top, torch.zeros_like(top))

@@ -17,7 +17,7 @@ from ..algebra.rows import RowWise
 from ..errors import RegardError
 from . import recurrent as scans
 from .composed import STEP, blended
-from .door import attend, resolved
+from .door import attend, autocasting, resolved, under_autocast
 from .problem import combine_masks, fill_inputs, functions_of, scaled_values, sizes_of
 from .recurrent.levels import LevelState
 from .recurrent.slots import SlotState
@@ -153,6 +153,10 @@ def step(
     them, or the slots (K (B, H, m, D), V (B, H, m, Dv)); one a key head is shared as k and v are. Equal to the last n rows of `attend` over all tokens with mask=Causal() (& `mask`); masks' inputs (`keep` of Padding()) cover
     all keys so far. A stream owns its state: older states share its buffers. Inputs whose default depends on the length must be passed.
     """
+    if autocasting(q):
+        q, k, v = under_autocast(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return step(q, k, v, mechanism, state, mask=mask, scale=scale, **inputs)
     description = settle(resolved(mechanism))
     sizes = sizes_of(q, k, v)
     for item in description.declared:

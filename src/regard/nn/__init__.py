@@ -41,7 +41,14 @@ from .parts import LayerScale, ShortConv, SwiGLU
 from .prepbn import PRepBN, RepBN
 from .prototypes import IDWClassifier
 from .recurrent_memory import RecurrentMemoryBlock
-from .relational import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols, SymbolicAttention
+from .relational import (
+    DualAttention,
+    PositionalSymbols,
+    RelationalAttention,
+    RelationalCrossAttention,
+    RelativeSymbols,
+    SymbolicAttention,
+)
 from .relative_conv import RelativeConvMHA
 from .relaxed import RelaxedAttention
 from .reused_indices import ReusedIndices
@@ -126,6 +133,7 @@ __all__ = [
     "PositionalSymbols",
     "RecurrentMemoryBlock",
     "RelationalAttention",
+    "RelationalCrossAttention",
     "RelativeConvMHA",
     "RelativeSymbols",
     "RelaxedAttention",

@@ -12,12 +12,13 @@ from .parts import ShortConv
 
 
 class GatedConv(nn.Module):
-    """W_o(silu(conv3(x W1)) * (x W2)), a causal depthwise convolution of width 3 between two projections."""
+    """W_o(silu(conv3(x W1)) * (x W2)), a causal depthwise convolution of width 3 between two projections. bias: of the projections;
+    conv_bias: of the convolution."""
 
-    def __init__(self, dim: int, width: int = 3, expand: int = 1):
+    def __init__(self, dim: int, width: int = 3, expand: int = 1, bias: bool = False, conv_bias: bool = False):
         super().__init__()
-        self.left, self.right = nn.Linear(dim, expand * dim, False), nn.Linear(dim, expand * dim, False)
-        self.conv, self.out = ShortConv(expand * dim, width), nn.Linear(expand * dim, dim, False)
+        self.left, self.right = nn.Linear(dim, expand * dim, bias), nn.Linear(dim, expand * dim, bias)
+        self.conv, self.out = ShortConv(expand * dim, width, conv_bias), nn.Linear(expand * dim, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(x, None)[0]

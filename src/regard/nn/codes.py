@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..catalog.registry import register
 from ..errors import RegardError
-from ..mechanisms.reduced.codes import CodeState, code_attention, code_step
+from ..mechanisms.reduced.codes import CodeState, code_attention, code_step, pieces
 from .mega import MultiHeadEMA
 
 
@@ -33,9 +33,9 @@ class Codebook(nn.Module):
             self.register_buffer(name, x)
 
     def commitment(self, k: Tensor, which: Tensor) -> Tensor:
-        """mean |k - C_z|^2 of keys k (B, H, N, D) with codes `which` (B, H, N)."""
+        """|k - C_z|^2 of keys k (B, H, N, D) with codes `which` (B, H, N), summed over heads, mean over batch and tokens."""
         heads = torch.arange(len(self.codes), device=k.device)[:, None]
-        return (k - self.codes[heads, which].detach()).square().sum(-1).mean()
+        return (k - self.codes[heads, which].detach()).square().sum((1, 3)).mean()
 
     @torch.no_grad()
     def update(self, k: Tensor, which: Tensor) -> None:
@@ -63,8 +63,9 @@ def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) 
 class VQAttention(nn.Module):
     """x (B, N, dim) -> (B, N, dim): causal softmax attention over quantised keys with Transformer-XL positions near by, gated.
 
-    heads: of width key_dim each (None: dim / heads); values are value_dim wide over all heads (None: 2 dim). codes: S a head. block: L. reach: distances with a
-    position term (None: block + 1, that is i - j <= block). After a pass `commitment` holds the loss to be added times 1e-4; in training the codebook follows its keys.
+    heads: of width key_dim each (None: dim / heads); values are value_dim wide over all heads (None: 2 dim). codes: S a head. block: L.
+    memory: M, tokens before a block that are read one by one, and pass gradients to their keys (None: block). reach: distances with a
+    position term (None: M + 1, that is i - j <= M). aggregate False: only tokens with i - j <= M are read. After a pass `commitment` holds the loss to be added times 1e-4; in training the codebook follows its keys.
     """
 
     commitment: Tensor
@@ -78,12 +79,16 @@ class VQAttention(nn.Module):
         key_dim: int | None = None,
         value_dim: int | None = None,
         reach: int | None = None,
+        memory: int | None = None,
+        aggregate: bool = True,
     ):
         super().__init__()
         key_dim, value_dim = key_dim or dim // heads, value_dim or 2 * dim
         if value_dim % heads:
             raise RegardError(f"value_dim={value_dim} is not a multiple of heads={heads}")
-        self.heads, self.block, self.reach = heads, block, block + 1 if reach is None else reach
+        self.heads, self.block, self.memory = heads, block, block if memory is None else memory
+        self.reach = self.memory + 1 if reach is None else reach
+        self.near = {"memory": self.memory, "aggregate": aggregate}
         self.q, self.k, self.r = (nn.Linear(dim, heads * key_dim, False) for _ in range(3))
         self.v, self.gate, self.out = nn.Linear(dim, value_dim, False), nn.Linear(dim, value_dim, False), nn.Linear(value_dim, dim, False)
         self.u, self.w = (nn.Parameter(0.02 * torch.randn(heads, 1, key_dim)) for _ in range(2))
@@ -102,7 +107,7 @@ class VQAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.heads_of(x)
-        o, which = code_attention(q, k, v, self.codebook.codes, self.block, bias)
+        o, which = code_attention(q, k, v, self.codebook.codes, self.block, bias, **self.near)  # type: ignore[arg-type]
         self.commitment = self.codebook.commitment(k, which)
         if self.training:
             self.codebook.update(k, which)
@@ -111,10 +116,9 @@ class VQAttention(nn.Module):
     def step(self, x: Tensor, state: CodeState | None = None) -> tuple[Tensor, CodeState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
         q, k, v, bias = self.heads_of(x)
-        outs = []
-        for t in range(x.shape[1]):
-            at = slice(t, t + 1)
-            o, state = code_step(q[:, :, at], k[:, :, at], v[:, :, at], self.codebook.codes, state, self.block, bias[:, :, at])
+        outs, codes = [], self.codebook.codes
+        for at in pieces(x.shape[1], 0 if state is None else state.length, self.block):
+            o, state = code_step(q[:, :, at], k[:, :, at], v[:, :, at], codes, state, self.block, bias[:, :, at], **self.near)  # type: ignore[arg-type]
             outs.append(o)
         assert state is not None
         return self.close(torch.cat(outs, 2), x), state
@@ -203,8 +207,7 @@ class LongVQBlock(nn.Module):
         u, r, hx, q, k, v = self.parts(normal, m)
         codes: Any = None if state is None else state.codes
         outs = []
-        for t in range(x.shape[1]):
-            at = slice(t, t + 1)
+        for at in pieces(x.shape[1], 0 if codes is None else codes.length, self.block):
             o, codes = code_step(q[:, :, at], k[:, :, at], v[:, :, at], self.codebook.codes, codes, self.block, self.bias())
             outs.append(o)
         return self.close(x, u, r, hx, torch.cat(outs, 2)), LongVQState(ema, codes)

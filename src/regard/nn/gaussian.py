@@ -20,7 +20,8 @@ class GaussianAdaptiveAttention(nn.Module):
     """x, any shape -> x * weights of the same shape (and the weights). axis: features (-1) or time, cut into `heads` chunks, the last of
     which takes the remainder. gaussians: G a head; their offsets `delta` (H, G) start at 0, widths `c` (H, G) at exp(N(0, 1)).
 
-    padding_value: entries of x equal to it count as 0 in the statistics and pass unchanged; None: there is none. running: statistics over
+    padding_value: entries of x equal to it count as 0 in the statistics, weigh in the sum by what they are, and pass unchanged, as released
+    (so the weights of the others sum to less than one); None: there is none. running: statistics over
     the axis up to each entry (causal, for axis = time); weights are then divided by their running sum.
     """
 
@@ -39,16 +40,16 @@ class GaussianAdaptiveAttention(nn.Module):
         self.axis, self.heads, self.padding_value, self.eps, self.running = axis, heads, padding_value, eps, running
         self.delta, self.c = nn.Parameter(torch.zeros(heads, gaussians)), nn.Parameter(torch.randn(heads, gaussians).exp())
 
-    def chunk(self, x: Tensor, head: int) -> Tensor:
-        """Weights of one head's chunk (..., n), the axis last."""
+    def chunk(self, x: Tensor, known: Tensor, head: int) -> Tensor:
+        """Weights of one head's chunk (..., n), the axis last: of x, around the statistics of `known`, x with padding as 0."""
         n = x.shape[-1]
         if self.running:
             count = torch.arange(1, n + 1, device=x.device, dtype=x.dtype)
-            mean = x.cumsum(-1) / count
-            spread = ((x.square().cumsum(-1) - count * mean.square()) / (count - 1).clamp_min(1)).clamp_min(0) + self.eps
+            mean = known.cumsum(-1) / count
+            spread = ((known.square().cumsum(-1) - count * mean.square()) / (count - 1).clamp_min(1)).clamp_min(0) + self.eps
         else:
-            mean = x.mean(-1, keepdim=True)
-            spread = (x - mean).square().sum(-1, keepdim=True) / max(1, n - 1) + self.eps
+            mean = known.mean(-1, keepdim=True)
+            spread = (known - mean).square().sum(-1, keepdim=True) / max(1, n - 1) + self.eps
         log = torch.zeros_like(x)
         for delta, c in zip(self.delta[head], self.c[head], strict=True):
             width = torch.where(c.abs() < 1e-3, 1e-3, c.abs()).to(x.dtype)
@@ -65,8 +66,8 @@ class GaussianAdaptiveAttention(nn.Module):
         padding = None if self.padding_value is None else turned == self.padding_value
         known = turned if padding is None else turned.masked_fill(padding, 0.0)
         bounds = [*range(0, size * self.heads, size), turned.shape[-1]]
-        weights = torch.cat([self.chunk(known[..., a:b], h) for h, (a, b) in enumerate(itertools.pairwise(bounds))], -1)
-        y = known * weights if padding is None else torch.where(padding, turned, known * weights)
+        weights = torch.cat([self.chunk(turned[..., a:b], known[..., a:b], h) for h, (a, b) in enumerate(itertools.pairwise(bounds))], -1)
+        y = turned * weights if padding is None else torch.where(padding, turned, turned * weights)
         y, weights = y.movedim(-1, self.axis), weights.movedim(-1, self.axis)
         return (y, weights) if return_weights else y
 

@@ -1,10 +1,12 @@
 """Graph transformer: attention along edges, Laplacian positions, an edge stream (id 153; Dwivedi & Bresson, 2020).
 
-w_ij = (Q h_i * K h_j) / sqrt(D) (* E e_ij),  a_ij = exp(clamp(sum_c w_ij, -5, 5)) / (sum over edges j -> i + 1e-6),
-h_i' = O_h concat_k sum_j a_ij V h_j,  e_ij' = O_e concat_k w_ij;  then residuals, BatchNorm and a ReLU network for h and e
+w_ij = (Q h_i * K h_j) / sqrt(D) (* E e_ij),  a_ij = exp(clamp(sum_c w_ij, -5, 5)) / (sum over edges j -> i + eps),
+h_i' = O_h concat_k sum_j a_ij V h_j,  e_ij' = O_e concat_k w_ij;  then residuals, a norm and a ReLU network for h and e
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +36,17 @@ def all_pairs(sizes: Tensor) -> Tensor:
     )
 
 
-class Stream(nn.Module):
-    """x -> BN(x + branch), then BN(x + W_2 relu(W_1 x)): nodes and edges have one each."""
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "": lambda dim: nn.Identity()}
 
-    def __init__(self, dim: int, dropout: float):
+
+class Stream(nn.Module):
+    """x -> norm(x + branch), then norm(x + W_2 relu(W_1 x)): nodes and edges have one each."""
+
+    def __init__(self, dim: int, dropout: float, norm: str = "batch"):
         super().__init__()
-        self.norm1, self.norm2, self.dropout = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim), nn.Dropout(dropout)
+        if norm not in NORMS:
+            raise RegardError(f"norm={norm!r}; expected batch, layer or ''")
+        self.norm1, self.norm2, self.dropout = NORMS[norm](dim), NORMS[norm](dim), nn.Dropout(dropout)
         self.out, self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -51,17 +58,27 @@ class Stream(nn.Module):
 class GraphTransformerLayer(nn.Module):
     """h (N, dim), edges (2, E) as (source j, target i), e (E, dim) or None -> (h, e). Several graphs lie one after another; cost O(E dim).
 
-    edge_stream: the layer reads and updates e. A node without incoming edges reads 0.
+    edge_stream: the layer reads and updates e. norm: "batch", "layer" or "". bias: of Q, K, V and E. eps: added to the sum of a node's
+    weights (None: 1e-6 with an edge stream, 0 without, as released). A node without incoming edges reads 0.
     """
 
-    def __init__(self, dim: int, heads: int, edge_stream: bool = False, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        edge_stream: bool = False,
+        dropout: float = 0.0,
+        norm: str = "batch",
+        bias: bool = False,
+        eps: float | None = None,
+    ):
         super().__init__()
         if dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
-        self.heads = heads
-        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.e = nn.Linear(dim, dim, bias=False) if edge_stream else None
-        self.nodes, self.edges = Stream(dim, dropout), Stream(dim, dropout) if edge_stream else None
+        self.heads, self.eps = heads, (1e-6 if edge_stream else 0.0) if eps is None else eps
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias) for _ in range(3))
+        self.e = nn.Linear(dim, dim, bias) if edge_stream else None
+        self.nodes, self.edges = Stream(dim, dropout, norm), Stream(dim, dropout, norm) if edge_stream else None
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -75,7 +92,11 @@ class GraphTransformerLayer(nn.Module):
         strength = torch.exp(w.sum(-1, keepdim=True).clamp(-5, 5))
         total = torch.zeros_like(q[..., :1]).index_add(0, target, strength)
         gathered = torch.zeros_like(v).index_add(0, target, strength * v[source])
-        return (gathered / (total + 1e-6)).flatten(-2), w.flatten(-2)
+        return self.divided(gathered, total).flatten(-2), w.flatten(-2)
+
+    def divided(self, gathered: Tensor, total: Tensor) -> Tensor:
+        """What a node gathered over the sum of its weights; 0 where nothing points at it."""
+        return gathered / (total + self.eps).masked_fill(total == 0, 1.0)
 
     def attend_dense(self, h: Tensor, adjacency: Tensor, e: Tensor | None = None) -> Tensor:
         """The same over a bool matrix adjacency[i, j] (edge j -> i) with e (N, N, dim): what nodes gather, at O(N^2)."""
@@ -83,7 +104,7 @@ class GraphTransformerLayer(nn.Module):
         w = q[:, :, None] * k[:, None] * q.shape[-1] ** -0.5
         w = w if self.e is None or e is None else w * self.split(self.e(e)).movedim(-2, 0)
         strength = torch.where(adjacency, torch.exp(w.sum(-1).clamp(-5, 5)), 0.0)
-        return ((strength @ v) / (strength.sum(-1, keepdim=True) + 1e-6)).transpose(0, 1).flatten(-2)
+        return self.divided(strength @ v, strength.sum(-1, keepdim=True)).transpose(0, 1).flatten(-2)
 
     def forward(self, h: Tensor, edges: Tensor, e: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if (self.e is not None) != (e is not None):

@@ -16,6 +16,7 @@ from ..engine import attend
 from ..errors import RegardError
 from .attention import Attention
 from .inputs import Inputs
+from .vision import StridedTokens, query_and_rest
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class GridAttention(nn.Module):
 
     mechanism: "mala", "nalaformer", "rala", "flatten", "slab", "inline-attention" or "l2vit" with its paper's `Dress`, or any name with a
     `dress` of yours. shape: the grid (H, W). cls: a class token stands first, which local convolutions leave out. rotary: whether
-    mechanisms that can turn their features do. options: hyperparameters of the mechanism.
+    mechanisms that can turn their features do. sr_ratio: above 1, keys and values are read off the grid through a convolution of that stride
+    and a LayerNorm; before its own convolution v is stretched back linearly along the tokens. options: hyperparameters of the mechanism.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class GridAttention(nn.Module):
         cls: bool = False,
         rotary: bool = True,
         qkv_bias: bool = True,
+        sr_ratio: int = 1,
         **options: object,
     ):
         super().__init__()
@@ -89,16 +92,19 @@ class GridAttention(nn.Module):
         turning = rotary and "grid_width" in entry(mechanism).hyperparameters.parameters and "grid_width" not in options
         if turning and cls:
             raise RegardError(f"cls=True: {mechanism!r} turns features by their place on the grid; pass rotary=False with a class token")
+        if sr_ratio > 1 and (cls or turning):
+            raise RegardError(f"sr_ratio={sr_ratio}: keys are read off a smaller grid; expected cls=False and rotary=False")
         self.mechanism = get(mechanism, **({"grid_width": shape[1]} if turning else {}), **options)
         self.dim, self.heads, self.shape, self.cls = dim, heads, shape, int(cls)
         self.dress = dress = DRESSES.get(mechanism, Dress()) if dress is None else dress
         self.qkv, self.out = nn.Linear(dim, 3 * dim, qkv_bias), nn.Linear(dim, dim)
+        self.reduce = StridedTokens(dim, shape, sr_ratio) if sr_ratio > 1 else None
         self.gate = nn.Linear(dim, dim) if dress.gate else None
         self.norm = nn.LayerNorm(dim) if dress.norm else None
         width = dim // heads if dress.shared else dim
         self.local = nn.Conv2d(width, width, dress.local, padding=dress.local // 2, groups=width) if dress.local else None
         self.dynamic = DynamicConv(dim, heads) if dress.dynamic else None
-        tokens = shape[0] * shape[1] + self.cls
+        tokens = shape[0] * shape[1] // sr_ratio**2 + self.cls
         self.key_position = nn.Parameter(torch.zeros(1, tokens, dim)) if dress.key_position else None
         self.inputs = Inputs(self.mechanism, Sizes(1, heads, heads, tokens, tokens, dim // heads, dim // heads), dim)
 
@@ -106,7 +112,10 @@ class GridAttention(nn.Module):
         """What the convolution makes of v (B, H, N, D): (B, N, dim), zero for the class token."""
         if self.local is None and self.dynamic is None:
             return 0.0
-        plane = v[:, :, self.cls :].transpose(-1, -2).unflatten(-1, self.shape)  # (B, heads, D, H, W)
+        flat = v[:, :, self.cls :].transpose(-1, -2)
+        if self.reduce is not None:
+            flat = F.interpolate(flat.flatten(1, 2), size=x.shape[1], mode="linear").unflatten(1, flat.shape[1:3])
+        plane = flat.unflatten(-1, self.shape)  # (B, heads, D, H, W)
         if self.dynamic is not None:
             found = self.dynamic(x, plane.flatten(1, 2))
         elif self.dress.shared:
@@ -122,7 +131,7 @@ class GridAttention(nn.Module):
             raise RegardError(
                 f"x has shape {tuple(x.shape)}; expected tokens of a {self.shape} grid{' + 1' * self.cls}, {self.dim} channels"
             )
-        q, k, v = self.qkv(tokens).chunk(3, -1)
+        q, k, v = self.qkv(tokens).chunk(3, -1) if self.reduce is None else query_and_rest(self.qkv, tokens, self.reduce(tokens))
         k = k if self.key_position is None else k + self.key_position
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         out = attend(q, k, v, self.mechanism, **self.inputs(tokens)).transpose(1, 2).flatten(-2) + self.neighbours(tokens, v)

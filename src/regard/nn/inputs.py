@@ -25,6 +25,7 @@ class Inputs(nn.Module):
         super().__init__()
         self.items = tuple(item for item in inputs_of(mechanism) if item.layer is not None and item.name not in given)
         self.learned, self.projected = nn.ParameterDict(), nn.ModuleDict()
+        self.exact: dict[str, Tensor] = {}
         for item in self.items:
             self.add(item, sizes, dim)
 
@@ -40,6 +41,7 @@ class Inputs(nn.Module):
             if item.layer.trainable:
                 self.learned[item.name] = nn.Parameter(value.float())
             else:
+                self.exact[f"fixed_{item.name}"] = value
                 self.register_buffer(f"fixed_{item.name}", value.float())
         elif isinstance(item.layer, Headwise):
             owners, width = {
@@ -56,6 +58,15 @@ class Inputs(nn.Module):
             channels = item.layer.channels or (sizes.head_dim if item.shape.endswith("d") else 1)
             owners = sizes.kv_heads if item.layer.grouped else sizes.heads
             self.projected[item.name] = Projection(dim, owners, channels * item.layer.times, item.layer.rank, item.layer.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Inputs:
+        """A layer made in float32 and moved to float64 gets its constants back in full, unless they were changed."""
+        super()._apply(fn, recurse)
+        for name, value in self.exact.items():
+            held = getattr(self, name)
+            if held.dtype == torch.float64 and not held.is_meta and torch.equal(held.cpu(), value.float().double()):
+                setattr(self, name, value.to(held))
+        return self
 
     def forward(self, x: Tensor | None = None, heads: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """x (B, L, dim), and the layer's q, k, v (B, heads, L, D) for inputs read off them -> {name: tensor}."""

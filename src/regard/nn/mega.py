@@ -13,21 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Causal, FixedBlock, Input, Mask, Modified, RowLocal, Weighted
+from ..algebra import Causal, FixedBlock, Input, Mask, Modified, Padding, Rope, RowLocal, Weighted
 from ..algebra.part import bind
 from ..catalog.registry import register
 from ..engine import attend
 from ..errors import RegardError
+from .parts import head_norm
 
 
 class MultiHeadEMA(nn.Module):
     """x (B, N, dim) -> silu(EMA(x) + omega x), each channel expanded to `ndim` damped averages; by FFT in `forward`, one token at a time
-    in `step`, whose state is h (B, dim, ndim). bidirectional: another set of averages runs backwards; both count x_t."""
+    in `step`, whose state is h (B, dim, ndim). bidirectional: another set of averages runs backwards; both count x_t. truncation: tokens
+    that an average reaches back (None: all)."""
 
-    def __init__(self, dim: int, ndim: int = 16, bidirectional: bool = False, activation: bool = True):
+    def __init__(
+        self, dim: int, ndim: int = 16, bidirectional: bool = False, activation: bool = True, truncation: int | None = None
+    ):
         super().__init__()
         ways = 2 if bidirectional else 1
-        self.bidirectional, self.ndim, self.activation = bidirectional, ndim, activation
+        self.bidirectional, self.ndim, self.activation, self.truncation = bidirectional, ndim, activation, truncation
         self.delta, self.alpha = (nn.Parameter(0.2 * torch.randn(ways, dim, ndim)) for _ in range(2))
         signs = (-1.0) ** torch.arange(ndim)
         self.beta = nn.Parameter(signs + 0.02 * torch.randn(ways, dim, ndim))
@@ -42,17 +46,20 @@ class MultiHeadEMA(nn.Module):
     def kernel(self, length: int) -> Tensor:
         """(ways, dim, length): what x_t adds to y_{t + l}."""
         q, write, read = self.coefficients()
-        powers = torch.exp(torch.arange(length, device=q.device, dtype=q.dtype) * q.log()[..., None])
+        reach = length if self.truncation is None else min(length, self.truncation)
+        powers = torch.exp(torch.arange(reach, device=q.device, dtype=q.dtype) * q.log()[..., None])
         return torch.einsum("wdn,wdnl->wdl", write * read, powers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep (B, N) bool: what is no padding, which no average counts."""
         n = x.shape[1]
         kernel = self.kernel(n)
         spectrum = torch.fft.rfft(kernel, n=2 * n)
-        signal = torch.fft.rfft(x.transpose(1, 2), n=2 * n)
+        counted = x if keep is None else torch.where(keep[..., None], x, 0.0)
+        signal = torch.fft.rfft(counted.transpose(1, 2), n=2 * n)
         y = torch.fft.irfft(signal * spectrum[0], n=2 * n)[..., :n]
         if self.bidirectional:
-            back = torch.fft.rfft(x.flip(1).transpose(1, 2), n=2 * n)
+            back = torch.fft.rfft(counted.flip(1).transpose(1, 2), n=2 * n)
             y = y + torch.fft.irfft(back * spectrum[1], n=2 * n)[..., :n].flip(-1)
         return self.close(y.transpose(1, 2), x)
 
@@ -62,8 +69,8 @@ class MultiHeadEMA(nn.Module):
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """New tokens (B, n, dim) after those in `state`."""
-        if self.bidirectional:
-            raise RegardError("step needs bidirectional=False: averages that run backwards change with every token")
+        if self.bidirectional or self.truncation is not None:
+            raise RegardError("step needs bidirectional=False and truncation=None: its state is a sum over all earlier tokens")
         q, write, read = (c[0] for c in self.coefficients())
         state = x.new_zeros(*x.shape[::2], self.ndim) if state is None else state
         outs = []
@@ -78,11 +85,12 @@ def relu_squared(s: Tensor) -> Tensor:
 
 
 def laplace(s: Tensor, mu: float, sigma: float) -> Tensor:
-    """(1 + erf((s - mu) / (sigma sqrt 2))) / 2, which touches relu(s)^2 at s = sqrt(1/2) in value and slope."""
+    """(1 + erf((s - mu) / (sigma sqrt 2))) / 2, which touches relu(s)^2 at s = sqrt(1/2) in value and slope for mu = sqrt(1/2) and
+    sigma = sqrt(1 / (4 pi)), here as rounded in the released code."""
     return (1 + torch.erf((s - mu) / (sigma * math.sqrt(2)))) / 2
 
 
-MU, SIGMA = math.sqrt(0.5), math.sqrt(1 / (4 * math.pi))
+MU, SIGMA = 0.707107, 0.282095
 
 
 def with_offsets(s: Tensor, i: Tensor, j: Tensor, offsets: Tensor) -> Tensor:
@@ -125,7 +133,8 @@ class MegaLayer(nn.Module):
 
     zdim: width of the shared z that q and k are read from; hdim: of v. ndim: averages a channel. chunk: attention inside chunks of that
     length alone (linear time), None: over everything. attn: "softmax", "laplace" or "relu2". causal, or both directions. ema=False leaves
-    the averages out. reach: offsets with a bias of their own.
+    the averages out. positions: b_{i-j}, "simple": a table of offsets below `reach`, those beyond share the outermost; "rotary": alpha turned
+    by i times beta turned by j, both learned. norm: "layer" or "rms", before everything. truncation: of `MultiHeadEMA`.
     """
 
     residual = True
@@ -141,17 +150,25 @@ class MegaLayer(nn.Module):
         causal: bool = True,
         reach: int = 1024,
         ema: bool = True,
+        positions: str = "simple",
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        truncation: int | None = None,
     ):
         super().__init__()
-        if attn not in ("softmax", "laplace", "relu2"):
-            raise RegardError(f"attn={attn!r}; expected softmax, laplace or relu2")
+        if attn not in ("softmax", "laplace", "relu2") or positions not in ("simple", "rotary") or norm not in ("layer", "rms"):
+            raise RegardError(
+                f"attn={attn!r}, positions={positions!r}, norm={norm!r}; expected softmax, laplace or relu2, simple or rotary, layer or rms"
+            )
         hdim = hdim or 2 * dim
         self.dim, self.zdim, self.hdim, self.chunk, self.causal, self.attn = dim, zdim, hdim, chunk, causal, attn
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.ema = MultiHeadEMA(dim, ndim, not causal) if ema else None
-        self.v, self.m, self.h = nn.Linear(dim, hdim), nn.Linear(dim, zdim + hdim + 2 * dim), nn.Linear(hdim, dim, False)
+        self.norm = head_norm(norm, dim, norm_eps)
+        self.ema = MultiHeadEMA(dim, ndim, not causal, truncation=truncation) if ema else None
+        self.v, self.m, self.h = nn.Linear(dim, hdim), nn.Linear(dim, zdim + hdim + 2 * dim), nn.Linear(hdim, dim)
         self.kappa, self.mu = nn.Parameter(1 + 0.02 * torch.randn(2, zdim)), nn.Parameter(torch.zeros(2, zdim))
-        self.offsets = nn.Parameter(0.02 * torch.randn(2 * reach - 1))
+        rotary = positions == "rotary"
+        self.offsets = None if rotary else nn.Parameter(0.02 * torch.randn(2 * reach - 1))
+        self.alpha, self.beta = (nn.Parameter(0.02 * torch.randn(zdim)) if rotary else None for _ in range(2))
         self.mechanism = mega_mechanism(attn, None if chunk is None else FixedBlock(chunk))
 
     def parts(self, normed: Tensor, m: Tensor) -> tuple[Tensor, ...]:
@@ -160,33 +177,44 @@ class MegaLayer(nn.Module):
         z, r = F.silu(zr).split([self.zdim, self.hdim], -1)
         return torch.sigmoid(u), z, r, hx, F.silu(self.v(normed))
 
-    def attended(self, z_q: Tensor, z: Tensor, v: Tensor) -> Tensor:
+    def table(self, length: int) -> Tensor:
+        """b of offsets 1 - length .. length - 1, or what there is of them."""
+        if self.offsets is not None:
+            return self.offsets
+        assert self.alpha is not None and self.beta is not None
+        apart = torch.arange(1 - length, length, device=self.alpha.device)
+        return Rope().rotate(self.alpha.expand(len(apart), -1), apart) @ self.beta
+
+    def attended(self, z_q: Tensor, z: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
         q, k = (self.kappa[0] * z_q + self.mu[0]), (self.kappa[1] * z + self.mu[1])
         scale = self.zdim**-0.5 if self.attn == "softmax" else 1.0
-        mask = Causal() if self.causal else None
-        return attend(q[:, None], k[:, None], v[:, None], self.mechanism, mask=mask, scale=scale, offsets=self.offsets)[:, 0]
+        mask: Mask | None = Causal() if self.causal else None
+        if keep is not None:
+            mask = Padding() if mask is None else mask & Padding()
+        given: dict[str, Any] = {"offsets": self.table(z.shape[1])} | ({} if keep is None else {"keep": keep})
+        return attend(q[:, None], k[:, None], v[:, None], self.mechanism, mask=mask, scale=scale, **given)[:, 0]
 
     def close(self, x: Tensor, u: Tensor, r: Tensor, hx: Tensor, out: Tensor) -> Tensor:
         h = F.silu(hx + self.h(r * out))
         return x + u * (h - x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep (B, N) bool: what is no padding."""
         normed = self.norm(x)
-        u, z, r, hx, v = self.parts(normed, normed if self.ema is None else self.ema(normed))
-        return self.close(x, u, r, hx, self.attended(z, z, v))
+        u, z, r, hx, v = self.parts(normed, normed if self.ema is None else self.ema(normed, keep))
+        return self.close(x, u, r, hx, self.attended(z, z, v, keep))
 
     def step(self, x: Tensor, state: MegaState | None = None) -> tuple[Tensor, MegaState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` over all of them."""
         if not self.causal:
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
-        if x.shape[1] > 1 and self.chunk is not None:  # a chunk's end among them: one at a time
-            outs = []
-            for t in range(x.shape[1]):
-                out, state = self.step(x[:, t : t + 1], state)
-                outs.append(out)
-            assert state is not None
-            return torch.cat(outs, 1), state
-        normed, read = self.norm(x), 0 if state is None else state.length
+        read = 0 if state is None else state.length
+        room = x.shape[1] if self.chunk is None else self.chunk - read % self.chunk
+        if x.shape[1] > room:  # up to the chunk's end, then the rest
+            first, state = self.step(x[:, :room], state)
+            rest, state = self.step(x[:, room:], state)
+            return torch.cat((first, rest), 1), state
+        normed = self.norm(x)
         if self.ema is None:
             m, ema = normed, x.new_zeros(len(x), 0, 0)
         else:

@@ -39,24 +39,36 @@ class OperatorAttention(nn.Module):
     points, so results do not depend on the resolution.
 
     kind: "galerkin" (linear), "fourier" (quadratic), "linear" (softmax over channels of Q and over points of K) or "softmax". gain,
-    delta: the start of the projections.
+    delta: the start of the projections. norm: the LayerNorms a head, of K and V (galerkin) or Q and K (fourier), norm_eps theirs.
     """
 
-    def __init__(self, dim: int, heads: int, kind: str = "galerkin", pos_dim: int = 1, gain: float = 1e-2, delta: float = 1e-2):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kind: str = "galerkin",
+        pos_dim: int = 1,
+        gain: float = 1e-2,
+        delta: float = 1e-2,
+        norm: bool = True,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         if dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
         self.heads, self.kind, self.pos_dim = heads, kind, pos_dim
         self.mechanism = get("softmax") if kind == "softmax" else get("galerkin", kind=kind)
         self.q, self.k, self.v = (diagonal_start(nn.Linear(dim, dim), gain, delta) for _ in range(3))
-        normed = {"galerkin": "kv", "fourier": "qk"}.get(kind, "")
-        self.norms = nn.ModuleDict({name: HeadNorms(heads, dim // heads) for name in normed})
+        normed = {"galerkin": "kv", "fourier": "qk"}.get(kind, "") if norm else ""
+        self.norms = nn.ModuleDict({name: HeadNorms(heads, dim // heads, norm_eps) for name in normed})
         self.out = nn.Linear(dim + heads * pos_dim, dim)
 
-    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """key, value (B, n, dim): what K and V are made of (None: x)."""
         if place.shape != (*x.shape[:2], self.pos_dim):
             raise RegardError(f"place has shape {tuple(place.shape)}; expected {(*x.shape[:2], self.pos_dim)}: one point a sample")
-        made = {name: getattr(self, name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv"}
+        sources = {"q": x, "k": x if key is None else key, "v": x if value is None else value}
+        made = {name: getattr(self, name)(sources[name]).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv"}
         made = {name: self.norms[name](y) if name in self.norms else y for name, y in made.items()}
         where = place[:, None].expand(-1, self.heads, -1, -1)
         q, k, v = (torch.cat((where, made[name]), -1) for name in "qkv")

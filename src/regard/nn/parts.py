@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Causal, Full, Padding, Segments
+from ..algebra import Causal, Explicit, Full, Padding, Segments
 from ..algebra.mask import conjuncts
 from ..errors import RegardError
 
@@ -156,6 +156,8 @@ def documents_of(mask: Any, inputs: Mapping[str, Any], length: int) -> Tensor | 
         elif isinstance(part, Padding):
             keep = inputs["keep"][..., -length:]
             documents = torch.where(keep, 0 if documents is None else documents, -1)
+        elif isinstance(part, Explicit) and inputs["visible"].shape[1:3] == (1, 1):  # a mask of keys alone
+            documents = torch.where(inputs["visible"][:, 0, 0, -length:], 0 if documents is None else documents, -1)
         elif not isinstance(part, (Full, Causal)):
             raise RegardError(f"mask={part!r}: a short convolution reads neighbours, so it takes Causal(), Padding(), Segments() or no mask")
     return documents

@@ -39,7 +39,7 @@ class RepBN(nn.Module):
 class PRepBN(nn.Module):
     """x (..., dim) -> (..., dim): lam LayerNorm + (1 - lam) RepBN in training, RepBN alone in eval and after `steps` steps.
 
-    start: lam at step 0 (1: exactly LayerNorm). warm_up: steps of pure LayerNorm before the descent begins. A step is a forward pass in
+    start: lam at step 0 (1: exactly LayerNorm). warm_up: steps of pure LayerNorm before the descent begins, in which BatchNorm's statistics stand still. A step is a forward pass in
     training. `fuse(linear)` gives the Linear that equals linear(RepBN(x)).
     """
 
@@ -62,8 +62,10 @@ class PRepBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.rep(x)  # type: ignore[no-any-return]
-        share = self.share
+        share, warming = self.share, int(self.step_count) < self.warm_up
         self.step_count += 1
+        if warming:
+            return self.layer(x)  # type: ignore[no-any-return]
         rep = self.rep(x)  # also at share 1: its running statistics must be ready when it takes over
         return share * self.layer(x) + (1 - share) * rep if share else rep  # type: ignore[no-any-return]
 

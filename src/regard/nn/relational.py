@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Causal, Rope
+from ..algebra import Causal, Input, Rope, RowLocal, Weighted, bind
+from ..algebra.normalizer import exp_shifted
 from ..algebra.part import Function
 from ..catalog.registry import register
 from ..engine import attend, step, weights
@@ -23,11 +24,12 @@ from .attention import Attention, LayerState
 
 
 class SymbolicAttention(nn.Module):
-    """Symbols of tokens: s_i = softmax(x_i W_q T^T / sqrt(d)) S with templates T and a library S: x (B, L, dim) -> (B, L, dim)."""
+    """Symbols of tokens: s_i = softmax(x_i W_q T^T / sqrt(d)) S with templates T and a library S: x (B, L, dim) -> (B, L, dim).
+    d: of a head. bias: of W_q."""
 
-    def __init__(self, dim: int, symbols: int = 32, heads: int = 4):
+    def __init__(self, dim: int, symbols: int = 32, heads: int = 4, bias: bool = False):
         super().__init__()
-        self.heads, self.q = heads, nn.Linear(dim, dim, bias=False)
+        self.heads, self.q = heads, nn.Linear(dim, dim, bias)
         self.templates, self.library = (nn.Parameter(torch.randn(symbols, dim)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +66,7 @@ class RelationalAttention(nn.Module):
     """The relational heads: x (B, L, dim), symbols (B, L, dim) of tokens or (L, dim) of positions -> (B, L, heads * width).
 
     relations: R (None: heads). symmetric: W_kr = W_qr. activation: of relations, None for the identity. kv_heads: of keys and symbols.
+    bias: of the projections to keys and values.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class RelationalAttention(nn.Module):
         kv_heads: int | None = None,
         rope: bool = False,
         causal: bool = True,
+        bias: bool = False,
     ):
         super().__init__()
         self.heads, self.width, self.kv_heads = heads, width, kv_heads or heads
@@ -88,10 +92,10 @@ class RelationalAttention(nn.Module):
             )
         self.relation_dim = heads * width // self.relations
         self.causal, self.activation, self.rope = causal, activation, Rope() if rope else None
-        self.q, self.k = nn.Linear(dim, heads * width, False), nn.Linear(dim, self.kv_heads * width, False)
+        self.q, self.k = nn.Linear(dim, heads * width, False), nn.Linear(dim, self.kv_heads * width, bias)
         self.q_rel = nn.Linear(dim, self.relations * self.relation_dim, False)
         self.k_rel = None if symmetric else nn.Linear(dim, self.relations * self.relation_dim, False)
-        self.v = nn.Linear(dim, self.kv_heads * width, False)
+        self.v = nn.Linear(dim, self.kv_heads * width, bias)
         self.w_r = nn.Parameter(torch.randn(heads, width, self.relations) / self.relations**0.5)
 
     def queries(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +153,53 @@ class RelationalAttention(nn.Module):
         return self.read(q_rel, seen).transpose(1, 2).flatten(-2), new
 
 
+class RelationalCrossAttention(nn.Module):
+    """The baselines that attend by relations: x (B, L, dim), symbols (B, L, dim) -> (B, L, dim), by alpha v(symbols), then a projection.
+
+    disentangled False, RCA: alpha_ij = softmax_j(q_i.k_j / sqrt(d)); True, DisRCA: that softmax times act(<W_qr x_i, W_kr x_j> / sqrt(d)) a
+    head, not normalised again. activation: act. kv_heads: of keys, relational keys and symbols. bias: of keys, values and the last projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        disentangled: bool = False,
+        activation: Function = torch.relu,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if dim % heads or heads % kv_heads:
+            raise RegardError(f"dim={dim}, heads={heads}, kv_heads={kv_heads}: expected heads to divide dim and kv_heads to divide heads")
+        self.heads, self.kv_heads, self.causal, wide = heads, kv_heads, causal, dim // heads * kv_heads
+        self.q, self.k, self.v = nn.Linear(dim, dim, False), nn.Linear(dim, wide, bias), nn.Linear(dim, wide, bias)
+        self.q_rel = nn.Linear(dim, dim, False) if disentangled else None
+        self.k_rel = nn.Linear(dim, wide, False) if disentangled else None
+        self.out = nn.Linear(dim, dim, bias)
+        relation = RowLocal(bind(related, activation=activation), exp_shifted, shift="max", inputs=(Input("relation", "bhqk"),))
+        self.mechanism = Weighted(normalizer=relation) if disentangled else Weighted()
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, symbols: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.kv_heads), self.split(self.v(symbols), self.kv_heads)
+        given: dict[str, Any] = {}
+        if self.q_rel is not None and self.k_rel is not None:
+            k_rel = repeat_heads(self.split(self.k_rel(x), self.kv_heads), self.heads)
+            given["relation"] = self.split(self.q_rel(x), self.heads) @ k_rel.transpose(-1, -2) * q.shape[-1] ** -0.5
+        out = attend(q, k, v, self.mechanism, mask=Causal() if self.causal else None, **given)
+        return self.out(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def related(s: Tensor, c: Tensor, relation: Tensor, activation: Function) -> Tensor:
+    return torch.exp(s - c) * activation(relation)  # type: ignore[no-any-return]
+
+
 @register("dat", kind="module")
 class DualAttention(nn.Module):
     """heads_sa sensory and heads_ra relational heads: x (B, L, dim), symbols -> (B, L, dim). Each kind has its own output projection; their
@@ -173,7 +224,7 @@ class DualAttention(nn.Module):
         self.sensory = Attention(dim, heads_sa, head_dim=width, causal=causal, rope=rope, kv_heads=kv_heads)
         self.sensory.out = nn.Linear(heads_sa * width, heads_sa * width, False)
         self.relational = RelationalAttention(dim, heads_ra, width, causal=causal, rope=rope, kv_heads=kv_heads, **options)
-        self.out = nn.Linear(heads_ra * width, heads_ra * width, False)
+        self.out = nn.Linear(heads_ra * width, heads_ra * width, bool(options.get("bias", False)))
 
     def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
         return torch.cat((self.sensory(x), self.out(self.relational(x, symbols, relative))), -1)

@@ -19,14 +19,13 @@ def rows(g: Vectors) -> None:
 
 @case("c1", "c2", "c3")
 def attention(g: Vectors) -> None:
-    names = ("q", "k", "v")
-    leaves = dict(zip(names, g.leaves(*names), strict=True))
+    leaves = g.leaves("q", "k", "v")
     q, k, v = (x.transpose(1, 2) for x in leaves.values())
-    out = regard.attend(q, k, v, "softpick", mask=regard.Causal())
-    g.same(out.transpose(1, 2), "out")
-    g.gradients(g.weigh(out.transpose(1, 2)), leaves)
-    weights, want = regard.weights(q, k, "softpick", mask=regard.Causal()), g("A")
-    g.same(weights[: want.shape[0], : want.shape[1]], "A")
+    out = regard.attend(q, k, v, "softpick", mask=regard.Causal()).transpose(1, 2)
+    g.same(out, "out")
+    g.gradients(g.weigh(out), leaves)
+    want = g("A")
+    g.same(regard.weights(q, k, "softpick", mask=regard.Causal())[: want.shape[0], : want.shape[1]], "A")
 
 
 @case("c4", dtypes=[torch.float32])

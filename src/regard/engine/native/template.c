@@ -310,7 +310,8 @@ static float root(const Row *r, const float *x, int count, float top, float *few
         if (excess >= 0.0f) low = c; else high = c;
         /* Where weights rise steeply steps may be tiny far from the root, or go back and forth around it. */
         const float near = 1e-7f * (1.0f + fabsf(c));
-        int stuck = fabsf(excess) > 2e-6f && (fabsf(next - c) <= near || fabsf(excess) > 0.5f * last);
+        const float steep = fabsf(slope) < 64.0f ? fabsf(slope) : 64.0f, noise = 4.0f * near * (1.0f + steep);
+        int stuck = fabsf(excess) > noise && (fabsf(next - c) <= near || fabsf(excess) > 0.5f * last);
         last = fabsf(excess);
         if (!(next >= low && next <= high) || stuck) next = 0.5f * (low + high);
         float moved = fabsf(next - c);

@@ -192,6 +192,7 @@ def pose(
     beta = inputs.get("beta")
     if beta is not None:
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
+        beta = beta if real is None else torch.where(real, beta, 0.0)
         if mechanism.strength is not None:
             beta = mechanism.strength(beta, k.square().sum(-1, keepdim=True))
     divide = {"sum": divided, "add": added}.get(mechanism.readout) if isinstance(mechanism.readout, str) else None
@@ -248,11 +249,11 @@ def log_decays(
     decay = decay.transpose(-1, -2) if declared["log_decay"].shape == "bhk" else decay
     if mechanism.decay == "channel" and decay.shape[-1] not in (1, features):
         raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {features}, one for each feature of k")
+    if real is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes, whatever stands there
+        decay = torch.where(real, decay, 0.0)
     if bool((decay > 0).any()):
         raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
     decay = decay.clamp_min(CLAMP)
-    if real is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes
-        decay = decay * real
     if decay.shape[-2] != 1 or mechanism.decay == "channel":
         decay = decay.expand(sizes.batch, sizes.heads, sizes.k_len, features if mechanism.decay == "channel" else 1)
     return decay

@@ -112,12 +112,14 @@ def prepared(
     q = q * ((sizes.head_dim**-0.5 if scale is None else scale) if mechanism.scaled else 1.0)
     shape = (sizes.batch, sizes.heads, sizes.k_len)
     write = found["write"].to(wide) if "write" in found else None
+    write = write if write is None or real is None else torch.where(real, write, 0.0)
     if mechanism.gates == "sum":
         assert write is not None
         write, decay, last = from_logits("softmax", write.expand(*shape, -1), real, True, last)
         assert decay is not None
         return q, k, v, decay, write if real is None else write * real, last
     decay = found["log_forget"].to(wide)
+    decay = decay if real is None else torch.where(real, decay, 0.0)
     if bool((decay > 0).any()):
         raise RegardError(f"input 'log_forget' has entries up to {float(decay.max()):.3g}; expected logs of gates, all <= 0")
     write = -torch.expm1(decay) if write is None else write

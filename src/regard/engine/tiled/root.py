@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-15}
 STEPS = {torch.float32: 40, torch.float64: 90}
-CLOSE = 16  # tolerances by which a row's sum may miss one
+CLOSE, STEEP = 4, 64  # tolerances by which a root may be missed, and slopes of a row's sum that are taken for steep
 GROUP = 16  # scores of which only the largest is looked at to raise the lower bound
 
 
@@ -61,7 +61,8 @@ def newton(work: Work, s: Tensor, low: Tensor, high: Tensor, env: dict[str, Any]
         step = c - excess / torch.where(slope == 0, -1.0, slope)
         near = tolerance * (1 + c.abs())
         # Where weights rise steeply (alpha > 2) steps may be tiny far from the root, or go back and forth around it.
-        stuck = (excess.abs() > CLOSE * tolerance) & (((step - c).abs() <= near) | (excess.abs() > last / 2))
+        noise = CLOSE * near * (1 + slope.abs().clamp_max(STEEP))  # of the excess, from the rounding of c
+        stuck = (excess.abs() > noise) & (((step - c).abs() <= near) | (excess.abs() > last / 2))
         last = excess.abs()
         inside = (step >= low) & (step <= high) & step.isfinite() & ~stuck
         new = torch.where(inside, step, (low + high) / 2)

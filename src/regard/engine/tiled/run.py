@@ -39,6 +39,9 @@ def run(problem: Problem) -> tuple[Tensor, Stats]:
 def finish(problem: Problem, o: Tensor, stats: Stats) -> tuple[Tensor, Stats]:
     """Divide the unnormalised output by Z, in the dtype of v; autograd carries the gradient into o, the mass and the inputs."""
     normalizer: Any = problem.mechanism.normalizer
+    if stats.shift.requires_grad:  # o and the mass are over e^shift, which moves with the row's extreme
+        fade = torch.exp(stats.shift.detach() - stats.shift)
+        o, stats = o * fade, Stats(stats.shift.detach(), stats.total * fade, stats.visible)
     if normalizer.shift != "root":
         z = divisor(problem, stats.total if normalizer.mass is not None else None, stats.shift)
         if z is not None:
@@ -56,6 +59,24 @@ def no_overflow(problem: Problem, normalizer: RowLocal) -> bool:
         return False
     bound = problem.q.norm(dim=-1).amax() * problem.k.norm(dim=-1).amax()
     return bool(bound <= SAFE_EXPONENT[problem.q.dtype])
+
+
+def anchored(problem: Problem) -> bool:
+    """Whether weights depend on the shift itself by more than rounding, so that gradients pass through the row's extreme score. A position
+    that changes scores would stand between the two: its part, as small as `anchor`, is left out."""
+    normalizer: Any = problem.mechanism.normalizer
+    return (
+        normalizer.shift in ("max", "max0")
+        and normalizer.anchor > torch.finfo(problem.q.dtype).eps
+        and problem.mechanism.score.dot  # type: ignore[union-attr]
+        and getattr(problem.mechanism.position, "modify", None) is None
+    )
+
+
+def at_extreme(work: Work, s: Tensor, c: Tensor, hidden: Tensor | None) -> Tensor:
+    """Where a tile's scores are their row's largest, up to the rounding of a product formed anew."""
+    near = (s >= c - 64 * torch.finfo(s.dtype).eps * (1 + c.abs())) & (c > 0 if work.normalizer.shift == "max0" else True)
+    return (near if hidden is None else hide(near, hidden, False)).to(s.dtype)
 
 
 class Work:
@@ -193,12 +214,13 @@ class Tiled(torch.autograd.Function):
         count = torch.zeros_like(total) if count is None else unfold(count, b, work.group)
         ctx.problem, ctx.names = problem, names
         ctx.save_for_backward(shift, q, k, v, *inputs)
-        ctx.mark_non_differentiable(shift, count)
+        ctx.anchored = anchored(problem)
+        ctx.mark_non_differentiable(*([count] if ctx.anchored else [shift, count]))
         return o, shift, total, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        d_o, _, d_total, _ = grads
+        d_o, d_shift, d_total, _ = grads
         shift, q, k, v, *inputs = ctx.saved_tensors
         problem: Problem = ctx.problem
         if torch.is_grad_enabled():
@@ -215,7 +237,7 @@ class Tiled(torch.autograd.Function):
         work = Work(problem, tuple(name for name in wrt if name in used - score_inputs(problem)))
         group = work.group
         gh = fold(d_total, group) if normalizer.mass is not None and not work.root else None
-        fold_rows = {"do": fold(d_o, group), "shift": fold(shift, group), "gh": gh}
+        fold_rows = {"do": fold(d_o, group), "shift": fold(shift, group), "gh": gh, "gc": fold(d_shift, group) if ctx.anchored else None}
         dq, dk, dv = torch.zeros_like(work.q), torch.zeros_like(work.k), torch.zeros_like(work.v)
         for span in work.schedule.spans():
             for tile in work.schedule.tiles(span):
@@ -325,7 +347,10 @@ def backward_tile(
             u = hide(u.clone(), hidden)
         mass = u.sum(-1, keepdim=True)
         gw -= (u * gw).sum(-1, keepdim=True) * reciprocal(mass)
+    extreme = None if per_row["gc"] is None else at_extreme(work, raw, env["c"], hidden)
     w, ds, extra = work.stage.pullback(raw, env, gw, gh, hidden)
+    if extreme is not None:
+        ds = ds + extreme * work.rows(per_row["gc"], span, tile).view(n, rows, group, 1)
     w, ds, extra = work.weigh_out(tile, w), work.weigh_out(tile, ds), [work.weigh_out(tile, x) for x in extra]
     w, ds = w.reshape(n, rows * group, columns), ds.reshape(n, rows * group, columns)
     for name, grad in zip([name for name in d_inputs if name in stage_names(work)], extra, strict=True):

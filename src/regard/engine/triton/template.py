@@ -87,7 +87,7 @@ ROOT_FORWARD = """\
         low, high = tl.where(excess >= 0.0, c, low), tl.where(excess >= 0.0, high, c)
         new = c - excess / tl.where(slope == 0.0, -1.0, slope)
         near = 2e-7 * (1.0 + tl.abs(c))
-        stuck = (tl.abs(excess) > 4e-6) & ((tl.abs(new - c) <= near) | (tl.abs(excess) > 0.5 * last))
+        stuck = (tl.abs(excess) > 4.0 * near * (1.0 + tl.minimum(tl.abs(slope), 64.0))) & ((tl.abs(new - c) <= near) | (tl.abs(excess) > 0.5 * last))
         last = tl.abs(excess)
         new = tl.where((new >= low) & (new <= high) & (stuck == 0), new, (low + high) * 0.5)
         going = tl.max(tl.max(tl.where(live & (tl.abs(new - c) > near) & (high - low > near), 1.0, 0.0), 1), 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...algebra import Causal, Recurrent, Sizes
-from ...algebra.feature_map import orthogonal_gaussian, positive_random, softmax_pair, taylor, taylor_packed
+from ...algebra.feature_map import mapped, orthogonal_gaussian, positive_random, taylor, taylor_packed
 from ...catalog import get
 from ...engine import attend, step
 from ...mechanisms.recurrent.hedgehog import distillation_loss
@@ -88,7 +88,7 @@ def feature_error(m: int, copies: int = 1) -> float:
         x, y = (0.5 * 16**-0.25 * torch.randn(64, 16, generator=generator, dtype=F64) for _ in range(2))
         truth = torch.exp(x @ y.T)
         w = orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 16, 16), m, seed=seed).to(F64).repeat(copies, 1)
-        phi = [positive_random(z, w, 0.0, False, False) for z in (x, y)]
+        phi = [positive_random(z, w, 0.0, False) for z in (x, y)]
         errors.append(float((phi[0] @ phi[1].T - truth).norm() / truth.norm()))
     return sum(errors) / len(errors)
 
@@ -115,11 +115,11 @@ def _() -> tuple[float, float]:
     draws = torch.stack([orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 8, 8), 8, seed=seed) for seed in range(6000)]).to(F64)
     x, y = torch.zeros(8, dtype=F64), torch.zeros(8, dtype=F64)
     x[0], y[0], y[1] = 0.9, 0.9 * math.cos(0.4), 0.9 * math.sin(0.4)
-    shape = positive_random(torch.stack((x, y)), draws.flatten(0, 1), 0.0, False, False) * math.sqrt(6000 * 8)
+    shape = positive_random(torch.stack((x, y)), draws.flatten(0, 1), 0.0, False) * math.sqrt(6000 * 8)
     own = float((shape[0] * shape[1]).mean() / torch.exp(x @ y))
     turn, _ = torch.linalg.qr(torch.randn(6000, 8, 8, dtype=F64))
     w = (turn * torch.randn(6000, 8, 8, dtype=F64).norm(dim=-1, keepdim=True)).flatten(0, 1)
-    skew = positive_random(torch.stack((x, y)), w, 0.0, False, False) * math.sqrt(6000 * 8)
+    skew = positive_random(torch.stack((x, y)), w, 0.0, False) * math.sqrt(6000 * 8)
     return abs(own - 1), abs(float((skew[0] * skew[1]).mean() / torch.exp(x @ y)) - 1)
 
 
@@ -152,7 +152,7 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     x, y = 0.7 * torch.randn(64, 16, dtype=F64), 0.7 * torch.randn(64, 16, dtype=F64)
     w = torch.randn(32, 16, dtype=F64)
-    own = positive_random(x, w, 0.0, False, False) @ positive_random(y, w, 0.0, False, False).T
+    own = positive_random(x, w, 0.0, False) @ positive_random(y, w, 0.0, False).T
     waves = [torch.cat((torch.sin(z @ w.T), torch.cos(z @ w.T)), -1) * torch.exp(z.square().sum(-1, keepdim=True) / 2) for z in (x, y)]
     return float((own < 0).double().mean()), float((waves[0] @ waves[1].T < 0).double().mean())
 
@@ -188,13 +188,13 @@ def distilled(steps: int = 300) -> tuple[float, float, float, float]:
     optimizer = torch.optim.Adam(maps, 1e-2)
     for _ in range(steps):
         q, k, teacher = draw(16)
-        student = linear_weights(softmax_pair(q, maps[0], none, 1e-12), softmax_pair(k, maps[1], none, 1e-12), past)
+        student = linear_weights(mapped(q, maps[0], none, "softmax", 1e-12), mapped(k, maps[1], none, "softmax", 1e-12), past)
         optimizer.zero_grad()
         distillation_loss(student, teacher).backward()
         optimizer.step()
     with torch.no_grad():
         q, k, teacher = draw(64)
-        student = linear_weights(softmax_pair(q, maps[0], none, 1e-12), softmax_pair(k, maps[1], none, 1e-12), past)
+        student = linear_weights(mapped(q, maps[0], none, "softmax", 1e-12), mapped(k, maps[1], none, "softmax", 1e-12), past)
         elu = linear_weights(F.elu(q) + 1, F.elu(k) + 1, past)
 
         def rank(a: Tensor) -> float:
@@ -229,7 +229,8 @@ def _() -> tuple[float, float]:
     q, k, v = qkv(37)
     maps = {name: torch.randn(2, 8, 8, dtype=F64) for name in ("query_map", "key_map")}
     zero = torch.zeros(2, dtype=F64)
-    truth = naive_kernel(softmax_pair(q, maps["query_map"], zero, 1e-12), softmax_pair(k, maps["key_map"], zero, 1e-12), v)
+    phi_q, phi_k = (mapped(x, maps[f"{side}_map"], zero, "softmax", 1e-12) for x, side in ((q, "query"), (k, "key")))
+    truth = naive_kernel(phi_q, phi_k, v, 1e-12)
     mechanism = get("hedgehog")
     assert isinstance(mechanism, Recurrent)
     own = max(naive.gap(out, truth) for out in forms(mechanism, q, k, v, **maps))
@@ -237,12 +238,12 @@ def _() -> tuple[float, float]:
     return own, naive.gap(same, truth)
 
 
-def naive_kernel(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
-    """Causal normalised kernel attention, a loop over tokens."""
+def naive_kernel(phi_q: Tensor, phi_k: Tensor, v: Tensor, eps: float = 0.0) -> Tensor:
+    """Causal normalised kernel attention, a loop over tokens; eps: added to the divisor."""
     out = torch.zeros(*phi_q.shape[:-1], v.shape[-1], dtype=v.dtype)
     for t in range(phi_q.shape[-2]):
         a = torch.einsum("bhf,bhjf->bhj", phi_q[:, :, t], phi_k[:, :, : t + 1])
-        out[:, :, t] = torch.einsum("bhj,bhje->bhe", a, v[:, :, : t + 1]) / a.sum(-1, keepdim=True)
+        out[:, :, t] = torch.einsum("bhj,bhje->bhe", a, v[:, :, : t + 1]) / (a.sum(-1, keepdim=True) + eps)
     return out
 
 

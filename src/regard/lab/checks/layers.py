@@ -90,7 +90,7 @@ def gaussian_loop(x: Tensor, layer: GaussianAdaptiveAttention, padding: float | 
         mean = sum(values) / len(values)
         sigma = math.sqrt(sum((y - mean) ** 2 for y in values) / (len(values) - 1) + layer.eps)
         weights = []
-        for y in values:
+        for y in (float(x[i]) for i in at):  # padding weighs by what it is, around statistics that count it as 0
             terms = []
             for delta, c in zip(layer.delta[h].tolist(), layer.c[h].tolist(), strict=True):
                 z = (y - mean - delta) / sigma

@@ -62,6 +62,7 @@ def mega_truth(layer: MegaLayer, x: Tensor, ema: bool = True) -> Tensor:
     q, k = layer.kappa[0] * z + layer.mu[0], layer.kappa[1] * z + layer.mu[1]
     n = x.shape[1]
     i = torch.arange(n)
+    assert layer.offsets is not None
     reach = (len(layer.offsets) + 1) // 2
     bias = layer.offsets[(i[:, None] - i).clamp(1 - reach, reach - 1) + reach - 1]
     seen = i[:, None] >= i
@@ -72,7 +73,7 @@ def mega_truth(layer: MegaLayer, x: Tensor, ema: bool = True) -> Tensor:
     else:
         s = q @ k.mT / seen.sum(-1, keepdim=True) + bias
         w = ((1 + torch.erf((s - 0.707107) / (0.282095 * 2**0.5))) / 2 if layer.attn == "laplace" else F.relu(s) ** 2) * seen
-    h = F.silu(hx + (F.silu(r) * (w @ v)) @ layer.h.weight.T)
+    h = F.silu(hx + (F.silu(r) * (w @ v)) @ layer.h.weight.T + layer.h.bias)
     return x + torch.sigmoid(u) * (h - x)
 
 

@@ -110,7 +110,7 @@ def _() -> tuple[float, float]:
     for c in (1, 2, 4, 8):
         fq, fk = normalised_features(c * q, c * k, projection)
         own.append(distance(fq @ fk.mT, F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT))
-    fq, fk = (positive_random(4 * x, projection, 0.0, False, False) for x in (q, k))
+    fq, fk = (positive_random(4 * x, projection, 0.0, False) for x in (q, k))
     return max(own), distance(fq @ fk.mT + 1e-300, 16 * q @ k.mT)
 
 

@@ -10,11 +10,12 @@ from ...catalog.registry import register
 
 
 @register("based")
-def based(feature_dim: int = 16, packed: bool = False, eps: float = 1e-12) -> Recurrent:
-    """feature_dim: channels of q and k a head in the layer; the state is 1 + D' + D'^2 wide ((D'+1)(D'+2)/2 if packed)."""
+def based(feature_dim: int = 16, packed: bool = False, eps: float = 1e-12, divide: str = "sum") -> Recurrent:
+    """feature_dim: channels of q and k a head in the layer; the state is 1 + D' + D'^2 wide ((D'+1)(D'+2)/2 if packed). divide: "sum" by the
+    sum, at least eps, as the layer; "add" by the sum plus eps, as the functional form; "none"."""
     return Recurrent(
         FeatureMap(taylor_packed if packed else taylor, kernel=taylor_kernel),
-        readout="sum",
+        readout=divide,
         eps=eps,
         scaled=False,
         recipe=Recipe(rope=False, key_dim=feature_dim),

@@ -19,11 +19,12 @@ def longest(sizes: Sizes) -> Tensor:
 
 @register("cosformer")
 def cosformer(horizon: float | None = None, feature: str = "relu", eps: float = 1e-6) -> Recurrent:
-    """horizon: m, at least the longest length met; None: max(Lq, Lk) of the call (input `horizon`). feature: "relu" or "elu+1"."""
+    """horizon: m, at least the longest length met; None: max(Lq, Lk) of the call, of a layer its context_len
+    (input `horizon`). feature: "relu" or "elu+1"."""
     bases = {"relu": torch.relu, "elu+1": elu_plus_one}
     if feature not in bases:
         raise RegardError(f"feature={feature!r}; expected one of {', '.join(bases)}")
-    spec = Input("horizon", "", default=longest if horizon is None else horizon, layer=Learned(horizon or 4096.0, trainable=False))
+    spec = Input("horizon", "", default=longest if horizon is None else horizon, layer=Learned(longest if horizon is None else horizon, trainable=False))
     return Recurrent(
         FeatureMap(bind(cosine_reweighted, base=bases[feature]), inputs=(spec,)),
         readout="sum",

@@ -3,6 +3,8 @@
 o_i = q^_i sum_j k^_j^T v_j / c_j,   c = n^p_h,   p_h = sigmoid(m_h)        n: tokens up to j when causal, else all tokens
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,6 @@ def cottention(divide: str = "value", init: float = 0.5) -> Recurrent:
     query's. Input `power` (H,), in (0, 1), is learned as sigmoid(m) from m = init."""
     if divide not in ("value", "output"):
         raise RegardError(f"divide={divide!r}; expected value or output")
-    spec = Input("power", "h", default=torch.sigmoid(torch.tensor(init)).item(), layer=Learned(init, torch.sigmoid))
+    spec = Input("power", "h", default=1 / (1 + math.exp(-init)), layer=Learned(init, torch.sigmoid))
     query, key = (unit, unit_over_length) if divide == "value" else (unit_over_length, unit)
     return Recurrent(FeatureMap(query, key, (spec,)), scaled=False)

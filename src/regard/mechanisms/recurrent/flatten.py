@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...algebra import FeatureMap, Input, Learned, Recipe, Recurrent, Sizes, bind
+from ...algebra.readouts import mean_divided
 from ...catalog.registry import register
 from ...errors import RegardError
-from .nalaformer import mean_divided
 
 
 def focused(x: Tensor, power: float, dims: tuple[int, ...] = (-1,)) -> Tensor:

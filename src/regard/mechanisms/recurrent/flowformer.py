@@ -11,6 +11,8 @@ from ...algebra import JointMap, Recipe, Recurrent, bind
 from ...catalog.registry import register
 from ...errors import RegardError
 
+HIDDEN = -1e30  # finite: a row of nothing but padding has a softmax, which its zero keys then ignore
+
 
 def flows(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None, eps: float, limit: float) -> tuple[Tensor, Tensor]:
     """phi(q) times its allocation over its inflow, and phi(k) times its competition."""
@@ -23,7 +25,7 @@ def flows(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None, eps: float, limi
 
     inflow, outflow = 1 / met(q, k), 1 / met(k, mine)
     sink, source = met(q, k * outflow), met(k, mine * inflow).clamp(-limit, limit)
-    source = source if real is None else source.masked_fill(~real, float("-inf"))
+    source = source if real is None else source.masked_fill(~real, HIDDEN)
     sinks = mine.shape[-2] if real is None or q.shape[-2] != k.shape[-2] else n
     return q * inflow * torch.sigmoid(sink * (sinks / n)), k * torch.softmax(source, -2) * n
 

@@ -10,17 +10,26 @@ from ...algebra import Input, Projected, Recipe, Recurrent, bind
 from ...catalog.registry import register
 
 
-def log_gate(x: Tensor, tau: float) -> Tensor:
-    return F.logsigmoid(x) / tau
+def log_gate(x: Tensor, tau: float, low: float | None = None) -> Tensor:
+    gate = F.logsigmoid(x) / tau
+    return gate if low is None else gate.clamp_min(low)
 
 
 @register("gla")
-def gla(gate_rank: int = 16, tau: float = 16.0, key_dim: int | float | None = 0.5, gate_bias: float = 0.0) -> Recurrent:
-    """gate_rank: rank of W1 W2. tau: temperature of the gate. key_dim: channels of q and k a head (0.5: half the layer's head_dim).
-    Input `log_decay` (B, H, L, D), <= 0."""
-    gate = Projected(bind(log_gate, tau=tau), rank=gate_rank, bias=gate_bias)
-    return Recurrent(
-        decay="channel",
-        inputs=(Input("log_decay", "bhkd", layer=gate),),
-        recipe=Recipe(out_norm="rms", out_gate="silu", rope=False, key_dim=key_dim),
+def gla(
+    gate_rank: int = 16,
+    tau: float = 16.0,
+    key_dim: int | float | None = 0.5,
+    gate_bias: float = 0.0,
+    clamp_min: float | None = None,
+    norm_eps: float = 1e-5,
+    short_conv: int = 0,
+) -> Recurrent:
+    """gate_rank: rank of W1 W2. tau: temperature of the gate. clamp_min: the smallest log gate. key_dim: channels of q and k a head (0.5:
+    half the layer's head_dim). norm_eps: of the norm a head. short_conv: width of convolutions with silu on q, k, v (0: none).
+    Input `log_decay` (B, H, L, D), <= 0; the layer makes one a key head."""
+    gate = Projected(bind(log_gate, tau=tau, low=clamp_min), rank=gate_rank, bias=gate_bias, grouped=True)
+    recipe = Recipe(
+        short_conv=short_conv, conv_activation="silu", out_norm="rms", norm_eps=norm_eps, out_gate="silu", rope=False, key_dim=key_dim
     )
+    return Recurrent(decay="channel", inputs=(Input("log_decay", "bhkd", layer=gate),), recipe=recipe)

@@ -13,11 +13,11 @@ from ...errors import RegardError
 
 
 @register("hedgehog")
-def hedgehog(form: str = "softmax", clamp: float = 1e-12, eps: float = 1e-6) -> Recurrent:
-    """form: "softmax" (the stable practical map) or "exp", [exp(Wx + b), exp(-Wx - b)]. clamp: smallest feature value."""
-    if form not in ("softmax", "exp"):
-        raise RegardError(f"form={form!r}; expected softmax or exp")
-    return Recurrent(hedgehog_map(form, clamp), readout="sum", eps=eps, scaled=False)
+def hedgehog(form: str = "softmax", clamp: float = 1e-12, eps: float = 1e-12, divide: str = "add") -> Recurrent:
+    """form: "softmax" (the stable practical map), "half" (its first half alone), "exp", [exp(Wx + b), exp(-Wx - b)], or "exp_shifted", the same
+    with each half over its largest channel, for keys too. clamp: smallest feature value. divide: by the sum plus eps ("add", as released)
+    or at least eps ("sum"). Inputs `query_map`, `key_map` (H, F, D), `query_shift`, `key_shift` (H,), one number a head."""
+    return Recurrent(hedgehog_map(form, clamp), readout=divide, eps=eps, scaled=False)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -14,8 +14,12 @@ from ...errors import RegardError
 MAPS = {"identity": identity, "relu": torch.relu, "elu+1": elu_plus_one, "exp": torch.exp}
 
 
-def scaled_map(x: Tensor, feature: str) -> Tensor:
-    return MAPS[feature](x) * x.shape[-1] ** -0.5  # type: ignore[no-any-return]
+def scaled_map(x: Tensor, feature: str, temperature: float) -> Tensor:
+    return MAPS[feature](x * temperature) * x.shape[-1] ** -0.5  # type: ignore[no-any-return]
+
+
+def plain_map(x: Tensor, feature: str, temperature: float) -> Tensor:
+    return MAPS[feature](x * temperature)  # type: ignore[no-any-return]
 
 
 def injective(o: Tensor, mass: Tensor, mean: Tensor, n: Tensor) -> Tensor:
@@ -23,11 +27,12 @@ def injective(o: Tensor, mass: Tensor, mean: Tensor, n: Tensor) -> Tensor:
 
 
 @register("inline-attention")
-def inline_attention(feature: str = "identity") -> Recurrent:
-    """feature: phi, "identity", "relu", "elu+1" or "exp". Rows sum to one, entries may be negative, nothing is divided by. The paper's
+def inline_attention(feature: str = "identity", temperature: float | None = None) -> Recurrent:
+    """feature: phi, "identity", "relu", "elu+1" or "exp", of x times temperature (None: 0.2 for "exp", as released, else 1). Rows sum to one, entries may be negative, nothing is divided by. The paper's
     module with its local residual: `regard.nn.GridAttention`."""
     if feature not in MAPS:
         raise RegardError(f"feature={feature!r}; expected one of {', '.join(MAPS)}")
+    known = {"feature": feature, "temperature": (0.2 if feature == "exp" else 1.0) if temperature is None else temperature}
     return Recurrent(
-        FeatureMap(bind(scaled_map, feature=feature), MAPS[feature]), readout=injective, scaled=False, recipe=Recipe(rope=False)
+        FeatureMap(bind(scaled_map, **known), bind(plain_map, **known)), readout=injective, scaled=False, recipe=Recipe(rope=False)
     )

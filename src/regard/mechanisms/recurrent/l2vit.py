@@ -11,7 +11,7 @@ from ...catalog.registry import register
 
 
 def inverse_root(sizes: Sizes) -> Tensor:
-    return torch.full((sizes.heads,), sizes.head_dim**-0.5)
+    return torch.full((sizes.heads,), sizes.head_dim**-0.5, dtype=torch.float64)
 
 
 def clamped(o: Tensor, mass: Tensor, tau: Tensor, floor: float) -> Tensor:

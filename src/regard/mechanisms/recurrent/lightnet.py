@@ -19,7 +19,7 @@ def axis_angles(sizes: Sizes, axes: int) -> Tensor:
     """10000^(-2 c / D) for the channels that each axis owns in turn, (H, D, axes)."""
     rates = 10000 ** (-2 / sizes.head_dim * torch.arange(sizes.head_dim, dtype=torch.float64))
     own = torch.arange(sizes.head_dim)[:, None] % axes == torch.arange(axes)
-    return (rates[:, None] * own).float().expand(sizes.heads, -1, -1).clone()
+    return (rates[:, None] * own).expand(sizes.heads, -1, -1).clone()
 
 
 def relative_cosines(x: Tensor, position: Tensor, theta: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -34,10 +34,18 @@ def relative_cosines(x: Tensor, position: Tensor, theta: Tensor, grid: tuple[int
 
 
 @register("lightnet")
-def lightnet(grid: tuple[int, ...] = (), scaled: bool = True, gate_rank: int | None = 128) -> Recurrent:
+def lightnet(
+    grid: tuple[int, ...] = (),
+    scaled: bool = True,
+    gate_rank: int | None = 128,
+    key_dim: int | float | None = None,
+    short_conv: int = 0,
+    norm_eps: float = 1e-5,
+) -> Recurrent:
     """grid: the sizes of the axes that tokens, in row order, stand on; with it q and k carry relative cosines (MD-LRPE), learned input
     `theta` (H, D, axes); a sequence is (a large number,). (): no positions. scaled: D^-1/2 on q, as the released kernel has. k holds
-    logits f. gate_rank: of the layer's silu gate. `regard.nn.LightNet` adds the mixing along axes at the input (MD-TPE)."""
+    logits f. Of the layer: gate_rank of the silu gate, key_dim channels of q and k a head (expand_ratio; None: head_dim), short_conv width of
+    convolutions without activation (0: none), norm_eps of the RMS norm over all heads together. `regard.nn.LightNet` adds the mixing along axes at the input (MD-TPE)."""
     grid = tuple(grid)
     extra: tuple[Input, ...] = ()
     if grid:
@@ -49,5 +57,7 @@ def lightnet(grid: tuple[int, ...] = (), scaled: bool = True, gate_rank: int | N
         turn=bind(relative_cosines, grid=grid) if grid else None,
         scaled=False,
         inputs=extra,
-        recipe=Recipe(out_norm="rms", out_gate="silu", gate_rank=gate_rank, rope=False),
+        recipe=Recipe(
+            short_conv=short_conv, merge_norm="rms", norm_eps=norm_eps, out_gate="silu", gate_rank=gate_rank, rope=False, key_dim=key_dim
+        ),
     )

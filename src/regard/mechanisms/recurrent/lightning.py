@@ -34,14 +34,15 @@ def lightning(layer_share: float = 0.0) -> Recurrent:
 
 
 @register("lightning-attention")
-def lightning_attention(layer: int = 0, layers: int = 1, gate_rank: int | None = None) -> Recurrent:
+def lightning_attention(layer: int = 0, layers: int = 1, gate_rank: int | None = None, norm: str = "srms") -> Recurrent:
     """The first Lightning Attention and its TNL layer (id 80; Qin et al., 2024): the same recurrence with slopes 2^(-8 h / H) (1 - layer /
-    (layers - 1) + 1e-5), q, k and v through silu, a norm over all heads without learned factors, and a sigmoid gate of gate_rank (the
-    paper's: the head dimension). `lightning_blocks` is the operator with a state."""
+    (layers - 1) + 1e-5), q, k and v through silu, a norm over all heads ("srms" without learned factors, eps 1e-6, as the released models;
+    the paper's example module has "layer", eps 1e-5), and a sigmoid gate of gate_rank (the paper's: the head dimension).
+    `lightning_blocks` is the operator with a state."""
     if not 0 <= layer < layers:
         raise RegardError(f"layer={layer}, layers={layers}: expected 0 <= layer < layers")
     base = lightning(layer_share(layer, layers))
-    recipe = Recipe(activation="silu", value_activation="silu", merge_norm="srms", out_gate="sigmoid", gate_rank=gate_rank, rope=False)
+    recipe = Recipe(activation="silu", value_activation="silu", merge_norm=norm, out_gate="sigmoid", gate_rank=gate_rank, rope=False)
     return replace(base, recipe=recipe)
 
 

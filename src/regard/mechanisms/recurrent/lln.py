@@ -18,8 +18,8 @@ def temperature(sigma_q: Tensor, sigma_k: Tensor, a: float, b: float) -> Tensor:
 
 
 def exp_shifted(x: Tensor) -> Tensor:
-    """exp of x minus its largest channel, which the readout divides out."""
-    return torch.exp(x - x.amax(-1, keepdim=True).detach())
+    """exp of x minus its largest channel, which the readout divides out but for eps."""
+    return torch.exp(x - x.amax(-1, keepdim=True))
 
 
 def spread(x: Tensor, real: Tensor | None) -> Tensor:
@@ -40,27 +40,45 @@ def frozen_key(k: Tensor, sigma_q: Tensor, sigma_k: Tensor, a: float, b: float) 
     return k * temperature(sigma_q, sigma_k, a, b) / sigma_k
 
 
+def shifted_key(k: Tensor, sigma_q: Tensor, sigma_k: Tensor, key_max: Tensor, a: float, b: float) -> Tensor:
+    return torch.exp(frozen_key(k, sigma_q, sigma_k, a, b) - key_max)
+
+
 @register("lln-attention")
 def lln(
-    statistics: str = "batch", diagonal: bool = False, block_size: int = 64, a: float = A, b: float = B, eps: float = 0.0
+    statistics: str = "batch",
+    diagonal: bool | str = False,
+    block_size: int = 64,
+    a: float = A,
+    b: float = B,
+    eps: float = 1e-8,
+    shift: str = "running",
 ) -> Recurrent | Hybrid:
     """statistics: "batch": sigma_q and sigma_k are the standard deviations of the call's q and k (without gradient), which reads all
     tokens, so in both directions only; "given": the inputs `sigma_q` and `sigma_k` (scalars, a running average), as decoding needs.
-    diagonal: the mean with softmax attention inside blocks of block_size (the paper's: the head dimension). a, b: refit for D far from 64.
+    diagonal: with softmax attention inside blocks of block_size (the paper's: the head dimension): True, their mean; "channels", a factor a
+    channel for each, input `blend` (2, H, Dv). a, b: refit for D far from 64. eps: added to the divisor, the sum of keys' exponentials over
+    e^m. shift: m is the largest key so far, "running", or "given", the input `key_max` (B, H) (released: of all keys, later ones too).
     """
-    if statistics not in ("batch", "given"):
-        raise RegardError(f"statistics={statistics!r}; expected batch or given")
+    if statistics not in ("batch", "given") or shift not in ("running", "given") or (shift == "given" and statistics == "batch"):
+        raise RegardError(f"statistics={statistics!r}, shift={shift!r}; expected batch or given, and running or given (with given statistics)")
+    if diagonal not in (False, True, "channels"):
+        raise RegardError(f"diagonal={diagonal!r}; expected False, True or channels")
     sigmas = tuple(Input(f"sigma_{side}", "", default=1.0, layer=Learned(1.0, trainable=False)) for side in "qk")
     known = {"a": a, "b": b}
-    feature = (
-        JointMap(bind(matched, **known))
-        if statistics == "batch"
-        else FeatureMap(bind(frozen_query, **known), bind(frozen_key, **known), inputs=sigmas)
-    )
-    linear = Recurrent(feature, keys="max", readout="sum", eps=eps, scaled=False, recipe=Recipe(rope=False))
+    feature: FeatureMap | JointMap
+    if statistics == "batch":
+        feature = JointMap(bind(matched, **known))
+    elif shift == "running":
+        feature = FeatureMap(bind(frozen_query, **known), bind(frozen_key, **known), inputs=sigmas)
+    else:
+        feature = FeatureMap(bind(frozen_query, **known), bind(shifted_key, **known), inputs=(*sigmas, Input("key_max", "bh")))
+    keys = "max" if shift == "running" else "features"
+    linear = Recurrent(feature, keys=keys, readout="add", eps=eps, scaled=False, recipe=Recipe(rope=False))
     if not diagonal:
         return linear
-    return Hybrid((linear, Weighted(mask=FixedBlock(block_size))), how="blend", shares=(0.5, 0.5), recipe=Recipe(rope=False))
+    how = "channels" if diagonal == "channels" else "blend"
+    return Hybrid((linear, Weighted(mask=FixedBlock(block_size))), how=how, shares=(0.5, 0.5), recipe=Recipe(rope=False))
 
 
 def fit(head_dim: int, length: int = 256, seed: int = 0) -> tuple[float, float]:

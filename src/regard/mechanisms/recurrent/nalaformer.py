@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...algebra import FeatureMap, Recipe, Recurrent, bind
 from ...algebra.position import grid_rotary
+from ...algebra.readouts import mean_divided
 from ...catalog.registry import register
 
 
@@ -27,11 +28,6 @@ def norm_aware(q: Tensor, power: float, offset: float) -> Tensor:
 
 def signed_power(k: Tensor, power: int) -> Tensor:
     return signed(k**power)
-
-
-def mean_divided(o: Tensor, mass: Tensor, n: Tensor, eps: float) -> Tensor:
-    """o / (mass + n eps): sums as means, and eps added to the divisor."""
-    return o / (mass + n * eps)
 
 
 def halves_rotary(x: Tensor, position: Tensor, width: int) -> Tensor:

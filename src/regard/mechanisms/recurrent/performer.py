@@ -12,6 +12,7 @@ from torch import Tensor
 from ...algebra import FeatureMap, Recurrent, bind, favor
 from ...algebra.feature_map import generalized, orthogonal_gaussian
 from ...algebra.part import Sizes
+from ...algebra.readouts import smoothed
 from ...catalog.registry import register
 from ...errors import RegardError
 
@@ -29,10 +30,15 @@ def performer(
     causal: bool = True,
     eps: float | None = None,
     seed: int = 0,
+    sum_eps: float = 1e-6,
+    normalize: bool = False,
 ) -> Recurrent:
-    """features: m, about D log D. kernel: "softmax" (FAVOR+), or "relu", "exp", "gelu", "softplus" for generalized attention
-    f(Wx) + eps. causal=False also subtracts the maximum over keys, as the paper does without a mask. The input `projection`
-    (m, D) replaces the draw of `seed`; `redraw` makes new ones."""
+    """features: m, about D log D. kernel: "softmax" (FAVOR+), or "relu", "exp", "gelu", "softplus" for generalized attention f(Wx) + eps.
+    eps: added to every feature (1e-4; 1e-3 in the generalized form). stabilize: see `regard.algebra.favor`; under a causal mask keys are
+    shifted by the input `key_shift` (B, H), 0 by default (the released code takes the maximum over all keys, later ones included). sum_eps:
+    added to the sum of key features in a causal call; nothing is in both directions. normalize: q and k times D^(-1/4) in the generalized form
+    too. causal=False refuses causal masks. The input
+    `projection` (m, D) replaces the draw of `seed`; `redraw` makes new ones."""
     if kernel == "softmax":
         feature = favor(
             features,
@@ -45,11 +51,12 @@ def performer(
             regularised=regularised,
         )
     elif kernel in KERNELS:
-        base = favor(features, orthogonal=orthogonal, seed=seed, regularised=regularised)
-        feature = FeatureMap(bind(generalized, function=KERNELS[kernel], eps=1e-3 if eps is None else eps), inputs=base.inputs)
+        base = favor(features, orthogonal=orthogonal, seed=seed, regularised=regularised, stabilize=False)
+        function = bind(generalized, function=KERNELS[kernel], eps=1e-3 if eps is None else eps)
+        feature = FeatureMap(function, inputs=base.inputs, pre=-0.25 if normalize else 0.0, causal=causal)
     else:
         raise RegardError(f"kernel={kernel!r}; expected softmax, {', '.join(KERNELS)}")
-    return Recurrent(feature, readout="sum", scaled=False)
+    return Recurrent(feature, readout=bind(smoothed, eps=sum_eps), scaled=False)
 
 
 def redraw(head_dim: int, features: int, seed: int, **options: bool) -> Tensor:

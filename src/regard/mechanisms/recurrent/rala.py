@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...algebra import JointMap, Recipe, Recurrent, bind, elu_plus_one
 from ...algebra.position import grid_rotary
+from ...algebra.readouts import mean_divided
 from ...catalog.registry import register
-from .nalaformer import mean_divided
 
 
 def relevant(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def relevant(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None) -> tuple[Tens
     if real is not None and q.shape[-2] == k.shape[-2]:
         mean = (q * real).sum(-2, keepdim=True) / n
     score = (k * mean).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-    score = score if real is None else score.masked_fill(~real, float("-inf"))
+    score = score if real is None else score.masked_fill(~real, -1e30)  # finite: a row of padding alone stays a number
     return q, n * torch.softmax(score, -2) * k
 
 

@@ -75,7 +75,7 @@ def kernel_attention_rpe(
 
 def normalised_features(q: Tensor, k: Tensor, projection: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Positive random features of q / |q| and k / |k|, each times sqrt(scale): their products estimate exp(scale cos(q, k))."""
-    made = [positive_random(F.normalize(x, dim=-1) * scale**0.5, projection, 0.0, False, False) for x in (q, k)]
+    made = [positive_random(F.normalize(x, dim=-1) * scale**0.5, projection, 0.0, False) for x in (q, k)]
     return made[0], made[1]
 
 

@@ -4,14 +4,10 @@ o_i = relu(q_i) (sum_j relu(k_j) v_j^T) / (relu(q_i).sum_j relu(k_j) + eps) (+ a
 """
 
 import torch
-from torch import Tensor
 
 from ...algebra import FeatureMap, Recipe, Recurrent, bind
+from ...algebra.readouts import sum_divided
 from ...catalog.registry import register
-
-
-def sum_divided(o: Tensor, mass: Tensor, eps: float) -> Tensor:
-    return o / (mass + eps)
 
 
 @register("slab")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...algebra import Dot, FeatureMap, Input, Learned, Recurrent, RowLocal, Weighted, bind
+from ...algebra import Dot, FeatureMap, Input, Learned, Recurrent, RowLocal, Weighted, bind, identity
 from ...catalog.registry import register
 from ...errors import RegardError
 
@@ -27,7 +27,11 @@ def unit(x: Tensor) -> Tensor:
 
 
 def tempered(x: Tensor, tau: Tensor) -> Tensor:
-    return unit(x) * tau.to(x.dtype)[:, None, None]
+    return scaled_by(unit(x), tau)
+
+
+def scaled_by(x: Tensor, tau: Tensor) -> Tensor:
+    return x * tau.to(x.dtype)[:, None, None]
 
 
 def kernel(s: Tensor, d: int, a: float, b: float, c: float) -> Tensor:
@@ -43,19 +47,21 @@ def temperature(n: Tensor, tau: Tensor) -> Tensor:
 
 
 @register("taylorshift")
-def taylorshift(mode: str = "efficient", a: float = 0.5, b: float = 1.0, c: float = 1.0) -> Recurrent | Weighted:
+def taylorshift(
+    mode: str = "efficient", a: float = 0.5, b: float = 1.0, c: float = 1.0, normalize: bool = True
+) -> Recurrent | Weighted:
     """mode: "efficient", O(L D^3) through a state of 1 + D + D^2 rows, or "direct", O(L^2 D); both give the same numbers. Input `tau` (H,),
-    learned from 1. The polynomial must be positive: c > b^2 / (4 a). `regard.nn.TaylorShiftAttention` switches at `crossover`."""
+    learned from 1. normalize: q and k of unit length; without it x_ij = tau_h q_i.k_j. The polynomial must be positive: c > b^2 / (4 a). `regard.nn.TaylorShiftAttention` switches at `crossover`."""
     if a <= 0 or c < b * b / (4 * a):
         raise RegardError(f"a={a}, b={b}, c={c}: expected a > 0 and c >= b^2 / (4 a), so that weights are positive")
     spec = Input("tau", "h", default=1.0, layer=Learned(1.0))
     if mode == "efficient":
         known = {"a": a, "b": b, "c": c}
-        feature = FeatureMap(bind(weighted_powers, **known), powers, (spec,), kernel=bind(kernel, **known), before=(tempered, unit))
+        feature = FeatureMap(bind(weighted_powers, **known), powers, (spec,), kernel=bind(kernel, **known), before=(tempered, unit) if normalize else (scaled_by, identity))
         return Recurrent(feature, readout="sum", eps=0.0, scaled=False)
     if mode == "direct":
         weight = bind(polynomial, a=a, b=b, const=c)
-        return Weighted(score=Dot(temperature, (spec,), power=0.0, unit=True), normalizer=RowLocal(weight, weight))
+        return Weighted(score=Dot(temperature, (spec,), power=0.0, unit=normalize), normalizer=RowLocal(weight, weight))
     raise RegardError(f"mode={mode!r}; expected efficient or direct")
 
 

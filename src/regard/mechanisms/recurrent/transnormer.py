@@ -3,6 +3,7 @@
 o_i = x / (|x| / sqrt(D) + eps),   x = phi(q_i) sum_j phi(k_j) v_j^T,   phi = elu + 1
 """
 
+import torch
 from torch import Tensor
 
 from ...algebra import FeatureMap, FixedBlock, Mechanism, Recipe, Recurrent, Weighted, bind, elu_plus_one
@@ -13,7 +14,9 @@ from ...errors import RegardError
 
 def root_mean_square(o: Tensor, eps: float, across: bool) -> Tensor:
     dims = (-3, -1) if across else (-1,)
-    return o / (o.square().mean(dims, keepdim=True).sqrt() + eps)
+    square = o.square().mean(dims, keepdim=True)
+    # A row that saw nothing is zero, and so is its gradient: the root has no slope there.
+    return o / (torch.where(square > 0, square, 1.0).sqrt() * (square > 0) + eps)
 
 
 @register("transnormer")

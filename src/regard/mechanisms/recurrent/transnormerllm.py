@@ -18,7 +18,7 @@ from .lightning import layer_share, lightning
 def angles(sizes: Sizes) -> Tensor:
     """10000^(-2 c / (H D)), c counting the channels of all heads."""
     width = sizes.heads * sizes.head_dim
-    return (10000 ** (-2 / width * torch.arange(width, dtype=torch.float64))).float().view(sizes.heads, sizes.head_dim)
+    return (10000 ** (-2 / width * torch.arange(width, dtype=torch.float64))).view(sizes.heads, sizes.head_dim)
 
 
 def cosines(x: Tensor, position: Tensor, theta: Tensor) -> Tensor:

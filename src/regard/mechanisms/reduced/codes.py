@@ -31,8 +31,8 @@ def near_bias(distance: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass
 class CodeState:
-    """Counts (B, H, S) and sums of values (B, H, S, Dv) of the codes of older blocks; quantised keys, code numbers and values of the last one
-    or two blocks. length: tokens read."""
+    """Counts (B, H, S) and sums of values (B, H, S, Dv) of the codes of older tokens; quantised keys, code numbers and values of the others.
+    length: tokens read."""
 
     count: Tensor
     total: Tensor
@@ -65,48 +65,71 @@ def code_attention(
     q_codes: Tensor | None = None,
     causal: bool = True,
     scale: float = 1.0,
+    memory: int | None = None,
+    aggregate: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, H, N, Dv), code numbers (B, H, N)): softmax attention over quantised keys, exactly, in O(N (S + 2 block)).
+    """(o (B, H, N, Dv), code numbers (B, H, N)): softmax attention over quantised keys, exactly, in O(N (S + block + memory)).
 
-    q, k (B, H, N, D), v (B, H, N, Dv), codebook (H, S, D). bias (B|1, H|1, N|1, R), R <= block + 1: added to the logits of tokens at distances 0 .. R - 1.
+    q, k (B, H, N, D), v (B, H, N, Dv), codebook (H, S, D). bias (B|1, H|1, N|1, R), R <= memory + 1: added to the logits of tokens at distances 0 .. R - 1.
     q_codes: the queries that read codes, where they differ (both q and q_codes read keys quantised). causal: tokens of a query's own block and
-    the one before are read one by one, older ones by codes, which pass no gradient to k; otherwise all by codes, and no bias.
+    the `memory` (None: block) before it are read one by one, older ones by codes, which pass no gradient to k; otherwise all by codes, and no
+    bias. aggregate False: tokens more than `memory` before the query are not read at all.
     """
     checked(q, k, codebook, block)
     far_q = (q if q_codes is None else q_codes) * scale
     hat, which = quantise(k, codebook)
     kind = F.one_hot(which, codebook.shape[1]).to(v.dtype)
     if not causal:
-        if bias is not None:
-            raise RegardError("bias with causal=False: in both directions every token is read by its code; expected None")
+        if bias is not None or not aggregate:
+            raise RegardError("causal=False: in both directions every token is read by its code; expected bias=None and aggregate=True")
         count, total = kind.sum(-2), kind.mT @ v
         p = torch.softmax(far_q @ codebook.mT + count.log()[..., None, :], -1)
         return p @ (total / count.clamp_min(1)[..., None]), which
-    if bias is not None and bias.shape[-1] > block + 1:
-        raise RegardError(f"bias reaches {bias.shape[-1]} distances; expected at most block + 1 = {block + 1}")
+    memory = block if memory is None else memory
+    if memory < 0 or (bias is not None and bias.shape[-1] > memory + 1):
+        reach = 0 if bias is None else bias.shape[-1]
+        raise RegardError(f"memory={memory}, bias reaches {reach} distances; expected memory >= 0 and at most memory + 1 distances")
     n = q.shape[2]
     fill = -n % block
 
-    def blocks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, block))
+    def blocks(x: Tensor, size: int = block) -> Tensor:
+        return F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, size))
 
-    bq, bf, bk, bv, bkind = (blocks(x) for x in (q * scale, far_q, hat, v, kind))
-    pairs = [torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), -2) for x in (bk, bv)]
-    row, column = torch.arange(block, device=q.device)[:, None], torch.arange(2 * block, device=q.device)
-    distance = row + block - column
-    near = bq @ pairs[0].mT
+    def near_of(x: Tensor) -> Tensor:
+        """The `memory` tokens before each block and its own, (B, H, blocks, memory + block, .)."""
+        return F.pad(x, (0, 0, memory, fill)).unfold(2, memory + block, block).transpose(-1, -2)
+
+    bq, bf = blocks(q * scale), blocks(far_q)
+    near_k, near_v = near_of(hat), near_of(v)
+    row, column = torch.arange(block, device=q.device)[:, None], torch.arange(memory + block, device=q.device)
+    distance = row + memory - column
+    near = bq @ near_k.mT
     if bias is not None:
         wide = blocks(bias) if bias.shape[2] > 1 else bias[:, :, :, None]
         near = near + near_bias(distance, wide.expand(*near.shape[:-1], -1))
-    seen = (distance >= 0).expand(near.shape[2], -1, -1).clone()
-    seen[0] &= column >= block  # the first block has none before it
-    near = near.masked_fill(~seen, -math.inf)
-    # Counts and sums of what lies two blocks back or more.
-    count, total = (F.pad(x.cumsum(2), (0, 0) * (x.dim() - 3) + (2, 0))[:, :, : near.shape[2]] for x in (bkind.sum(-2), bkind.mT @ bv))
+    start = torch.arange(near.shape[2], device=q.device)[:, None, None] * block
+    seen = (distance >= 0) & (start + column >= memory)
+    near = near.masked_fill(~(seen if aggregate else seen & (distance <= memory)), -math.inf)
+    if not aggregate:
+        return (torch.softmax(near, -1) @ near_v).flatten(2, 3)[:, :, :n], which
+    count, total = older(kind, v, block, memory, fill)
     far = bf @ codebook.mT[:, None] + count.log()[..., None, :]
     p = torch.softmax(torch.cat((near, far), -1), -1)
-    o = p[..., : 2 * block] @ pairs[1] + p[..., 2 * block :] @ (total / count.clamp_min(1)[..., None])
+    o = p[..., : memory + block] @ near_v + p[..., memory + block :] @ (total / count.clamp_min(1)[..., None])
     return o.flatten(2, 3)[:, :, :n], which
+
+
+def older(kind: Tensor, v: Tensor, block: int, memory: int, fill: int) -> tuple[Tensor, Tensor]:
+    """Of each block the counts (B, H, blocks, S) and sums of values (B, H, blocks, S, Dv) of what lies more than `memory` before it."""
+    size = math.gcd(block, memory) if memory else block
+    of, values = (F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, size)) for x in (kind, v))
+    blocks, step, back = of.shape[2] * size // block, block // size, memory // size
+    found = []
+    for x in (of.sum(-2), of.mT @ values):
+        sums = F.pad(x.cumsum(2), (0, 0) * (x.dim() - 3) + (1, 0))  # entry i: of the first i pieces
+        at = (torch.arange(blocks, device=v.device) * step - back).clamp_min(0)
+        found.append(sums[:, :, at])
+    return found[0], found[1]
 
 
 def code_step(
@@ -119,27 +142,48 @@ def code_step(
     bias: Tensor | None = None,
     q_codes: Tensor | None = None,
     scale: float = 1.0,
+    memory: int | None = None,
+    aggregate: bool = True,
 ) -> tuple[Tensor, CodeState]:
-    """One new token (N = 1) after those in `state`; equal to the causal `code_attention` over all of them. bias (B|1, H|1, 1, R)."""
+    """New tokens (N up to the end of a block) after those in `state`; equal to the causal `code_attention` over all of them. bias
+    (B|1, H|1, N|1, R)."""
     checked(q, k, codebook, block)
-    if k.shape[2] != 1:
-        raise RegardError(f"k has {k.shape[2]} tokens; expected one at a time")
+    new, memory = k.shape[2], block if memory is None else memory
+    read = 0 if state is None else state.length
+    if not 1 <= new <= block - read % block:
+        raise RegardError(f"k has {new} tokens; expected 1 .. {block - read % block}, those up to the end of the block")
     hat, which = quantise(k, codebook)
     if state is None:
-        empty = k[:, :, :0]
         count = v.new_zeros(*k.shape[:2], codebook.shape[1])
-        state = CodeState(count, v.new_zeros(*count.shape, v.shape[-1]), empty, which[..., :0], v[:, :, :0], 0)
+        state = CodeState(count, v.new_zeros(*count.shape, v.shape[-1]), k[:, :, :0], which[..., :0], v[:, :, :0], 0)
     count, total, old = state.count, state.total, (state.k, state.which, state.v)
-    if state.length % block == 0 and state.k.shape[2] == 2 * block:  # a new block begins: the older of two goes into its codes
-        kind = F.one_hot(state.which[..., :block], codebook.shape[1]).to(v.dtype)
-        count, total = count + kind.sum(-2), total + kind.mT @ state.v[:, :, :block]
-        old = (state.k[:, :, block:], state.which[..., block:], state.v[:, :, block:])
+    stale = state.k.shape[2] - memory
+    if read % block == 0 and stale > 0:  # a new block begins: what lies beyond its memory goes into the codes
+        kind = F.one_hot(state.which[..., :stale], codebook.shape[1]).to(v.dtype)
+        count, total = count + kind.sum(-2), total + kind.mT @ state.v[:, :, :stale]
+        old = (state.k[:, :, stale:], state.which[..., stale:], state.v[:, :, stale:])
     keys, numbers, values = (torch.cat((x, y), 2) for x, y in zip(old, (hat, which, v), strict=True))
+    held = keys.shape[2]
+    distance = torch.arange(held - new, held, device=q.device)[:, None] - torch.arange(held, device=q.device)
     near = scale * q @ keys.mT
     if bias is not None:
-        distance = torch.arange(keys.shape[2] - 1, -1, -1, device=q.device)[None]
-        near = near + near_bias(distance, bias[:, :, :, None].expand(*near.shape[:2], 1, 1, -1)).squeeze(2)
+        wide = bias[:, :, None].expand(*near.shape[:2], 1, new, -1)
+        near = near + near_bias(distance, wide).squeeze(2)
+    seen = (distance >= 0) if aggregate else (distance >= 0) & (distance <= memory)
+    near = near.masked_fill(~seen, -math.inf)
+    after = CodeState(count, total, keys, numbers, values, read + new)
+    if not aggregate:
+        return torch.softmax(near, -1) @ values, after
     far = scale * (q if q_codes is None else q_codes) @ codebook.mT + count.log()[..., None, :]
     p = torch.softmax(torch.cat((near, far), -1), -1)
-    o = p[..., : keys.shape[2]] @ values + p[..., keys.shape[2] :] @ (total / count.clamp_min(1)[..., None])
-    return o, CodeState(count, total, keys, numbers, values, state.length + 1)
+    return p[..., :held] @ values + p[..., held:] @ (total / count.clamp_min(1)[..., None]), after
+
+
+def pieces(length: int, read: int, block: int) -> list[slice]:
+    """Where new tokens after `read` earlier ones are cut for `code_step`: at the ends of blocks."""
+    found, start = [], 0
+    while start < length:
+        stop = min(length, start + block - (read + start) % block)
+        found.append(slice(start, stop))
+        start = stop
+    return found

@@ -22,18 +22,27 @@ def root_visible(total: Tensor, n: Tensor) -> Tensor:
     return n.clamp_min(1).sqrt()
 
 
-@register("nap")
-def nap(eps: float = 1e-3, variant: str = "nap") -> Weighted:
-    """Inputs `gain` and `shift`, one a head, start at 1 and 0. The layer puts LayerNorm and GELU between heads and projection.
+def root_of(total: Tensor, length: float) -> Tensor:
+    return torch.full_like(total, length**0.5)
 
-    variant: "nap"; or the paper's comparisons "non" (raw logits, output / sqrt(n_i)) and "mte" (softmax, then LayerNorm and GELU).
+
+@register("nap")
+def nap(
+    eps: float = 1e-3, variant: str = "nap", activation: str = "gelu_tanh", norm_eps: float = 1e-3, length: int | None = None
+) -> Weighted:
+    """Inputs `gain` and `shift`, one a head, start at 1 and 0. The layer puts LayerNorm (norm_eps) and GELU ("gelu_tanh", or "gelu" by erf as
+    the released graph code, whose eps is 0 and norm_eps 1e-5) between heads and projection.
+
+    variant: "nap"; or the paper's comparisons "non" (scores q.k / sqrt(D), output / sqrt(n_i), n_i the visible keys, or `length` for all
+    rows, as released: that of the padded batch) and "mte" (softmax, then LayerNorm and GELU).
     """
-    block = Recipe(merge_norm="layer", merge_activation="gelu")
+    block = Recipe(merge_norm="layer", norm_eps=norm_eps, merge_activation=activation)
     if variant == "nap":
         inputs = (Input("gain", "h", default=1.0, layer=Learned(1.0)), Input("shift", "h", default=0.0, layer=Learned(0.0)))
         return Weighted(score=Dot(power=0.0), normalizer=RowWise(bind(standardised, eps=eps), inputs), recipe=block)
     if variant == "non":
-        return Weighted(score=Dot(power=0.0), normalizer=RowLocal(identity, divide=root_visible), recipe=Recipe(merge_activation="gelu"))
+        divide = root_visible if length is None else bind(root_of, length=float(length))
+        return Weighted(normalizer=RowLocal(identity, divide=divide), recipe=Recipe(merge_activation=activation))
     if variant == "mte":
         return Weighted(recipe=block)
     raise RegardError(f"variant={variant!r}; expected nap, non or mte")
