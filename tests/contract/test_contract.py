@@ -139,7 +139,8 @@ def test_non_contiguous_inputs(name):
     call = sample(name)
     turned = sample(name)
     turned.q, turned.k, turned.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (call.q, call.k, call.v))
-    close(turned.run(), call.run(), 1e-12)
+    # Products of other strides may be summed in another order, which solving a linear system for each query amplifies.
+    close(turned.run(), call.run(), 1e-10 if name == "local-linear-attention" else 1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

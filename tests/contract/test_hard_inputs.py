@@ -21,8 +21,13 @@ WITHOUT_DIGITS = ("tapa", "sinkformer")
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def checked(call: Call, tolerance: float, **options: object) -> None:
-    """Values and gradients of q, k, v against the reference on the same rounded numbers, relative to the largest entry."""
+# Rows of equal scores stand on an edge of these functions (a row's extremes): which of the tied scores gets the slope is rounding.
+EDGES = ("sa-softmax",)
+
+
+def checked(call: Call, tolerance: float, slopes: bool = True, **options: object) -> None:
+    """Values and gradients of q, k, v against the reference on the same rounded numbers, relative to the largest entry; where a function
+    has no slope, gradients need only be numbers."""
     leaves = [x.requires_grad_() for x in (call.q, call.k, call.v)]
     exact = call.to(torch.float64)
     wide = [x.detach().requires_grad_() for x in (exact.q, exact.k, exact.v)]
@@ -33,6 +38,8 @@ def checked(call: Call, tolerance: float, **options: object) -> None:
     expected = torch.autograd.grad((truth * seed).sum(), wide)
     for a, b in zip((out, *grads), (truth, *expected), strict=True):
         assert torch.isfinite(a).all()
+        if a is not out and not slopes:
+            continue
         if b.abs().max() < 6e4:  # beyond it half precision itself ends
             assert float((a.double() - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
@@ -47,7 +54,7 @@ def mask_of(name: str) -> object:
 def test_equal_rows(name, dtype):
     call = sample(name, dtype=dtype, q_len=17)
     call.k = call.k[:, :, :1].expand_as(call.k).clone()
-    checked(call, max(DTYPES[dtype], LOOSER.get(name, 0.0)), mask=mask_of(name))
+    checked(call, max(DTYPES[dtype], LOOSER.get(name, 0.0)), name not in EDGES, mask=mask_of(name))
 
 
 @pytest.mark.parametrize("name", WEIGHTED)

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..algebra.normalizer import RowLocal
 from ..algebra.part import call
 from ..algebra.position import modify
+from ..algebra.rows import RowWise
 from ..algebra.select import Selection
+from ..errors import RegardError
 from .problem import Problem, divisor, indices, reciprocal, visible
 
 
@@ -42,6 +44,21 @@ def seen_pairs(problem: Problem) -> Tensor:
     seen = seen.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
     if problem.selection is not None:
         seen = seen & expand_selection(problem.selection, sizes.q_len, sizes.k_len)
+    return seen
+
+
+def whole_pairs(problem: Problem, seen: Tensor) -> Tensor:
+    """The pairs of a normalizer whose weights depend on other rows. Queries at keys that nobody sees (padding) are no rows; of the others
+    each sees what the next sees, or nothing of it (documents): else a row would read, through its keys, what its mask hides."""
+    if seen.shape[-2] == seen.shape[-1]:
+        seen = seen & seen.any(-2).unsqueeze(-1)
+    count = seen.to(torch.float32).sum(-1)
+    shared = seen.to(torch.float32) @ seen.to(torch.float32).transpose(-1, -2)
+    if not bool(((shared == 0) | ((shared == count[..., :, None]) & (shared == count[..., None, :]))).all()):
+        raise RegardError(
+            f"mask={problem.mask!r}: weights of {type(problem.mechanism.normalizer).__name__} depend on the rows of other queries, so all "
+            "queries must see the same keys, or none of each other's; expected no mask, Padding() or Segments()"
+        )
     return seen
 
 
@@ -130,6 +147,8 @@ def weights(problem: Problem) -> Tensor:
     s, seen = scores(problem, problem.q, k), seen_pairs(problem)
     if isinstance(problem.mechanism.normalizer, RowLocal):
         return row_weights(problem, s, seen)[0]
+    if not isinstance(problem.mechanism.normalizer, RowWise):
+        seen = whole_pairs(problem, seen)
     return problem.mechanism.normalizer.weights(s, seen, problem.env())
 
 
@@ -149,6 +168,7 @@ def run(problem: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, S
     if isinstance(normalizer, RowLocal):
         p, stats = row_weights(problem, s, seen)
     else:
+        seen = seen if isinstance(normalizer, RowWise) else whole_pairs(problem, seen)
         p = normalizer.weights(s, seen, problem.env())
         zero = torch.zeros_like(p[..., :1])
         stats = Stats(zero, zero + 1, seen.sum(-1, keepdim=True).to(dtype))

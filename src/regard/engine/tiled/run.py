@@ -238,7 +238,7 @@ class Tiled(torch.autograd.Function):
         group = work.group
         gh = fold(d_total, group) if normalizer.mass is not None and not work.root else None
         fold_rows = {"do": fold(d_o, group), "shift": fold(shift, group), "gh": gh, "gc": fold(d_shift, group) if ctx.anchored else None}
-        dq, dk, dv = torch.zeros_like(work.q), torch.zeros_like(work.k), torch.zeros_like(work.v)
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (work.q, work.k, work.v))  # in one piece, whatever the strides of x
         for span in work.schedule.spans():
             for tile in work.schedule.tiles(span):
                 backward_tile(work, span, tile, fold_rows, dq, dk, dv, d_inputs)
