@@ -82,8 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`regard.adapt`, `regard.nn` and `regard.lab` load when first used, so that `import regard` stays fast."""
-    if name in ("adapt", "nn", "lab", "tasks"):
+    """Sub-packages load when first used, so that `import regard` stays fast."""
+    if name in ("adapt", "catalog", "engine", "lab", "mechanisms", "models", "nn", "parallel", "search", "tasks"):
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

@@ -119,9 +119,9 @@ def test_unknown_arguments_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(home, "eager_attention_forward", attention_of)
     with adapt.patch(model, "softmax"):
         model(ids)
-        with pytest.raises(regard.RegardError, match="turned=..."):
+        with pytest.raises(regard.RegardError, match=r"turned=\.\.\."):
             model(ids, turned=torch.ones(1))
-        with pytest.raises(regard.RegardError, match="block_indices=..."):
+        with pytest.raises(regard.RegardError, match=r"block_indices=\.\.\."):
             model(ids, block_indices=torch.ones(1))
 
 
@@ -159,7 +159,11 @@ def test_float_masks_are_biases(name):
         s = query @ k.mT * scaling + bias
         back = torch.arange(6)[:, None] - torch.arange(6)
         s = s - 0.25 * back.abs() if name == "alibi" else s
-        p = torch.where(hidden, 0.0, torch.sigmoid(s - torch.arange(1, 7.0).log()[:, None])) if name == "sigmoid" else s.masked_fill(hidden, -torch.inf).softmax(-1)
+        p = (
+            torch.where(hidden, 0.0, torch.sigmoid(s - torch.arange(1, 7.0).log()[:, None]))
+            if name == "sigmoid"
+            else s.masked_fill(hidden, -torch.inf).softmax(-1)
+        )
         return (p @ v).transpose(1, 2), None
 
     transformers.AttentionInterface.register("biased", attention)
@@ -202,13 +206,12 @@ def test_dropout_in_training(name):
         model(ids)
         still = heard.pop()
         model.train()
-        for _ in range(400):
-            model.model(ids)
+        model.model(ids.expand(500, -1))
         model.eval()
-    seen = torch.stack(heard)
+    seen = heard.pop()
     assert (seen[0] - still).abs().max() > 1e-3  # it drops
     spread = seen.std(0) / len(seen) ** 0.5
     assert ((seen.mean(0) - still).abs() < 5 * spread + 1e-6).all()
     model.train()
-    with adapt.patch(model, "delta-attention"), pytest.raises(regard.RegardError, match="dropout=0.4"):
+    with adapt.patch(model, "delta-attention"), pytest.raises(regard.RegardError, match=r"dropout=0\.4"):
         model(ids)

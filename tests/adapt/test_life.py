@@ -137,11 +137,13 @@ def test_encoder_and_decoder_of_different_head_counts(kind):
         inputs = {"input_features": torch.randn(1, 8, 12), "decoder_input_ids": IDS[:, :6]}
     want = model(**inputs).last_hidden_state
     with adapt.patch(model, "entmax") as patch:  # an alpha a head
-        assert [made.learned["alpha_raw"].numel() if "alpha_raw" in made.learned else next(made.parameters()).numel() for made in patch.inputs] == [4, 2, 2]
+        assert [
+            made.learned["alpha_raw"].numel() if "alpha_raw" in made.learned else next(made.parameters()).numel() for made in patch.inputs
+        ] == [4, 2, 2]
         assert not torch.allclose(model(**inputs).last_hidden_state, want, atol=1e-4)
     with adapt.patch(model, "softmax", heads=[1]):
         torch.testing.assert_close(model(**inputs).last_hidden_state, want, atol=1e-5, rtol=1e-4)
-    with pytest.raises(regard.RegardError, match="heads=.3.; expected some of 0 .. 1"):
+    with pytest.raises(regard.RegardError, match=r"heads=.3.; expected some of 0 .. 1"):
         adapt.patch(model, "softmax", heads=[3])
     assert torch.equal(model(**inputs).last_hidden_state, want)
 

@@ -136,6 +136,21 @@ def test_distilled_maps_come_closer_to_softmax():
     assert torch.equal(output(model, {"input_ids": ids}), before)
 
 
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_distilling_a_padded_batch_is_distilling_its_rows(how):
+    """Losses of a padded batch are those of its rows, one after another, alone."""
+    model, ids, keep = built("llama"), torch.randint(0, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    model.set_attn_implementation(how)
+    keep[0, :4] = 0
+    places = (keep.cumsum(-1) - 1).clamp_min(0)
+    with adapt.patch(model, "hedgehog") as one, adapt.patch(model, "hedgehog") as other:
+        other.inputs.load_state_dict(one.inputs.state_dict())
+        together = adapt.distil(other, [{"input_ids": ids, "attention_mask": keep, "position_ids": places}], steps=1)
+    with adapt.patch(model, "hedgehog") as one:
+        first = adapt.distil(one, [{"input_ids": ids[:1, 4:]}], steps=1)
+    assert first == pytest.approx(together, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

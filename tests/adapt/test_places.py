@@ -69,7 +69,9 @@ def test_prompt_then_token_by_token(name, padding, cache):
     if padding == "none":
         ids, keep = ids[:1], keep[:1]
     want = [loops.alone(model, name, row) for row in rows()][: len(ids)]
-    kept = transformers.DynamicCache(config=model.config) if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=20)
+    kept = (
+        transformers.DynamicCache(config=model.config) if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=20)
+    )
     got = []
     with adapt.patch(model, loops.FORMULA[name][0]):
         for begin, end in ((0, 6), (6, 9), (9, 10), (10, 11), (11, 12)):
@@ -87,7 +89,14 @@ def test_prompt_then_token_by_token(name, padding, cache):
 def test_generated_tokens(name, cache):
     """Greedy tokens of a left-padded batch are those of the row alone, found one by one without a cache."""
     model, (ids, keep) = loops.llama(), padded(True)
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": True, "cache_implementation": cache}
+    options = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": True,
+        "cache_implementation": cache,
+    }
     with adapt.patch(model, loops.FORMULA[name][0]):
         got = model.generate(ids[:2], attention_mask=keep[:2], **options, disable_compile=True)
     eos = model.generation_config.eos_token_id
@@ -118,14 +127,19 @@ def windowed(name, size):
 @torch.no_grad()
 def test_sliding_windows_of_the_model(name, cache, monkeypatch):
     """Distances and counts survive a cache that forgets its oldest keys."""
-    monkeypatch.setitem(loops.FORMULA, "in a window", (None, windowed(name, 5)))
+    inside = f"{name} in a window"
+    monkeypatch.setitem(loops.FORMULA, inside, (None, windowed(name, 5)))
     loops.register()
     model, ids = loops.llama(kind="mistral", sliding_window=5), rows()[0]
-    want = loops.alone(model, "in a window", ids)
+    want = loops.alone(model, inside, ids)
     with adapt.patch(model, loops.FORMULA[name][0]):
         if cache is None:
             return close(model(ids[None], use_cache=False).logits[0], want)
-        kept = transformers.DynamicCache(config=model.config) if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=20)
+        kept = (
+            transformers.DynamicCache(config=model.config)
+            if cache == "dynamic"
+            else transformers.StaticCache(model.config, max_cache_len=20)
+        )
         parts = [(0, 3), (3, 7), *((at, at + 1) for at in range(7, 12))]
         got = [model(ids[None, a:b], past_key_values=kept, use_cache=True).logits[0] for a, b in parts]
     close(torch.cat(got), want)

@@ -1,6 +1,8 @@
 """The compiled kernels against the float64 reference, and what happens where nothing can be compiled."""
 
 import math
+import os
+import platform
 import subprocess
 import sys
 
@@ -187,3 +189,24 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
         build.library("int regard_never(void) { return 7; }\n")
     monkeypatch.undo()
     build.signature.cache_clear(), build.library.cache_clear()
+
+
+@pytest.mark.parametrize("march", ["x86-64-v2", "x86-64-v3"])
+def test_other_instruction_sets(march):
+    """What runs on older processors is built and held to the reference here as well."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86-64 has these names")
+    code = (
+        "import torch, regard; from regard.engine import native; torch.manual_seed(0)\n"
+        "for sizes in ((150, 150), (37, 61), (1030, 1030)):\n"
+        "    q, k, v = (torch.randn(1, 4, n, d, requires_grad=True) for n, d in zip((sizes[0], *sizes[1:] * 2), (24, 24, 40)))\n"
+        "    for name in ('softpick', 'entmax', 'idw-attention'):\n"
+        "        outs = [regard.attend(q, k, v, name, mask=regard.Causal(), executor=e) for e in ('native', 'reference')]\n"
+        "        grads = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in outs]\n"
+        "        for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1])):\n"
+        "            assert (a - b).abs().max() <= 2e-4 * max(1.0, float(b.abs().max())), (sizes, name)\n"
+        "print(native.block())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "REGARD_MARCH": march}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == {"x86-64-v2": "8 x 8, vectors of 4", "x86-64-v3": "6 x 16, AVX2"}[march]

@@ -57,7 +57,9 @@ def meta(slug: str) -> dict[str, Any]:
 
 def configs(slug: str) -> set[str]:
     """Names of a slug's configurations: those the JSON lists, else the endings of its arrays."""
-    named = meta(slug).get("configs")
+    hyper = meta(slug).get("hyper") or {}
+    told = [name for name, one in hyper.items() if isinstance(one, dict) and any(name in key.split("_") for key in arrays(slug))]
+    named = meta(slug).get("configs") or told
     return set(named) if named else {found[1] for name in arrays(slug) if (found := re.search(r"_([a-z]+\d+)$", name))}
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..algebra import Bias, Causal, Chain, Full, Hybrid, Mechanism, Program, Recurrent, Softcap, Weighted, with_sinks
 from ..algebra.part import asks
-from ..engine import plan
+from ..engine import attend
 from ..engine.problem import functions_of
 from ..errors import RegardError
 
@@ -59,19 +58,43 @@ def compares_places(mechanism: Mechanism) -> bool:
     return isinstance(mechanism, Weighted) and reads_places(mechanism)
 
 
-def check_host(mechanism: Mechanism, name: str, modules: list[nn.Module], shape: tuple[int, int, int]) -> None:
-    """Raise unless the mechanism can be causal where the model is, and see everything where the model does."""
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def check_host(mechanism: Mechanism, name: str, modules: list[nn.Module], heads: Heads, inputs: dict[str, Any]) -> None:
+    """Raise unless the mechanism can be causal where the model is, and see everything where the model does. heads, inputs: a small call."""
     flags = [getattr(module, "is_causal", None) for module in modules]
     if always_causal(mechanism) and False in flags:
         raise RegardError(
             f"{name} is causal by itself, and {named(modules, flags, False)} see the whole sequence; expected a mechanism that runs without a "
             f"causal mask{instead(flags, True)}"
         )
-    if True in flags:
-        try:
-            causal_plan(mechanism, shape)
-        except RegardError as why:
-            raise RegardError(f"{name} does not run causally ({why}), and {named(modules, flags, True)} are causal{instead(flags, False)}") from None
+    why = why_not_causal(mechanism, heads, inputs) if True in flags else None
+    if why is not None:
+        raise RegardError(f"{name} does not run causally ({why}), and {named(modules, flags, True)} are causal{instead(flags, False)}")
+
+
+@torch.no_grad()
+def why_not_causal(mechanism: Mechanism, heads: Heads, inputs: dict[str, Any]) -> str | None:
+    """What keeps the mechanism from running under a causal mask, found by running it on a small call; None: nothing does."""
+    if isinstance(mechanism, Weighted) and not mechanism.normalizer.row_local:
+        return "its weights depend on later queries"
+    q, k, v = heads
+    try:
+        before = attend(q, k, v, mechanism, mask=Causal(), **inputs)
+    except RegardError as refused:
+        return str(refused) if runs(mechanism, heads, inputs) else None  # where it runs under no mask either, the call was too small
+    changed = torch.cat((v[:, :, :-1], v[:, :, -1:] + 1), 2)
+    after = attend(q, k, changed, mechanism, mask=Causal(), **inputs)
+    return None if torch.equal(before[:, :, :-1], after[:, :, :-1]) else "it reads later values"
+
+
+def runs(mechanism: Mechanism, heads: Heads, inputs: dict[str, Any]) -> bool:
+    try:
+        attend(*heads, mechanism, **inputs)
+    except RegardError:
+        return False
+    return True
 
 
 def named(modules: list[nn.Module], flags: list[Any], wanted: bool) -> str:
@@ -85,18 +108,6 @@ def instead(flags: list[Any], wanted: bool) -> str:
     return f"; of the layers named, numbers {fit} of them would do" if fit else ""
 
 
-def causal_plan(mechanism: Mechanism, shape: tuple[int, int, int]) -> None:
-    """Raise RegardError unless `attend` takes the mechanism under a causal mask."""
-    if isinstance(mechanism, Weighted) and not mechanism.normalizer.row_local:
-        raise RegardError("its weights depend on later queries")
-    heads, kv_heads, width = shape
-    q, k = torch.empty(1, heads, 8, width, device="meta"), torch.empty(1, kv_heads, 8, width, device="meta")
-    plan(q, k, k, mechanism, mask=Causal())
-    if isinstance(mechanism, Recurrent) and not mechanism.can_be_causal:
-        raise RegardError("its features read the whole sequence")
-
-
-@functools.lru_cache(maxsize=256)
 def dressed(mechanism: Mechanism, softcap: float | None, bias: bool, sinks: bool) -> Mechanism:
     """The mechanism with a host's changes of scores: capped and biased before its own positions, and sinks beside every row."""
     if softcap is None and not bias and not sinks:
@@ -108,10 +119,15 @@ def dressed(mechanism: Mechanism, softcap: float | None, bias: bool, sinks: bool
             "neither. Expected a weighted mechanism, or only layers without"
         )
     added = [*([] if softcap is None else [Softcap(float(softcap))]), *([Bias()] if bias else [])]
-    own = () if mechanism.position is None else mechanism.position.positions if isinstance(mechanism.position, Chain) else (mechanism.position,)
+    own = (
+        ()
+        if mechanism.position is None
+        else mechanism.position.positions
+        if isinstance(mechanism.position, Chain)
+        else (mechanism.position,)
+    )
     if bias and any(isinstance(position, Bias) for position in own):
         raise RegardError("the model's attention has a position bias, and so has the mechanism; expected one of them")
     position = mechanism.position if not added else Chain((*added, *own)) if len(added) + len(own) > 1 else added[0]
     normalizer = with_sinks(mechanism.normalizer) if sinks else mechanism.normalizer
     return replace(mechanism, position=position, normalizer=normalizer)
-

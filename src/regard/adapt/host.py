@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..errors import MissingDependency, RegardError
 NAME = "regard"
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_attn_heads", "n_head")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+
+_lookups: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
 class Routed:
@@ -91,15 +94,14 @@ def reached(module: nn.Module, args: Any, output: Any) -> None:
         view.calls = 0
 
 
-@functools.lru_cache(maxsize=512)
-def lookup_of(kind: type[nn.Module]) -> Any:
+def lookup_of(kind: type) -> Any:
     """The method of a module class that looks its attention function up in transformers' interface, or None."""
-    for base in kind.__mro__:
-        if base is not nn.Module:
-            for function in (inspect.unwrap(f) for f in vars(base).values() if inspect.isfunction(f)):
-                if "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names:
-                    return function
-    return None
+    if kind not in _lookups:
+        methods = (
+            inspect.unwrap(f) for base in kind.__mro__ if base is not nn.Module for f in vars(base).values() if inspect.isfunction(f)
+        )
+        _lookups[kind] = next((f for f in methods if "ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names), None)
+    return _lookups[kind]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

@@ -69,6 +69,7 @@ class Patch:
         interface(forward)
         self.model, self.when, self.given = model, when, given
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
+        self.dressed: dict[tuple[float | None, bool, bool], Mechanism] = {}  # by what the host adds: softcap, a bias, sinks
         self.name = mechanism if isinstance(mechanism, str) else type(mechanism).__name__
         modules = attention_modules(model)
         self.modules = [modules[at] for at in chosen("layers", layers, len(modules))]
@@ -76,10 +77,10 @@ class Patch:
         wanted = None if heads is None else list(heads)
         if isinstance(self.mechanism, Policy):
             check_policy(self.mechanism, self.modules[0], when, wanted, given)
-        else:
-            check_host(self.mechanism, self.name, self.modules, self.shapes[0])
-        self.heads = None if wanted is None else [chosen("heads", wanted, count) for count, _, _ in self.shapes][0]
+        self.heads = None if wanted is None else [chosen("heads", wanted, count) for count, _, _ in self.shapes].pop()
         self.inputs = nn.ModuleList([self.inputs_of(*shape) for shape in self.shapes])
+        if isinstance(self.mechanism, Mechanism):
+            self.probe(self.mechanism)
         for module in self.modules:
             route(module, self)
 
@@ -87,6 +88,14 @@ class Patch:
         mechanism = Weighted() if isinstance(self.mechanism, Policy) else self.mechanism
         made = Inputs(mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None, self.given)
         return made.to(next(self.model.parameters()).device)
+
+    def probe(self, mechanism: Mechanism) -> None:
+        """Try the mechanism on a small call: RegardError where it cannot do what the layers do."""
+        heads, kv_heads, width = self.shapes[0]
+        device, seed = next(self.model.parameters()).device, torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, count, 16, width, generator=seed).to(device) for count in (heads, kv_heads, kv_heads))
+        made = {**self.inputs[0](None, {"q": q, "k": k, "v": v}), **self.given}
+        check_host(mechanism, self.name, self.modules, (q, k, v), made)
 
     def run(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """(B, Lq, H, Dv) and weights where they are asked for; None where this call is not the patch's."""
@@ -136,7 +145,9 @@ class Patch:
         p = weights(q, k, mechanism, **options)
         if p is None or (call.dropout and getattr(mechanism, "values", None) is not None):
             why = f"dropout={call.dropout}" if call.dropout else "output_attentions=True"
-            raise RegardError(f"{self.name} has no matrix of weights for {why}; expected model.eval() or no dropout, and no output_attentions")
+            raise RegardError(
+                f"{self.name} has no matrix of weights for {why}; expected model.eval() or no dropout, and no output_attentions"
+            )
         if not call.dropout:
             return attend(q, k, v, mechanism, **options), p
         p = nn.functional.dropout(p, call.dropout)
@@ -148,7 +159,10 @@ class Patch:
         """The mechanism with the host's changes, and the options of its call on a piece."""
         assert isinstance(self.mechanism, Mechanism)
         at, batch, sinks = self.modules.index(call.module), call.query.shape[0], call.sinks
-        mechanism = dressed(self.mechanism, call.softcap, bias is not None, sinks is not None)
+        added = call.softcap, bias is not None, sinks is not None
+        if added not in self.dressed:
+            self.dressed[added] = dressed(self.mechanism, *added)
+        mechanism = self.dressed[added]
         if self.inputs[at].items and heads[0].shape[1] != self.shapes[at][0]:
             raise RegardError(f"{type(call.module).__name__} attends with {heads[0].shape[1]} heads but says it has {self.shapes[at][0]}")
         if piece.rows is not None:
@@ -166,14 +180,18 @@ class Patch:
         for item in self.mechanism.declared:  # type: ignore[union-attr]
             x = self.given.get(item.name)
             if isinstance(x, Tensor) and any(x.shape[at] > 1 for at, letter in enumerate(item.shape) if letter in "bqk" and at < x.dim()):
-                raise RegardError(f"input {item.name!r} has shape {tuple(x.shape)} and the batch is padded or packed; expected one for all tokens")
+                raise RegardError(
+                    f"input {item.name!r} has shape {tuple(x.shape)} and the batch is padded or packed; expected one for all tokens"
+                )
 
     def check_sight(self, call: Call, sight: Sight) -> None:
         """Raise where the mechanism cannot mean, in this call, what it means."""
         mechanism, kind = self.mechanism, type(call.module).__name__
         assert isinstance(mechanism, Mechanism)
         if always_causal(mechanism) and not sight.causal:
-            raise RegardError(f"{self.name} is causal by itself, and this call of {kind} sees later tokens; expected a mechanism that is not")
+            raise RegardError(
+                f"{self.name} is causal by itself, and this call of {kind} sees later tokens; expected a mechanism that is not"
+            )
         if sight.crossed and compares_places(mechanism):
             raise RegardError(
                 f"{self.name} sets places of queries against places of keys, which in {kind} are of two sequences; expected only layers "

@@ -57,9 +57,13 @@ def look(mask: Any, q_len: int, k_len: int, causal: bool, own: str, window: int 
         # SDPA's causal flag counts queries from the first key, whatever the length of the keys; plain attention knows no flag at all.
         flagged = causal and q_len > 1 and own != "eager"
         length = q_len if flagged else k_len
-        return Sight(q_len, length, None, None, flagged or (causal and q_len == 1), 0 if flagged else k_len - q_len, not causal and q_len != k_len)
+        return Sight(
+            q_len, length, None, None, flagged or (causal and q_len == 1), 0 if flagged else k_len - q_len, not causal and q_len != k_len
+        )
     if not isinstance(mask, Tensor):
-        raise RegardError(f"the model gives its attention a {type(mask).__name__}; expected model.set_attn_implementation('sdpa') or 'eager'")
+        raise RegardError(
+            f"the model gives its attention a {type(mask).__name__}; expected model.set_attn_implementation('sdpa') or 'eager'"
+        )
     if mask.dim() == 2:
         return windowed(q_len, k_len, causal, window, mask.bool())
     if mask.dim() != 4:
@@ -176,10 +180,14 @@ def pieces(sight: Sight, batch: int) -> Iterator[Piece]:
         yield Piece(None, None, None, sight.mask)
         return
     if sight.first is None:
-        raise RegardError("the model's mask does not say where its queries stand among the keys; expected padding on the left beside a cache")
+        raise RegardError(
+            "the model's mask does not say where its queries stand among the keys; expected padding on the left beside a cache"
+        )
     shown = sight.shown.expand(batch, -1, sight.q_len, sight.k_len)
     if shown.shape[1] > 1 and bool((shown != shown[:, :1]).any()):
-        raise RegardError("the model's mask differs between heads; a mechanism that looks at places needs one order of tokens for all heads")
+        raise RegardError(
+            "the model's mask differs between heads; a mechanism that looks at places needs one order of tokens for all heads"
+        )
     table = shown[:, 0]
     found: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {}
     for row in range(batch):
@@ -218,7 +226,7 @@ def documents(table: Tensor, sight: Sight) -> Iterator[tuple[Tensor, Tensor]]:
 
 def piece_of(sight: Sight, table: Tensor, parts: list[tuple[int, Tensor, Tensor]]) -> Piece:
     rows = torch.tensor([row for row, _, _ in parts], device=table.device)
-    queries, keys = (torch.stack([part[side] for part in parts]) for side in (1, 2))
+    queries, keys = torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts])
     shown = table[rows[:, None, None], queries[:, :, None], keys[:, None, :]]
     order = torch.arange(keys.shape[1], device=table.device)
     back = order[keys.shape[1] - queries.shape[1] :, None] - order

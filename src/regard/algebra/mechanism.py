@@ -251,22 +251,39 @@ class Nystrom(Mechanism):
         return False
 
 
+FORMS = ("", "layer", "unit", "layer+unit")
+
+
 @described
 class Clustered(Mechanism):
     """Tokens meet only inside clusters: cluster c takes its `members` best queries and keys, attends, and outputs are averaged.
 
-    Input `centroids` (H, c, D). members None: ceil(Lk / c). normalise: LayerNorm without affine, then unit length, on q and k.
-    Membership looks along the whole sequence, so under a causal mask values never leak but the choice of members does.
+    Input `centroids` (H, c, D). members None: ceil(Lk / c). shared: keys are the queries. Tokens are first made "layer" (LayerNorm without
+    affine, `norm_eps`), "unit" (length one), "layer+unit" or left as they are (""): to be routed (`route`; centroids too where it says unit),
+    and as `queries` and `keys` that attend. hide_self: a token sees itself only where it would see nothing else. count_eps: outputs are summed
+    over n clusters and divided by n + count_eps. Inputs `memory_k` (H, c, m, D) and `memory_v` (H, c, m, Dv), optional: keys of each cluster
+    that every query of it sees. Membership looks along the whole sequence, so under a causal mask values never leak but the choice does.
     """
 
     inner: Weighted = field(default_factory=Weighted)
     clusters: int = 8
     members: int | None = None
     shared: bool = False
-    unit: bool = True
+    route: str = "layer+unit"
+    queries: str = "layer+unit"
+    keys: str = "layer+unit"
+    hide_self: bool = False
     scaled: bool = True
-    inputs: tuple[Input, ...] = (Input("centroids", "hfd"),)
+    count_eps: float = 0.0
+    norm_eps: float = 1e-5
+    inputs: tuple[Input, ...] = (Input("centroids", "hfd"), Input("memory_k", "hffd", default="pool"), Input("memory_v", "hffe", default="pool"))
     recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("route", "queries", "keys"):
+            if getattr(self, name) not in FORMS:
+                raise RegardError(f"Clustered({name}={getattr(self, name)!r}): expected one of {', '.join(map(repr, FORMS))}")
 
     @property
     def can_be_causal(self) -> bool:

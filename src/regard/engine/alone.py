@@ -6,7 +6,7 @@ would be another one. Sequences are read out of the mask; each runs by itself un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def may_divide(mask: Mask) -> bool:
 def groups(mechanism: Mechanism, mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> list[Group] | None:
     """The sequences of a call, those in the same places together; None: it is one sequence a row, or nothing that a mask tells."""
     told = [part for part in conjuncts(mask) if isinstance(part, TOLD)]
+    found: list[list[tuple[Span, Span]]] | None
     if told:
         found = told_spans(told, sizes, inputs, mask.causal or mechanism.causal_only)
     elif any(isinstance(part, (Explicit, Where, Either, Without)) for part in conjuncts(mask)):
@@ -81,7 +82,7 @@ def runs(label: Tensor) -> list[tuple[int, int, int]]:
     return [(int(label[a]), a, b) for a, b in zip(starts, [*starts[1:], len(label)], strict=True)] if len(label) else []
 
 
-def told_spans(told: list[Mask], sizes: Sizes, inputs: Mapping[str, Tensor], causal: bool) -> list[list[tuple[Span, Span]]]:
+def told_spans(told: Sequence[Mask], sizes: Sizes, inputs: Mapping[str, Tensor], causal: bool) -> list[list[tuple[Span, Span]]]:
     """A row's sequences from `keep` and `segments`; queries stand at the end of the keys, unless they are others' (no causality)."""
     real = torch.ones(1, sizes.k_len, dtype=torch.bool)
     ids = torch.zeros(1, sizes.k_len, dtype=torch.long)

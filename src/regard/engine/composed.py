@@ -123,9 +123,10 @@ def nystrom(
     return (gaussian(q, marks) @ (inverse @ (gaussian(marks, k) @ v))).to(dtype)
 
 
-def unit(x: Tensor) -> Tensor:
-    """LayerNorm without affine, then length one."""
-    return F.normalize(F.layer_norm(x, x.shape[-1:]), dim=-1)
+def formed(x: Tensor, form: str, eps: float = 1e-5) -> Tensor:
+    """x by LayerNorm without affine ("layer"), of length one ("unit"), both ("layer+unit"), or as it is ("")."""
+    x = F.layer_norm(x, x.shape[-1:], eps=eps) if form.startswith("layer") else x
+    return F.normalize(x, dim=-1) if form.endswith("unit") else x
 
 
 def members(x: Tensor, centroids: Tensor, count: int) -> Tensor:
@@ -148,29 +149,47 @@ def clustered(
     sizes = sizes_of(q, k, v)
     declared = {item.name: item for item in mechanism.declared}
     check_names(given, declared, mechanism)
-    centroids = fill_inputs(declared, given, sizes, q)["centroids"].to(q.dtype)
+    inputs = fill_inputs(declared, given, sizes, q)
+    centroids = inputs["centroids"].to(q.dtype)
+    centroids = F.normalize(centroids, dim=-1) if mechanism.route.endswith("unit") else centroids
     k, v = repeat_heads(k, sizes.heads), repeat_heads(v, sizes.heads)
+    if mechanism.shared and sizes.q_len != sizes.k_len:
+        raise RegardError(f"{sizes.q_len} queries and {sizes.k_len} keys: keys that are the queries (shared=True) need as many of both")
     k = q if mechanism.shared else k
-    if mechanism.unit:
-        q, k, centroids = unit(q), unit(k), F.normalize(centroids, dim=-1)
     count = mechanism.members or -(-sizes.k_len // mechanism.clusters)
-    q_at = members(q.detach(), centroids, count)
-    k_at = q_at if mechanism.shared else members(k.detach(), centroids, count)
+    q_at = members(formed(q.detach(), mechanism.route, mechanism.norm_eps), centroids, count)
+    k_at = q_at if mechanism.shared else members(formed(k.detach(), mechanism.route, mechanism.norm_eps), centroids, count)
+    q, k = formed(q, mechanism.queries, mechanism.norm_eps), formed(k, mechanism.keys, mechanism.norm_eps)
     q_place, k_place = q_at + sizes.k_len - sizes.q_len, k_at
     seen = torch.ones(*q_at.shape, k_at.shape[-1], dtype=torch.bool, device=q.device)
     if isinstance(mask, Causal):
         seen = q_place[..., :, None] >= k_place[..., None, :]
-    if mechanism.shared:  # a token sees itself only where it would see nothing else
+    if mechanism.hide_self:  # a token sees itself only where it would see nothing else
         own = q_place[..., :, None] == k_place[..., None, :]
         others = seen & ~own
         seen = others | (own & ~others.any(-1, keepdim=True))
     scale = (sizes.head_dim**-0.5 if mechanism.scaled else 1.0) if scale is None else scale
-    out = attend(take(q, q_at), take(k, k_at), take(v, k_at), mechanism.inner, mask=Explicit(), scale=scale, visible=seen.flatten(1, 2))
+    keys, values, seen = take(k, k_at), take(v, k_at), seen.flatten(1, 2)
+    if "memory_k" in inputs or "memory_v" in inputs:
+        keys, values, seen = remembered(inputs, keys, values, seen)
+    out = attend(take(q, q_at), keys, values, mechanism.inner, mask=Explicit(), scale=scale, visible=seen)
     out = out.unflatten(1, (sizes.heads, -1)).flatten(2, 3)
     place = q_at.flatten(2)[..., None]
     total = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=out.dtype, device=q.device).scatter_add(2, place.expand_as(out), out)
     times = torch.zeros(*q.shape[:-1], 1, dtype=out.dtype, device=q.device).scatter_add(2, place, torch.ones_like(out[..., :1]))
-    return total / times.clamp_min(1)
+    return total / (times + mechanism.count_eps).clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def remembered(inputs: Mapping[str, Tensor], keys: Tensor, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A cluster's keys, values and visible pairs (B, H * c, ...) with its memory before them."""
+    memory = [inputs.get(name) for name in ("memory_k", "memory_v")]
+    if memory[0] is None or memory[1] is None or memory[0].shape[:3] != memory[1].shape[:3]:
+        came = [None if x is None else tuple(x.shape) for x in memory]
+        raise RegardError(f"inputs 'memory_k' and 'memory_v' have shapes {came[0]} and {came[1]}; expected both, (H, c, m, D) and (H, c, m, Dv)")
+    if memory[0].shape[0] * memory[0].shape[1] != keys.shape[1]:
+        raise RegardError(f"input 'memory_k' has shape {tuple(memory[0].shape)}; expected {keys.shape[1]} heads times clusters")
+    old_k, old_v = (x.flatten(0, 1).to(keys.dtype).expand(keys.shape[0], -1, -1, -1) for x in memory if x is not None)
+    return torch.cat((old_k, keys), 2), torch.cat((old_v, values), 2), F.pad(seen, (old_k.shape[2], 0), value=True)
 
 
 def hybrid(

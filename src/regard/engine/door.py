@@ -134,9 +134,9 @@ def attend_now(
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if chosen.direct and chosen.form is not None and not meter.counting():
         if inputs:
-            check_names(inputs, declared_with(chosen), chosen.mechanism)
+            check_names(inputs, chosen.inputs, chosen.mechanism)
         if chosen.form == "given":
-            return sdpa.given(q, k, v, chosen.whole_mask, inputs, chosen.sizes, scale)
+            return sdpa.given(q, k, v, chosen.whole_mask, chosen.mask_inputs, inputs, chosen.sizes, scale)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
 
@@ -224,12 +224,6 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
     return biased, Explicit(), {**inputs, "position_bias": torch.where(seen, mask, 0.0), "visible": seen}
 
 
-def declared_with(chosen: Plan) -> dict[str, Input]:
-    """What a call may be given: the inputs of its mechanism and of its mask."""
-    of_mask = {item.name: item for part in chosen.whole_mask.parts() for item in getattr(part, "inputs", ())}
-    return {**inputs_of(chosen.mechanism), **of_mask}
-
-
 def single(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, **options: Any) -> Tensor:
     """`attend` without a dimension of heads."""
     for name, x in (("k", k), ("v", v)):
@@ -296,9 +290,8 @@ def execute(
 
 def nothing(chosen: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
     """No sequences, no queries, or no keys: rows of zeros, if there are rows, with zero gradients."""
-    declared = declared_with(chosen)
-    check_names(inputs, declared, chosen.mechanism)
-    for name, spec in declared.items():
+    check_names(inputs, chosen.inputs, chosen.mechanism)
+    for name, spec in chosen.inputs.items():
         if spec.default is None and inputs.get(name) is None:
             raise RegardError(f"input {name!r} is missing; expected a {spec.dtype} tensor of shape ({' '.join(spec.shape) or 'scalar'})")
     rows = q[..., :0].sum(-1, keepdim=True) + k[..., :0].sum() + v[..., :0].sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from ..algebra.mask import Full, Mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.normalizer import SOFTMAX, RowLocal
-from ..algebra.part import Sizes
+from ..algebra.part import Input, Sizes
 from ..algebra.rows import RowWise
 from ..errors import MissingDependency, RegardError
 from . import flex, native, order, sdpa
 from .layout import static_layout
 from .problem import check_functions, combine_masks
+from .recurrent.pose import declared_of
 
 WEIGHTED = ("sdpa", "native", "tiled", "flex", "triton", "rows", "dense", "reference")
 RECURRENT = ("chunk", "step", "parallel", "reference")
@@ -46,10 +48,21 @@ class Plan:
     source: str | None = field(default=None, repr=False)
     choice: int | None = None
 
-    @property
+    @functools.cached_property
     def whole_mask(self) -> Mask:
         """The mask of the call and the mechanism's own."""
         return combine_masks(self.mechanism, self.mask) if isinstance(self.mechanism, Weighted) else self.mask
+
+    @functools.cached_property
+    def mask_inputs(self) -> dict[str, Input]:
+        """What the mask reads."""
+        return {item.name: item for part in self.whole_mask.parts() for item in getattr(part, "inputs", ())}
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Input]:
+        """Everything a call may be given beside q, k and v."""
+        own = declared_of(self.mechanism) if isinstance(self.mechanism, Recurrent) else {item.name: item for item in self.mechanism.declared}
+        return {**own, **self.mask_inputs}
 
     def __str__(self) -> str:
         seen = "depends on q and k" if self.density is None else f"{self.density:.1%} of the score matrix"

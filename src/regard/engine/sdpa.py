@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algebra.mask import Causal, Full, Mask, conjuncts
-from ..algebra.part import Sizes
+from ..algebra.part import Input, Sizes
 from ..algebra.token_mask import Explicit, Kept, Padding, Segments
 from ..errors import RegardError
 from .problem import Problem, fill_inputs, indices, keys_in_sight, visible
 
 SMALL_MASK = 1 << 20  # elements of an explicit mask worth building
-FEW = 16  # queries up to which a pass over all keys costs as much as the call
 
 
 def form(mask: Mask, sizes: Sizes) -> str | None:
@@ -53,19 +52,26 @@ def call(q: Tensor, k: Tensor, v: Tensor, how: str, scale: float | None, mask: T
     return out
 
 
-def given(q: Tensor, k: Tensor, v: Tensor, mask: Mask, inputs: Mapping[str, Any], sizes: Sizes, scale: float | None) -> Tensor:
+def given(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    declared: Mapping[str, Input],
+    inputs: Mapping[str, Any],
+    sizes: Sizes,
+    scale: float | None,
+) -> Tensor:
     """Softmax under a mask whose tensors come with the call."""
-    declared = {item.name: item for part in mask.parts() for item in getattr(part, "inputs", ())}
     tensors = fill_inputs(declared, inputs, sizes, q)
     seen = pairs(mask, sizes, tensors, q.device)
-    unread = keys_in_sight(mask, tensors)
-    if unread is None or bool(unread.all()):
-        return call(q, k, v, "given", scale, seen)
-    if sizes.q_len <= FEW and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or q.requires_grad)):
+    if not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or q.requires_grad)):
         out = call(q, k, v, "given", scale, seen)  # what stands where no query looks matters only if it is no number
-        if not bool(out.isnan().any()):
+        if not bool(out.sum().isnan()):
             return out
-    k, v = (torch.where(unread[:, None, :, None], x, 0.0) for x in (k, v))
+    read = keys_in_sight(mask, tensors)
+    if read is not None and not bool(read.all()):
+        k, v = (torch.where(read[:, None, :, None], x, 0.0) for x in (k, v))
     return call(q, k, v, "given", scale, seen)
 
 

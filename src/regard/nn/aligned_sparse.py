@@ -5,15 +5,18 @@ L = CE + 10 mean over layers [SmoothL1(o_f, sg(o_s)) + SmoothL1(sg(o_f), o_s)]; 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Causal, Chosen, Recipe, Selection, Selector, Weighted, bind
+from ..algebra import Causal, Chosen, Mask, Recipe, Selection, Selector, Weighted, bind
 from ..algebra.blocks import heads_of
 from ..algebra.compressed import grouped_blocks
 from ..catalog.registry import register
 from ..engine import attend
+from ..engine.door import given_mask
 from ..errors import RegardError
 from .attention import Attention
 
@@ -23,7 +26,7 @@ MODES = ("sparse", "full")
 
 def block_top(block_size: int, top_k: int) -> Chosen:
     """NSA's choice without its other branches: mean keys of blocks, summed over a group, the own block always in."""
-    return Chosen(bind(grouped_blocks, block_size=block_size, top_k=top_k))
+    return Chosen(bind(grouped_blocks, block_size=block_size, top_k=top_k), by_sequence=True)
 
 
 def alignment(full: Tensor, sparse: Tensor) -> Tensor:
@@ -59,15 +62,26 @@ class SSAAttention(Attention):
             self.sparse = Weighted(mask=Causal(), select=block_top(self.block_size, top_k), recipe=self.recipe)
         self.mode, self.mechanism = mode, self.sparse if mode == "sparse" else Weighted(mask=Causal(), recipe=self.recipe)
 
-    def streams(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        """Both outputs (B, H, L, Dv) of the same q, k, v."""
-        return {"sparse": attend(q, k, v, self.sparse), "full": attend(q, k, v, FULL)}
+    def streams(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Both outputs (B, H, L, Dv) of the same q, k, v, under causality and `mask`."""
+        outs: dict[str, Tensor] = {}
+        for name, one in (("sparse", self.sparse), ("full", FULL)):
+            if isinstance(mask, Tensor):
+                mechanism, seen, given = given_mask(one, mask, inputs)
+                outs[name] = attend(q, k, v, mechanism, mask=self.full_mask(seen), **given)
+            else:
+                outs[name] = attend(q, k, v, one, mask=self.full_mask(mask), **inputs)
+        return outs
 
-    def forward(self, x: Tensor, *args: object, **more: object) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
+        """As `Attention.forward`; mask and inputs hold for both streams."""
+        if context is not None:
+            raise RegardError("context: SSA aligns two streams over the tokens of x itself; expected None")
         if not self.training:
-            return super().forward(x)
+            return super().forward(x, None, mask, **inputs)
         q, k, v, _ = self.heads_of(x, x, 0, None)
-        both = {name: o if self.head_gate is None else o * self.head_gate(x) for name, o in self.streams(q, k, v).items()}
+        outs = self.streams(q, k, v, mask, **inputs)
+        both = {name: o if self.head_gate is None else o * self.head_gate(x) for name, o in outs.items()}
         self.distance = alignment(both["full"], both["sparse"])
         return self.out(both[self.mode].transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 

@@ -33,11 +33,14 @@ ROUTED = Weighted(
 
 @register("biformer", kind="module")
 class BiLevelRoutingAttention(nn.Module):
-    """x (N, H, W, C) -> (N, H, W, C); after a pass `routes` (N, S^2, top_k) and `route_logits` (N, S^2, S^2) hold the routing.
+    """x (N, H, W, C) -> (N, H, W, C); after a pass `routes` (N, regions, top_k) and `route_logits` (N, regions, regions) hold the routing.
 
     regions: S an axis. top_k: regions a region reads. scale: None is qk_dim^-0.5, all channels, as released. lepe: width of the
     convolution on v (0: none). soft: multiply keys and values by the softmax of the chosen logits. differentiable: let gradient into the logits.
-    auto_pad: pad H and W to multiples of S; padded tokens are not attended to (the released code attends to them).
+    param_routing: a learned map, shared by q and k, of the regions' means. auto_pad: pad H and W to multiples of S before the projection.
+    padded: "hidden": padded tokens are not read and enter no mean, or "attended", as released. layout: "nhwc", or "nchw", as the released
+    refactoring: x (N, C, H, W), regions of floor(H / S) x floor(W / S) pixels and as many as that takes, zeros after the projection where they
+    reach over the map, means over real pixels.
     """
 
     routes: Tensor
@@ -45,7 +48,8 @@ class BiLevelRoutingAttention(nn.Module):
 
     def __init__(
         self, dim: int, heads: int = 8, *, regions: int = 7, top_k: int = 4, qk_dim: int | None = None, scale: float | None = None,
-        lepe: int = 5, soft: bool = False, differentiable: bool = False, auto_pad: bool = False,
+        lepe: int = 5, soft: bool = False, differentiable: bool = False, auto_pad: bool = False, param_routing: bool = False,
+        padded: str = "hidden", layout: str = "nhwc",
     ):  # fmt: skip
         super().__init__()
         self.qk_dim = qk_dim or dim
@@ -53,44 +57,79 @@ class BiLevelRoutingAttention(nn.Module):
             raise RegardError(
                 f"top_k={top_k}, dim={dim}, qk_dim={self.qk_dim}, heads={heads}: expected 1 <= top_k <= {regions**2}, and multiples of heads"
             )
+        if padded not in ("hidden", "attended") or layout not in ("nhwc", "nchw"):
+            raise RegardError(f"padded={padded!r}, layout={layout!r}; expected hidden or attended, and nhwc or nchw")
         self.heads, self.regions, self.top_k, self.scale = heads, regions, top_k, scale or self.qk_dim**-0.5
-        self.soft, self.differentiable, self.auto_pad = soft, differentiable, auto_pad
+        self.soft, self.differentiable, self.auto_pad, self.padded, self.layout = soft, differentiable, auto_pad, padded, layout
         self.qkv, self.out = nn.Linear(dim, 2 * self.qk_dim + dim), nn.Linear(dim, dim)
+        self.router = nn.Linear(self.qk_dim, self.qk_dim) if param_routing else nn.Identity()
         self.lepe = nn.Conv2d(dim, dim, lepe, padding=lepe // 2, groups=dim) if lepe else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width, s = x.shape[1], x.shape[2], self.regions
-        bottom, right = -height % s, -width % s
-        if (bottom or right) and not self.auto_pad:
+    def tile_of(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels of a region, height and width."""
+        s = self.regions
+        if self.layout == "nchw":
+            if height < s or width < s:
+                raise RegardError(f"a map of {height} x {width} with regions={s}: expected at least a pixel a region")
+            return height // s, width // s
+        if (height % s or width % s) and not self.auto_pad:
             raise RegardError(f"a map of {height} x {width} with regions={s}: expected multiples, or auto_pad=True")
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, x.shape[-1]), -1)
-        order = tiles(tuple(x.shape[1:3]), (x.shape[1] // s, x.shape[2] // s))
+        return -(-height // s), -(-width // s)
+
+    def routing(self, q: Tensor, k: Tensor, real: Tensor, count: int) -> Tensor:
+        """Logits (N, count, count) of means of regions; q, k (N, L, qk_dim) region by region, real (1, L) bool."""
+        weigh = real if self.layout == "nchw" or self.padded == "hidden" else torch.ones_like(real)
+        shares = weigh.unflatten(1, (count, -1)).to(q.dtype)
+        shares = (shares / shares.sum(-1, keepdim=True).clamp_min(1))[..., None]
+        means = [(y.unflatten(1, (count, -1)) * shares).sum(2) for y in (q, k)]
+        means = means if self.differentiable else [y.detach() for y in means]
+        q_hat, k_hat = (self.router(y) for y in means)
+        logits: Tensor = self.scale * q_hat @ k_hat.transpose(-1, -2)
+        if self.padded == "hidden":  # a region without a pixel has nothing to read
+            logits = logits.masked_fill(~real.unflatten(1, (count, -1)).any(-1)[:, None], -torch.inf)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "nchw":
+            return self.mixed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.mixed(x)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """x (N, H, W, C) -> (N, H, W, C)."""
+        height, width = x.shape[1:3]
+        tile = self.tile_of(height, width)
+        bottom, right = -height % tile[0], -width % tile[1]
+        if self.layout == "nhwc" and (tile[0] * self.regions != height or tile[1] * self.regions != width):
+            bottom, right = tile[0] * self.regions - height, tile[1] * self.regions - width
+        over = (0, 0, 0, right, 0, bottom)
+        projected = self.qkv(F.pad(x, over)) if self.layout == "nhwc" else self.qkv(x)
+        local = projected[..., 2 * self.qk_dim :]
+        projected = projected if self.layout == "nhwc" else F.pad(projected, over)
+        q, k, v = projected.split((self.qk_dim, self.qk_dim, x.shape[-1]), -1)
+        shape = (height + bottom, width + right)
+        count = shape[0] // tile[0] * (shape[1] // tile[1])
+        order = tiles(shape, tile)
         real = F.pad(torch.ones(height, width, dtype=torch.bool, device=x.device), (0, right, 0, bottom)).flatten()
+        real = order.apply(real[None, :, None])[..., 0]
         flat = [order.apply(y.flatten(1, 2)) for y in (q, k, v)]
-        means = [y.unflatten(1, (s * s, -1)).mean(2) for y in flat[:2]]
-        logits = self.scale * means[0] @ means[1].transpose(-1, -2)
-        logits = logits if self.differentiable else logits.detach()
+        logits = self.routing(flat[0], flat[1], real, count)
         best = logits.topk(self.top_k, -1)
         self.routes, self.route_logits = best.indices, logits
+        seen = real if self.padded == "hidden" else torch.ones_like(real)
         if self.soft:
-            o = self.gathered(flat, best.indices, best.values.softmax(-1), order.apply(real[None, :, None])[..., 0])
+            o = self.gathered(flat, best.indices, best.values.softmax(-1), seen)
         else:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, True)
             each_q, each_k, each_v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in flat)
-            o = (
-                attend(each_q, each_k, each_v, ROUTED, scale=self.scale, regions=chosen, real=order.apply(real[None, :, None])[..., 0])
-                .transpose(1, 2)
-                .flatten(-2)
-            )
-        o = order.invert(o).unflatten(1, tuple(x.shape[1:3]))
+            o = attend(each_q, each_k, each_v, ROUTED, scale=self.scale, regions=chosen, real=seen).transpose(1, 2).flatten(-2)
+        o = order.invert(o).unflatten(1, shape)[:, :height, :width]
         if self.lepe is not None:
-            o = o + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.out(o)[:, :height, :width]  # type: ignore[no-any-return]
+            o = o + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
+        return self.out(o)  # type: ignore[no-any-return]
 
     def gathered(self, flat: list[Tensor], routes: Tensor, weights: Tensor, real: Tensor) -> Tensor:
         """The same attention with keys and values of the routed regions gathered and weighted."""
-        count = self.regions**2
+        count = routes.shape[1]
         q, k, v = (y.unflatten(1, (count, -1)) for y in flat)
         at = torch.arange(q.shape[0], device=q.device)[:, None, None]
         k, v = (y[at, routes] * weights[..., None, None] for y in (k, v))

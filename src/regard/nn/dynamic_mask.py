@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algebra import Causal, Input, Lifetime, Rope, Weighted
+from ..algebra.blocks import block_sums, lengths
 from ..catalog.registry import register
 from ..engine import attend
 from ..errors import RegardError
-from .parts import head_norm
 
 
 def add(s: Tensor, bias: Tensor) -> Tensor:
@@ -24,6 +24,13 @@ def add(s: Tensor, bias: Tensor) -> Tensor:
 
 
 BIASED = Weighted(position=add, mask=Causal() & Lifetime(), inputs=(Input("bias", "bhk"),))
+PLAIN = Weighted(position=add, inputs=(Input("bias", "bhk"),))
+
+
+def kept(until: Tensor) -> Tensor:
+    """(B, H, L, L) bool: the keys each row keeps, of lifetimes (B, H, L)."""
+    at = torch.arange(until.shape[-1], device=until.device)
+    return (until[..., None, :] >= at[:, None]) & (at <= at[:, None])
 
 
 def top_lifetimes(bias: Tensor, window: int) -> Tensor:
@@ -43,10 +50,18 @@ def top_lifetimes(bias: Tensor, window: int) -> Tensor:
     return until.to(bias.device)
 
 
+def positive_lifetimes(bias: Tensor) -> Tensor:
+    """until (B, H, L) of keys that every later row keeps where their bias is above 0, and none keeps elsewhere."""
+    at = torch.arange(bias.shape[-1], device=bias.device)
+    return torch.where(bias.detach() > 0, bias.shape[-1], at - 1)
+
+
 def smoothed(keep: Tensor, block_size: int) -> Tensor:
-    """Blocks of keys of which more than half are kept, (..., L) bool."""
-    padded = F.pad(keep.float(), (0, -keep.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
-    return (padded.mean(-1) > 0.5).repeat_interleave(block_size, -1)[..., : keep.shape[-1]]
+    """keep (..., L, L) with each row's blocks of keys taken whole where more than half of them are kept, left whole otherwise; later keys stay hidden."""
+    length = keep.shape[-1]
+    count = lengths(length, block_size, keep.device).to(torch.float32)
+    most = block_sums(keep.float(), block_size) > count / 2
+    return most.repeat_interleave(block_size, -1)[..., :length] & torch.ones_like(keep[0, 0]).tril()
 
 
 @dataclass
@@ -68,9 +83,11 @@ class WindowedState:
 class DynamicMaskAttention(nn.Module):
     """x (B, L, dim) -> (B, L, dim), causal.
 
-    window: keys a row keeps. bias: "linear" (A softplus) or "exp" (exp(A softplus), as in the paper). rope: rotary positions.
-    smooth: also drop kept keys of a block of so many, unless more than half of it is kept (0: no); it needs the mask row by row.
-    The bias is shared by the query heads of a group; `step` keeps at most `window` keys a kv head and equals `forward`.
+    mask: "topk": a row keeps its `window` largest biases; "relu": every bias above 0, whatever the window. bias: "linear" (A softplus) or "exp"
+    (exp(A softplus), as in the paper). rope: rotary positions (base: of the angles). smooth: keys are kept or dropped by blocks of so many,
+    by what more than half of them are (0: each by itself); that needs the mask row by row, and `step` refuses it. head_dim: None is dim / heads.
+    norm_eps: of the norms of q and k. dt_bias: whether the map of values to biases has one of its own (released: no).
+    The bias is shared by the query heads of a group; `step` equals `forward`, and keeps at most `window` keys a kv head ("topk").
     """
 
     def __init__(
@@ -83,17 +100,28 @@ class DynamicMaskAttention(nn.Module):
         bias: str = "linear",
         rope: bool = True,
         smooth: int = 0,
+        mask: str = "topk",
+        head_dim: int | None = None,
+        base: float = 10000.0,
+        norm_eps: float = 1e-6,
+        dt_bias: bool = True,
     ):
         super().__init__()
-        if bias not in ("linear", "exp"):
-            raise RegardError(f"bias={bias!r}; expected linear or exp")
         kv_heads = kv_heads or heads
-        self.heads, self.kv_heads, self.width, self.window, self.form, self.smooth = heads, kv_heads, dim // heads, window, bias, smooth
-        self.rope = Rope() if rope else None
-        self.q, self.out = nn.Linear(dim, dim, False), nn.Linear(dim, dim, False)
+        if bias not in ("linear", "exp") or mask not in ("topk", "relu") or window < 1 or smooth < 0:
+            raise RegardError(
+                f"bias={bias!r}, mask={mask!r}, window={window}, smooth={smooth}: expected linear or exp, topk or relu, a positive window "
+                "and blocks of 0 or more keys"
+            )
+        if heads % kv_heads or (head_dim is None and dim % heads):
+            raise RegardError(f"dim={dim}, heads={heads}, kv_heads={kv_heads}: expected multiples, or head_dim")
+        self.heads, self.kv_heads, self.width = heads, kv_heads, head_dim or dim // heads
+        self.window, self.form, self.smooth, self.kind = window, bias, smooth, mask
+        self.rope = Rope(base) if rope else None
+        self.q, self.out = nn.Linear(dim, heads * self.width, False), nn.Linear(heads * self.width, dim, False)
         self.k, self.v = (nn.Linear(dim, kv_heads * self.width, False) for _ in range(2))
-        self.q_norm, self.k_norm = head_norm("rms", self.width), head_norm("rms", self.width)
-        self.dt = nn.Linear(kv_heads * self.width, kv_heads)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.width, eps=norm_eps) for _ in range(2))
+        self.dt = nn.Linear(kv_heads * self.width, kv_heads, dt_bias)
         self.strength = nn.Parameter(torch.zeros(kv_heads))
 
     def heads_of(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,18 +136,18 @@ class DynamicMaskAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.heads_of(x, 0)
-        until, wide = top_lifetimes(bias, self.window), bias.repeat_interleave(self.heads // self.kv_heads, 1)
-        until = until.repeat_interleave(self.heads // self.kv_heads, 1)
-        mask = None
+        until = top_lifetimes(bias, self.window) if self.kind == "topk" else positive_lifetimes(bias)
+        wide, until = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (bias, until))
         if self.smooth:
-            at = torch.arange(x.shape[1], device=x.device)
-            keep = (until[:, :, None] >= at[:, None]) & (at <= at[:, None])
-            mask = smoothed(keep, self.smooth) & keep
-        o = attend(q, k, v, BIASED, mask=mask, bias=wide, until=until)
+            o = attend(q, k, v, PLAIN, mask=smoothed(kept(until), self.smooth), bias=wide)
+        else:
+            o = attend(q, k, v, BIASED, bias=wide, until=until)
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, state: WindowedState | None = None) -> tuple[Tensor, WindowedState]:
         """One or more new tokens (B, n, dim) after those in `state`."""
+        if self.smooth:
+            raise RegardError(f"smooth={self.smooth}: a block's keys are kept or dropped together, tokens to come included; expected 0 to decode")
         first = 0 if state is None else state.length
         q, k, v, bias = self.heads_of(x, first)
         outs = []
@@ -136,7 +164,7 @@ class DynamicMaskAttention(nn.Module):
                     torch.cat((state.place, place), 2),
                     first + t + 1,
                 )
-            if state.bias.shape[-1] > self.window:
+            if self.kind == "topk" and state.bias.shape[-1] > self.window:
                 # entries are in order of place, so the last of the smallest is the latest
                 last = state.bias.shape[-1] - 1 - state.bias.flip(-1).argmin(-1, keepdim=True)
                 rest = torch.arange(state.bias.shape[-1] - 1, device=x.device)
@@ -150,6 +178,7 @@ class DynamicMaskAttention(nn.Module):
                     state.length,
                 )
             extra = state.bias.repeat_interleave(self.heads // self.kv_heads, 1)
-            outs.append(attend(q[:, :, new], state.k, state.v, Weighted(position=add, inputs=(Input("bias", "bhk"),)), bias=extra))
+            seen = None if self.kind == "topk" else (extra > 0)[:, :, None]
+            outs.append(attend(q[:, :, new], state.k, state.v, PLAIN, mask=seen, bias=extra))
         assert state is not None
         return self.out(torch.cat(outs, 2).transpose(1, 2).flatten(-2)), state

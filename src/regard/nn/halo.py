@@ -28,26 +28,33 @@ class HaloAttention2d(nn.Module):
 
     block, halo: b and h. stride: queries a block are taken every so many pixels, keys from the whole patch. head_dim: of q and k;
     value_dim: of v. masked: padded keys are not attended to (False: zero keys are, as published code does). relative: "unscaled" (on q as
-    it is, as released), "scaled" (on scale q) or "none".
+    it is, as released), "scaled" (on scale q) or "none". bias: of q, k and v. project: a 1x1 convolution (with a bias) on the output even where
+    its width is right. pool: stride by averaging the output instead. steps: relative places count pixels ("pixels"), or queries of the
+    down-sampled block, as released where stride > 1 ("queries").
     """
 
     def __init__(
         self, dim: int, out: int | None = None, heads: int = 8, *, block: int = 8, halo: int = 3, stride: int = 1, head_dim: int = 16,
-        value_dim: int | None = None, masked: bool = True, relative: str = "unscaled",
+        value_dim: int | None = None, masked: bool = True, relative: str = "unscaled", bias: bool = False, project: bool = False,
+        pool: bool = False, steps: str = "pixels",
     ):  # fmt: skip
         super().__init__()
         out = out or dim
-        if block % stride or halo < 0 or relative not in ("unscaled", "scaled", "none"):
+        if block % stride or halo < 0 or relative not in ("unscaled", "scaled", "none") or steps not in ("pixels", "queries"):
             raise RegardError(
-                f"block={block}, stride={stride}, halo={halo}, relative={relative!r}: expected stride | block, halo >= 0, and unscaled, scaled or none"
+                f"block={block}, stride={stride}, halo={halo}, relative={relative!r}, steps={steps!r}: expected stride | block, halo >= 0, "
+                "unscaled, scaled or none, and pixels or queries"
             )
-        self.heads, self.block, self.halo, self.stride, self.masked, self.relative = heads, block, halo, stride, masked, relative
+        self.heads, self.block, self.halo, self.masked, self.relative = heads, block, halo, masked, relative
+        self.stride, self.pool = (1, stride) if pool else (stride, 1)
+        self.step_of_query = self.stride if steps == "pixels" else 1
         self.head_dim, self.value_dim = head_dim, value_dim or out // heads
         self.patch = block + 2 * halo
-        self.q = nn.Conv2d(dim, heads * head_dim, 1, bias=False)
-        self.kv = nn.Conv2d(dim, heads * (head_dim + self.value_dim), 1, bias=False)
+        self.q = nn.Conv2d(dim, heads * head_dim, 1, bias=bias)
+        self.kv = nn.Conv2d(dim, heads * (head_dim + self.value_dim), 1, bias=bias)
         self.rel_h, self.rel_w = (nn.Parameter(torch.randn(2 * self.patch - 1, head_dim) * head_dim**-0.5) for _ in range(2))
-        self.project = nn.Conv2d(heads * self.value_dim, out, 1, bias=False) if heads * self.value_dim != out else nn.Identity()
+        wide = heads * self.value_dim
+        self.project = nn.Conv2d(wide, out, 1, bias=project) if project or wide != out else nn.Identity()
 
     def patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, blocks, patch^2), zeros outside the map."""
@@ -58,7 +65,7 @@ class HaloAttention2d(nn.Module):
     def relative_logits(self, q: Tensor) -> Tensor:
         """q (n, heads, queries, D) of one block each -> (n, heads, queries, patch^2)."""
         side = self.block // self.stride
-        at = torch.arange(side, device=q.device) * self.stride
+        at = torch.arange(side, device=q.device) * self.step_of_query
         # q.rel[a - i]: row a of the patch against pixel i of the block, which stands at i + halo in the patch.
         index = torch.arange(self.patch, device=q.device) - at[:, None] - self.halo + self.patch - 1
         q = q.unflatten(2, (side, side))
@@ -87,7 +94,8 @@ class HaloAttention2d(nn.Module):
         )
         o = attend(q, k, v, PATCHES, scale=scale, relative=logits, real=real.repeat(batch, 1))
         o = o.unflatten(0, (batch, rows, columns)).unflatten(4, (side, side)).permute(0, 3, 6, 1, 4, 2, 5)
-        return self.project(o.reshape(batch, self.heads * self.value_dim, rows * side, columns * side))  # type: ignore[no-any-return]
+        o = self.project(o.reshape(batch, self.heads * self.value_dim, rows * side, columns * side))
+        return F.avg_pool2d(o, self.pool) if self.pool > 1 else o
 
 
 class HaloBlock(nn.Module):

@@ -96,7 +96,7 @@ def flex_heads() -> tuple[Tensor, Tensor]:
 )
 def _() -> tuple[float, float]:
     q, k = flex_heads()
-    keep = plan_of("flexprefill", q, k, gamma=0.85, tau=0.1, min_budget=16, block_size=16).keep[0]
+    keep = plan_of("flexprefill", q, k, gamma=0.85, tau=0.1, min_budget=16, block_size=16, count_size=16).keep[0]
     loops = [flex_loop(q[0, h], k[0, h], 16, 0.85, 0.1, 16) for h in range(20)]
     rows = [flex_loop(q[0, h], k[0, h], 16, 0.85, 0.1, 16, True)[1] for h in range(20)]
     mixed = 0 < sum(aware for aware, _ in loops) < 20
@@ -116,7 +116,7 @@ def _() -> tuple[float, float]:
     mass, _ = last_mass(q / 4, k, 16)
     d = distance(q / 4, pooled(k, 16), mass, 16)[0]
     strong = mass[0, 10:].topk(5, -1).indices // 16
-    keep = plan_of("flexprefill", q, k, min_budget=16, block_size=16).keep[0, 10:, -1]
+    keep = plan_of("flexprefill", q, k, min_budget=16, block_size=16, count_size=16).keep[0, 10:, -1]
     read = keep.gather(-1, strong).all()
 
     def right(tau: float) -> float:
@@ -133,7 +133,7 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     q, k = flex_heads()
-    maps = [plan_of("flexprefill", q, k, gamma=gamma, min_budget=16, block_size=16) for gamma in (0.5, 0.8, 0.9, 0.99)]
+    maps = [plan_of("flexprefill", q, k, gamma=gamma, min_budget=16, block_size=16, count_size=16) for gamma in (0.5, 0.8, 0.9, 0.99)]
     future = sum(int((one.keep & ~torch.ones(16, 16, dtype=torch.bool).tril()).sum()) for one in maps)
     falls = [sum(b.density < a.density for a, b in pairwise(order)) for order in (maps, maps[::-1])]
     return float(falls[0] + future), float(falls[1])

@@ -12,7 +12,7 @@ from ...algebra import Causal, Mask, Selection
 from ...algebra.part import Sizes
 from ...catalog import get
 from ...engine import attend, step
-from ...engine.composed import unit
+from ...engine.composed import formed
 from ...engine.problem import indices, view_of
 from ...mechanisms.selected.routing import update_centroids
 from ...mechanisms.selected.sparse_transformer import patterns
@@ -256,7 +256,7 @@ def _() -> tuple[float, float]:
 
 def routed_loop(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, count: int, causal: bool, shared: bool) -> Tensor:
     """Routing attention as loops over heads and clusters."""
-    q, k = unit(q), unit(q if shared else k)
+    q, k = formed(q, "layer+unit"), formed(q if shared else k, "layer+unit")
     mu = torch.nn.functional.normalize(centroids, dim=-1)
     n, scale = q.shape[2], q.shape[3] ** -0.5
     out, times = torch.zeros_like(v), torch.zeros(*v.shape[:3], 1, dtype=v.dtype)
@@ -279,7 +279,7 @@ def routed_loop(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, count: int, 
 def _() -> tuple[float, float]:
     q, k, v = qkv(40)
     mu = torch.randn(2, 4, 8, dtype=F64)
-    truth = attend(unit(q), unit(k), v, "softmax")
+    truth = attend(formed(q, "layer+unit"), formed(k, "layer+unit"), v, "softmax")
     one = attend(q, k, v, get("routing-transformer", clusters=1), centroids=mu[:, :1])
     return naive.gap(one, truth), naive.gap(attend(q, k, v, get("routing-transformer", clusters=4), centroids=mu), truth)
 
@@ -298,7 +298,7 @@ def _() -> tuple[float, float]:
         mechanism = get("routing-transformer", clusters=5, members=11, shared=shared)
         out = attend(q, k, v, mechanism, mask=Causal() if causal else None, centroids=mu)
         own = max(own, naive.gap(out, routed_loop(q, k, v, mu, 11, causal, shared)))
-    nearness = unit(q) @ torch.nn.functional.normalize(mu, dim=-1).transpose(-1, -2)
+    nearness = formed(q, "layer+unit") @ torch.nn.functional.normalize(mu, dim=-1).transpose(-1, -2)
     times = torch.zeros(1, 2, 40, 1, dtype=F64).scatter_add(
         2, nearness.transpose(-1, -2).topk(11, -1).indices.flatten(2)[..., None], torch.ones(1, 2, 55, 1, dtype=F64)
     )
@@ -323,7 +323,7 @@ def _() -> tuple[float, float]:
                 total = torch.zeros(8, dtype=F64)
                 count = 0
                 for pool in pools:
-                    for t in unit(pool.detach())[0, h]:
+                    for t in formed(pool.detach(), "layer+unit")[0, h]:
                         if int((before[h] @ t).argmax()) == c:
                             total, count = total + t, count + 1
                 if count:
@@ -339,9 +339,9 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     q = qkv(30)[0]
     mu = torch.nn.functional.normalize(torch.randn(2, 3, 8, dtype=F64), dim=-1)
-    base = unit(q).mean((0, 2))
+    base = formed(q, "layer+unit").mean((0, 2))
     mu[:, 2] = -torch.nn.functional.normalize(base, dim=-1)
     tight = torch.nn.functional.normalize(base, dim=-1)[None, :, None].expand(1, 2, 30, 8) * 5 + 0.01 * torch.randn(1, 2, 30, 8, dtype=F64)
-    mu[:, 0] = unit(tight)[0, :, 0]
+    mu[:, 0] = formed(tight, "layer+unit")[0, :, 0]
     new = update_centroids(mu, tight, tight, 0.9)
     return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0]) or math.inf

@@ -312,7 +312,7 @@ def _() -> tuple[float, float]:
     worst = plain = 0.0
     available = 128 * 129 / 2
     for ratio in (0.1, 0.3, 0.5, 0.9):
-        given = {name: torch.tensor(x) for name, x in (("threshold", 0.0), ("ratio", ratio), ("size", 8))}
+        given = {name: torch.tensor(x) for name, x in (("threshold", 0.0), ("ratio", ratio), ("size", 8), ("last_dense", 0))}
         keep = selection_of(GATED.select, q, k, gate=logits, **given).keep
         worst = max(worst, abs(float(keep.sum()) / 2 / available - ratio))
         plain = max(plain, abs(sum(min(u + 1, round(ratio * 128)) for u in range(128)) / available - ratio))
@@ -323,5 +323,5 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     layer, (q, k, _) = SeerAttention(2, 2, 16, width=16, block_size=8).double(), (x.requires_grad_() for x in qkv(64, 16, 2))
     layer.distil(q, k).backward()
-    assert layer.gate.q.grad is not None
+    assert layer.gate.q is not None and layer.gate.q.grad is not None
     return max(0.0 if x.grad is None else float(x.grad.abs().max()) for x in (q, k)), float(layer.gate.q.grad.abs().max())

@@ -84,7 +84,7 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     p = torch.randn(1, 2, 40, 40, dtype=F64).masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -math.inf).softmax(-1)
     a, truth = p[0].mean(0), [[], []]  # type: ignore[var-annotated]
-    for n, late in enumerate((5, 1)):
+    for n, late in enumerate((4, 1)):
         for t in range(40):
             past = sum(float(a[i, j]) for i in range(t + late, 40) for j in range(max(0, t - 3), t + 1))
             future = sum(float(a[i, j]) for i in range(t + late, 40) for j in range(t + 1, min(40, t + 5)))

@@ -339,7 +339,7 @@ def vmoba_loop(gate: Tensor, own: Tensor, scope: str, threshold: float, softmax:
     """The choice for gate (1, H, L, n), pair by pair."""
     _, heads, length, count = gate.shape
     pairs = [(h, t, c) for h in range(heads) for t in range(length) for c in range(count)]
-    key = {"query_head": lambda p: (p[0], p[1]), "head_global": lambda p: p[0], "overall": lambda p: 0, "block": lambda p: (p[0], p[2])}[
+    key = {"query_head": lambda p: (p[0], p[1]), "head_global": lambda p: p[0], "overall": lambda p: 0, "block": lambda p: p[2]}[
         scope
     ]
     groups: dict[object, list[tuple[int, int, int]]] = {}

@@ -18,11 +18,13 @@ from ...catalog.registry import register
 
 @register("flexprefill")
 def flexprefill(
-    gamma: float = 0.9, tau: float = 0.1, min_budget: int = 512, max_budget: int | None = None, block_size: int = 128
-) -> Weighted:
+    gamma: float = 0.9, tau: float = 0.1, min_budget: int | None = 512, max_budget: int | None = None, block_size: int = 128,
+    count_size: int = 128,
+) -> Weighted:  # fmt: skip
     """gamma: mass to keep (from 1 on: everything). tau: distance under which a head is query-aware. min_budget, max_budget: tokens a query
-    block may read of columns, and of diagonals. Prompts of at most max(2 block_size, min_budget) tokens, and chunks after others, run dense."""
-    constants = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget, "block_size": block_size}
+    block may read of columns, and of diagonals (min_budget None: one block). count_size: keys that are counted as one block when they are
+    turned into blocks to read; released code counts 128 whatever the block. Prompts of at most max(2 block_size, min_budget) tokens, and chunks after others, run dense."""
+    constants = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget, "block_size": block_size, "count_size": count_size}
     return Weighted(
         mask=Causal(),
         select=Chosen(bind(flex_plan, **constants), ahead=True, decode=False, cost=bind(flex_cost, size=block_size), by_sequence=True),
@@ -50,23 +52,29 @@ def distance(q: Tensor, pooled_k: Tensor, mass: Tensor, size: int) -> Tensor:
     return (sum(parts, torch.zeros_like(parts[0])) / 2).clamp_min(0).sqrt()
 
 
+def distance_sums(mass: Tensor, size: int) -> Tensor:
+    """The mass (..., L) of each distance in blocks of them, cut from the far end: of a ragged length the diagonal's block is the short one."""
+    return block_sums(mass.flip(-1), size).flip(-1)
+
+
 def flex_plan(
-    q: Tensor, k: Tensor, view: View, *, gamma: float, tau: float, min_budget: int, max_budget: int | None, block_size: int
-) -> Selection | None:
+    q: Tensor, k: Tensor, view: View, *, gamma: float, tau: float, min_budget: int | None, max_budget: int | None, block_size: int,
+    count_size: int,
+) -> Selection | None:  # fmt: skip
     """Which key blocks each block of queries reads (q times scale)."""
     size, length = block_size, k.shape[-2]
-    if gamma >= 1 or q.shape[-2] != length or length <= max(2 * size, min_budget):
+    if gamma >= 1 or q.shape[-2] != length or length <= max(2 * size, min_budget or 0):
         return None
     means = heads_of(pooled(k, size), q.shape[1])
     masses = last_mass(q, k, size, diagonals=True)
     aware = distance(q, means, masses[0], size) < tau
     count = -(-length // size)
-    floor, ceiling = max(1, min_budget // size), count if max_budget is None else max(1, max_budget // size)
+    floor, ceiling = max(1, -(-(min_budget or 0) // size)), count if max_budget is None else max(1, -(-max_budget // size))
     chosen = []
     for mass in masses:
         needed = (mass.sort(-1, descending=True).values.cumsum(-1) <= gamma).sum(-1, keepdim=True) + 1
-        budget = torch.where(aware[..., None], floor, (needed // size + 1).clamp(floor, max(floor, ceiling)))
-        blocks = block_sums(mass, size)
+        budget = torch.where(aware[..., None], floor, (needed // count_size + 1).clamp(floor, max(floor, ceiling)))
+        blocks = block_sums(mass, size) if mass is masses[0] else distance_sums(mass, size)
         blocks[..., 0] = float("inf")  # the first key block, and the diagonal
         chosen.append(top_k(blocks, torch.ones_like(blocks, dtype=torch.bool), budget))
     columns, slashes = chosen

@@ -45,14 +45,17 @@ class LongHeads(Policy):
     """For frozen models with rotary positions; q, k, v (B, H or Hkv, L, D) come before rotation.
 
     chunk: w. attend_len: A, at most the trained length, a multiple of w; the first A tokens run densely, later queries read A / w chunks.
+    released: a decoded token that fills its chunk takes that chunk for the last complete one, as released code does, and reads one chunk less
+    than the same token of a prompt. Prompt queries read their own key (released ones stop before it).
     """
 
     rotated = False
 
-    def __init__(self, chunk: int = 256, attend_len: int = 4096, rope: Rope | None = None):
+    def __init__(self, chunk: int = 256, attend_len: int = 4096, rope: Rope | None = None, released: bool = False):
         if attend_len % chunk or attend_len // chunk < 3:
             raise RegardError(f"chunk={chunk}, attend_len={attend_len}: expected at least three whole chunks")
         self.chunk, self.attend_len, self.chunks, self.rope = chunk, attend_len, attend_len // chunk, rope or Rope()
+        self.released = released
 
     def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, c, D): a key for every complete chunk."""
@@ -64,15 +67,19 @@ class LongHeads(Policy):
         value = ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).mean(-2, keepdim=True)
         return ((value @ k.transpose(-1, -2) * scale).softmax(-1) @ k).squeeze(-2)
 
-    def select(self, q: Tensor, chunk_keys: Tensor, first: int) -> Tensor:
-        """Chunk ids (B, H, Lq, n), ascending, of queries at first, first + 1, ...: 0, the own one, the one before it, and the best others."""
+    def select(self, q: Tensor, chunk_keys: Tensor, first: int, closing: bool = False) -> Tensor:
+        """Chunk ids (B, H, Lq, n), ascending, of queries at first, first + 1, ...: 0, the own one, the one before it, and the best others.
+
+        closing: the own chunk counts as the last complete one, so that the one before it is ranked, and there is one chunk less.
+        """
         own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // self.chunk
         chunks = torch.arange(int(own.max()) + 1, device=q.device)
         scores = q @ chunk_keys.transpose(-1, -2)
         scores = torch.nn.functional.pad(scores, (0, max(0, len(chunks) - scores.shape[-1])))[..., : len(chunks)]
-        forced = (chunks == 0) | (chunks == own) | (chunks == own - 1)
-        keep = forced | top_k(scores, (chunks < own - 1) & (chunks > 0), self.chunks - forced.sum(-1, keepdim=True))
-        return keep.int().argsort(dim=-1, descending=True, stable=True)[..., : self.chunks]
+        count, ranked = self.chunks - closing, own - 1 + closing
+        forced = (chunks == 0) | ((chunks <= own) & (chunks >= ranked))
+        keep = forced | top_k(scores, (chunks < ranked) & (chunks > 0), count - forced.sum(-1, keepdim=True))
+        return keep.int().argsort(dim=-1, descending=True, stable=True)[..., :count]
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, chunk_keys: Tensor, first: int, ids: Tensor | None = None) -> Tensor:
         """Outputs of the last queries q, at first, first + 1, ... (all from attend_len on), over keys so far.
@@ -85,8 +92,8 @@ class LongHeads(Policy):
         turned = self.rope.rotate(k, torch.arange(k.shape[-2], device=q.device) % size)
         one = Weighted(mask=Causal(), select=Chosen(bind(named, size=size)), inputs=(Input("chunk", "bhq", dtype="int"),))
         parts = []
-        for place in range(self.chunks):
-            back = self.rope.rotate(q, (self.chunks - 1 - place) * size + at % size)
+        for place in range(ids.shape[-1]):
+            back = self.rope.rotate(q, (ids.shape[-1] - 1 - place) * size + at % size)
             parts.append(attend_with_stats(back, turned, v, one, chunk=ids[..., place]))
         return merge(Weighted(), parts)[0]
 
@@ -113,7 +120,9 @@ class LongHeads(Policy):
             out = self.dense(q, cache.k.to(q.device), cache.v.to(q.device))
         else:
             keys = torch.cat(cache.chunk_keys, -2)
-            out = self.rows(q, cache.k.to(q.device), cache.v.to(q.device), keys, i)
+            closing = self.released and cache.length % self.chunk == 0
+            ids = self.select(q, keys, i, closing=True) if closing else None
+            out = self.rows(q, cache.k.to(q.device), cache.v.to(q.device), keys, i, ids)
         if cache.length % self.chunk == 0:
             last = [x[..., -self.chunk :, :].to(q.device) for x in (cache.k, cache.v)]
             cache.chunk_keys.append(self.chunk_keys(cache.open_q, *last))

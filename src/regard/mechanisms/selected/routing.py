@@ -9,41 +9,79 @@ from torch import Tensor
 
 from ...algebra import Clustered, Input, Learned, Sizes, bind
 from ...catalog.registry import register
-from ...engine.composed import unit
+from ...engine.composed import formed
+from ...errors import RegardError
 
 
 def random_units(sizes: Sizes, clusters: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(sizes.heads, clusters, sizes.head_dim), dim=-1)
 
 
+# What is routed, what attends (q, k, and k where queries serve as keys), and the eps of counts and LayerNorm.
+RELEASES = {
+    "paper": ("layer+unit", "layer+unit", "layer+unit", "layer+unit", True, True, 0.0, 1e-5),
+    "google": ("layer", "layer", "layer", "layer", False, False, 1e-2, 1e-6),
+    "port": ("unit", "", "", "unit", True, True, 1e-5, 1e-5),
+}
+
+
 @register("routing-transformer")
 def routing(
-    clusters: int = 8, members: int | None = None, shared: bool = False, unit_length: bool = True, scaled: bool = True
-) -> Clustered:
-    """clusters: k, about sqrt(n). members: w a cluster (None: ceil(n / k)). shared: keys are the queries, and a token sees itself only
-    when it would see nothing else (the causal form). unit_length=False, scaled=False: as the released TensorFlow code.
-    Input `centroids` (H, k, D)."""
+    clusters: int = 8, members: int | None = None, shared: bool = False, form: str = "paper", scaled: bool | None = None,
+    hide_self: bool | None = None, count_eps: float | None = None, norm_eps: float | None = None,
+) -> Clustered:  # fmt: skip
+    """clusters: k, about sqrt(n). members: w a cluster (None: ceil(n / k)). shared: keys are the queries (the causal form). form: "paper":
+    LayerNorm and unit length for routing and attention, logits / sqrt(D), a token of shared keys sees itself only where it would see nothing
+    else, exact means over clusters. "google", as the released TensorFlow code: LayerNorm alone, logits not scaled, tokens see themselves, sums
+    divided by count + 1e-2. "port", as the common PyTorch port: unit length for routing, attention on q and k as they are (unit keys where
+    shared), count + 1e-5. scaled, hide_self, count_eps, norm_eps: None is the form's. Inputs `centroids` (H, k, D); `memory_k` (H, k, m, D) and
+    `memory_v` (H, k, m, Dv), optional."""
+    if form not in RELEASES:
+        raise RegardError(f"form={form!r}; expected one of {', '.join(RELEASES)}")
+    route, queries, keys, shared_keys, scale, hide, eps, norm = RELEASES[form]
     spec = Input("centroids", "hfd", layer=Learned(bind(random_units, clusters=clusters), trainable=False))
-    return Clustered(clusters=clusters, members=members, shared=shared, unit=unit_length, scaled=scaled, inputs=(spec,))
+    memory = (Input("memory_k", "hffd", default="pool"), Input("memory_v", "hffe", default="pool"))
+    return Clustered(
+        clusters=clusters,
+        members=members,
+        shared=shared,
+        route=route,
+        queries=queries,
+        keys=shared_keys if shared else keys,
+        hide_self=shared and (hide if hide_self is None else hide_self),
+        scaled=scale if scaled is None else scaled,
+        count_eps=eps if count_eps is None else count_eps,
+        norm_eps=norm if norm_eps is None else norm_eps,
+        inputs=(spec, *memory),
+    )
+
+
+def assigned(centroids: Tensor, x: Tensor) -> Tensor:
+    """(B, H, L, k): one-hot, the centroid of largest product."""
+    return torch.nn.functional.one_hot((x @ centroids.transpose(-1, -2)).argmax(-1), centroids.shape[1]).to(x.dtype)
 
 
 @torch.no_grad()
-def update_centroids(centroids: Tensor, q: Tensor, k: Tensor, decay: float = 0.999) -> Tensor:
+def update_centroids(centroids: Tensor, q: Tensor, k: Tensor | None, decay: float = 0.999, form: str = "paper") -> Tensor:
     """mu_c <- decay mu_c + (1 - decay)/2 (sum of queries + sum of keys assigned to c by argmax), renormalised; empty clusters stay.
 
-    centroids (H, k, D) of unit length; q, k (B, H, L, D) as they enter the mechanism.
+    centroids (H, k, D) of unit length; q, k (B, H, L, D) as they enter the mechanism (k None: the queries alone). form "port": decay mu_c +
+    (1 - decay) times the direction of the sum of unit q and k, not renormalised.
     """
-    moved, touched = decay * centroids, torch.zeros(centroids.shape[:2], dtype=torch.bool, device=centroids.device)
-    for x in (unit(q), unit(k)):
-        nearest = torch.nn.functional.one_hot((x @ centroids.transpose(-1, -2)).argmax(-1), centroids.shape[1]).to(x.dtype)
-        moved = moved + (1 - decay) / 2 * torch.einsum("bhlc,bhld->hcd", nearest, x)
-        touched |= nearest.sum((0, 2)) > 0
-    return torch.where(touched[..., None], torch.nn.functional.normalize(moved, dim=-1), centroids)
+    xs = [formed(x, "layer+unit" if form == "paper" else "unit") for x in (q, k) if x is not None]
+    picks = [assigned(centroids, x) for x in xs]
+    sums = sum((torch.einsum("bhlc,bhld->hcd", pick, x) for pick, x in zip(picks, xs, strict=True)), torch.zeros_like(centroids))
+    touched = sum((pick.sum((0, 2)) for pick in picks), torch.zeros_like(centroids[..., 0])) > 0
+    if form == "port":
+        moved = decay * centroids + (1 - decay) * torch.nn.functional.normalize(sums, dim=-1)
+    else:
+        moved = torch.nn.functional.normalize(decay * centroids + (1 - decay) / 2 * sums, dim=-1)
+    return torch.where(touched[..., None], moved, centroids)
 
 
-def commitment_loss(centroids: Tensor, x: Tensor, weight: float = 1e-4) -> Tensor:
-    """weight * mean squared distance of unit tokens x (B, H, L, D) to the centroid nearest to each."""
-    x = unit(x)
+def commitment_loss(centroids: Tensor, x: Tensor, weight: float = 1e-4, form: str = "paper") -> Tensor:
+    """weight * mean squared distance of unit tokens x (B, H, L, D) to the centroid nearest to each; form "port": without LayerNorm before."""
+    x = formed(x, "layer+unit" if form == "paper" else "unit")
     nearest = (x.detach() @ centroids.transpose(-1, -2)).argmax(-1)
     heads = torch.arange(centroids.shape[0], device=x.device)[:, None]
     return weight * (x - centroids[heads, nearest]).square().mean()

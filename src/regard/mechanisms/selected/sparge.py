@@ -22,17 +22,20 @@ Head = float | tuple[float, ...]
 
 @register("spargeattn")
 def sparge(
-    theta: Head = 0.6,
+    theta: Head | None = None,
     tau: Head = 0.98,
     block_q: int = 128,
     block_k: int = 64,
-    ratio: float | None = None,
+    ratio: Head | None = None,
     first: bool = False,
     causal: bool = False,
+    smooth: bool = True,
 ) -> Weighted:
-    """theta: self-similarity above which a block is pooled; tau: mass to keep (from 1 on: all); a number, or one a head.
-    ratio: keep this share of the blocks instead of a mass. first: always the first key block. Prompts only: one query reads everything."""
-    constants = {"theta": theta, "tau": tau, "block_q": block_q, "block_k": block_k, "ratio": ratio, "first": first}
+    """theta: self-similarity above which a block is pooled (None: 0.6, or -0.1 with a ratio, as released); tau: mass to keep (from 1 on: all).
+    ratio: keep this share of all blocks, int(ratio n) of a row, instead of a mass. Each a number, or one a head. first: always the first key
+    block. smooth: measure keys without their mean over the tokens. Prompts only: one query reads everything."""
+    theta = (0.6 if ratio is None else -0.1) if theta is None else theta
+    constants = {"theta": theta, "tau": tau, "block_q": block_q, "block_k": block_k, "ratio": ratio, "first": first, "smooth": smooth}
     chosen = Chosen(bind(sparge_plan, **constants), ahead=True, decode=False, cost=bind(pooled_cost, block_q=block_q, block_k=block_k), by_sequence=True)
     return Weighted(mask=Causal(), select=chosen) if causal else Weighted(select=chosen)
 
@@ -57,11 +60,11 @@ def by_head(value: Head, like: Tensor) -> Tensor:
 
 
 def sparge_plan(
-    q: Tensor, k: Tensor, view: View, *, theta: Head, tau: Head, block_q: int, block_k: int, ratio: float | None, first: bool
+    q: Tensor, k: Tensor, view: View, *, theta: Head, tau: Head, block_q: int, block_k: int, ratio: Head | None, first: bool, smooth: bool
 ) -> Selection:
-    """Which key blocks each block of queries reads (q times scale; keys are centred, which changes no weight)."""
+    """Which key blocks each block of queries reads (q times scale; centring keys changes no weight, but what is alike)."""
     k = heads_of(k, q.shape[1])
-    k = k - k.mean(-2, keepdim=True)
+    k = k - k.mean(-2, keepdim=True) if smooth else k
     scores = pooled(q, block_q) @ pooled(k, block_k).transpose(-1, -2)
     bound = by_head(theta, scores)[..., 0]
     alike_q, alike_k = self_similarity(q, block_q) > bound, self_similarity(k, block_k) > bound
@@ -69,7 +72,8 @@ def sparge_plan(
     allowed = seen & alike_k[..., None, :]
     p = probabilities(scores, allowed)
     if ratio is not None:
-        keep = top_k(p, allowed, max(1, round(ratio * scores.shape[-1])))
+        share = by_head(ratio, scores.new_empty(1, scores.shape[1], 1, 1, dtype=torch.float64))
+        keep = top_k(p, allowed, (share * scores.shape[-1]).long().clamp(min=1))
     else:
         limit = by_head(tau, scores)
         keep = kept_mass(p, limit) | top_k(p, allowed, 1) | (allowed & (limit >= 1))
@@ -96,11 +100,16 @@ class Sparged:
     pv_skips: int
 
 
-def quantised(x: Tensor, size: int) -> Tensor:
-    """x as int8 with one scale a block sees it: round(x / s) s, s = max|x| / 127."""
+def int8(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Steps of each block of (..., L, D), (..., n, size, D), whole numbers, and the blocks' scales (..., n, 1, 1)."""
     blocks = cut(x, size)
-    scale = (blocks.abs().amax((-1, -2), keepdim=True) / 127).clamp_min(1e-12)
-    steps = torch.trunc(blocks / scale + 0.5 * blocks.sign())  # halves away from zero
+    scale = blocks.abs().amax((-1, -2), keepdim=True) / 127 + 1e-7
+    return torch.trunc(blocks / scale + 0.5 * blocks.sign()), scale  # halves away from zero
+
+
+def quantised(x: Tensor, size: int) -> Tensor:
+    """x as int8 with one scale a block sees it: round(x / s) s, s = max|x| / 127 + 1e-7."""
+    steps, scale = int8(x, size)
     return (steps * scale).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
@@ -128,7 +137,7 @@ def sparge_attention(
     sizes, mask = sizes_of(q, k, v), sparge(theta, tau, block_q, block_k, causal=causal).mask
     scaled = q * (sizes.head_dim**-0.5 if scale is None else scale)
     view = view_of(mask, sizes, {}, q.device)  # type: ignore[arg-type]
-    keep = sparge_plan(scaled, k, view, theta=theta, tau=tau, block_q=block_q, block_k=block_k, ratio=None, first=False).keep
+    keep = sparge_plan(scaled, k, view, theta=theta, tau=tau, block_q=block_q, block_k=block_k, ratio=None, first=False, smooth=True).keep
     if quant:
         scaled, k = quantised(scaled, block_q), quantised(k - k.mean(-2, keepdim=True), block_k)
     out, skips = torch.zeros_like(v[..., :1, :]).expand(*q.shape[:-1], -1).clone(), 0
