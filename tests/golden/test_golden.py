@@ -65,5 +65,3 @@ def test_refuses(slug: str, function: vectors.Adapter, config: str, why: str) ->
 def test_no_configuration_is_left_out(path: pathlib.Path) -> None:
     named = {config for mark in ("runs", "refused") for _, function in functions(path, mark) for config in getattr(function, mark)[0]}
     assert named >= vectors.configs(slug_of(path))
-    stored = vectors.arrays(slug_of(path))
-    assert all(any(name.endswith(f"_{config}") for name in stored) for config in named - vectors.configs(slug_of(path)))

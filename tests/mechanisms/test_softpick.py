@@ -14,6 +14,7 @@ def test_gradients_with_a_large_eps(executor: str, mask: regard.Mask | None) -> 
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mechanism = regard.get("softpick", eps=0.1)
     assert torch.autograd.gradcheck(lambda q, k, v: regard.attend(q, k, v, mechanism, mask=mask, executor=executor), (q, k, v))
+    assert torch.autograd.gradgradcheck(lambda q, k, v: regard.attend(q, k, v, mechanism, mask=mask, executor=executor), (q, k, v))
     s = q @ k.mT / 2
     seen = torch.ones(6, 6, dtype=torch.bool) if mask is None else torch.ones(6, 6, dtype=torch.bool).tril()
     rise = torch.where(seen, torch.exp(s) - 1, 0.0)

@@ -132,7 +132,7 @@ def twice(problem: Problem, names: Sequence[str], grads: Sequence[Tensor], shift
     def forward(q: Tensor, k: Tensor, v: Tensor, *sides: Tensor) -> tuple[Tensor, Tensor]:
         given = {**problem.inputs, **{name: x for name, x in zip(names, sides, strict=True) if name in problem.inputs}}
         cut = problem.with_(q=q[..., : sizes.head_dim], k=k[..., : sizes.head_dim], v=v[..., : sizes.value_dim], inputs=given)
-        out, total = unnormalised(in_precision(cut, torch.float32), shift)
+        out, total, _ = unnormalised(in_precision(cut, torch.float32), shift)
         return torch.nn.functional.pad(out, (0, v.shape[-1] - sizes.value_dim)), total
 
     return differentiable(forward, tensors, grads)

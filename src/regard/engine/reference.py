@@ -126,8 +126,9 @@ def row_weights(problem: Problem, s: Tensor, seen: Tensor) -> tuple[Tensor, Stat
     return (weights if z is None else weights * reciprocal(z)), Stats(c, total, count)
 
 
-def unnormalised(problem: Problem, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum_j w_ij v_j, sum_j h_ij) of a row-local normalizer at a given shift (a root is looked for anew), as autograd follows them."""
+def unnormalised(problem: Problem, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_j w_ij v_j, sum_j h_ij) of a row-local normalizer at a given shift (a root is looked for anew), as autograd follows them, and the
+    shift, which autograd follows too where the normalizer is anchored to it."""
     normalizer = problem.mechanism.normalizer
     assert isinstance(normalizer, RowLocal)
     k, v = (repeat_heads(x, problem.sizes.heads) for x in (problem.k, problem.v))
@@ -138,7 +139,8 @@ def unnormalised(problem: Problem, shift: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(seen, call(function, inside, env={**env, "c": c}), 0.0) if function is not None else None
         for function in (normalizer.weight, normalizer.mass)
     )
-    return w @ v, s.new_zeros(*s.shape[:-1], 1) if h is None else h.sum(-1, keepdim=True)  # type: ignore[operator]
+    mass = s.new_zeros(*s.shape[:-1], 1) if h is None else h.sum(-1, keepdim=True)
+    return w @ v, mass, shift_of(normalizer, s, seen) if normalizer.anchor else shift  # type: ignore[operator]
 
 
 def weights(problem: Problem) -> Tensor:

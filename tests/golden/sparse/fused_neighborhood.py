@@ -14,7 +14,7 @@ def backends(v: Vectors) -> None:
     run = (na1d, na2d, na3d)[len(shape) - 1]
     options = {"dilation": dilation, "is_causal": causal, "scale": v.get("scale")}
     for backend in ("fused", "unfused", "naive"):
-        leaves = v.leaves("q", "k", "v")
+        leaves = list(v.leaves("q", "k", "v").values())
         out = run(*leaves, kernel, backend=backend, return_lse=backend == "fused", **options)
         if backend == "fused":
             out, lse = out

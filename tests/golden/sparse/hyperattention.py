@@ -9,7 +9,7 @@ from regard.mechanisms.selected.hyper import hyper_attention
 
 @case("c0", "c1", "c2", "c3", "c4", "c5")
 def whole(v: Vectors) -> None:
-    q, k, value = v.leaves("q", "k", "v")
+    q, k, value = list(v.leaves("q", "k", "v").values())
     options = {"block_size": v["block"], "samples": v["samples"], "hash_bits": v["projs"], "min_length": v["min_seq"]}
     options |= {"buckets": "gray", "zero_keys": True}
     levels = [v(name).long() for name in ("sampled0", "sampled1") if v.has(name)]

@@ -11,7 +11,7 @@ import regard
 def packed(v: Vectors) -> None:
     lengths, m = v["lens"], regard.get("moba", block_size=v["chunk"], top_k=v["topk"])
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    leaves = v.leaves("q", "k", "v")
+    leaves = list(v.leaves("q", "k", "v").values())
     rows = [x.transpose(0, 1)[None] for x in leaves]
     out = regard.attend(*rows, m, mask=regard.Causal() & regard.Segments(), segments=ids)[0].transpose(0, 1)
     v.same(out, "out")

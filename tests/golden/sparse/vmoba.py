@@ -23,7 +23,7 @@ def options(v: Vectors) -> dict[str, object]:
 @case("c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c9", "c10", "c11", "c12")
 def blocks(v: Vectors) -> None:
     given = Vectors(v.slug, v["inputs_from"], v.dtype)
-    leaves, made = given.leaves("q", "k", "v"), options(v)
+    leaves, made = list(given.leaves("q", "k", "v").values()), options(v)
     q, k, value = (x.transpose(1, 2) for x in leaves)
     out = regard.attend(q, k, value, regard.get("vmoba", **made)).transpose(1, 2)
     v.same(out, "out")

@@ -41,7 +41,7 @@ def finish(problem: Problem, o: Tensor, stats: Stats) -> tuple[Tensor, Stats]:
     normalizer: Any = problem.mechanism.normalizer
     if stats.shift.requires_grad:  # o and the mass are over e^shift, which moves with the row's extreme
         fade = torch.exp(stats.shift.detach() - stats.shift)
-        o, stats = o * fade, Stats(stats.shift.detach(), stats.total * fade, stats.visible)
+        o, stats = o * fade, Stats(stats.shift, stats.total * fade, stats.visible)
     if normalizer.shift != "root":
         z = divisor(problem, stats.total if normalizer.mass is not None else None, stats.shift)
         if z is not None:
@@ -224,7 +224,7 @@ class Tiled(torch.autograd.Function):
         shift, q, k, v, *inputs = ctx.saved_tensors
         problem: Problem = ctx.problem
         if torch.is_grad_enabled():
-            return None, None, *twice(problem, ctx.names, (d_o, d_total), shift, q, k, v, *inputs)
+            return None, None, *twice(problem, ctx.names, (d_o, d_total, d_shift if ctx.anchored else None), shift.detach(), q, k, v, *inputs)
         wrt = tuple(name for name, x in zip(ctx.names, inputs, strict=True) if x.requires_grad)
         d_inputs: dict[str, Tensor] = {name: torch.zeros_like(problem.inputs[name]) for name in wrt}
         normalizer: Any = problem.mechanism.normalizer
@@ -249,12 +249,12 @@ class Tiled(torch.autograd.Function):
 
 
 def twice(
-    problem: Problem, names: Sequence[str], grads: tuple[Tensor | None, Tensor | None], shift: Tensor, *tensors: Tensor
+    problem: Problem, names: Sequence[str], grads: tuple[Tensor | None, Tensor | None, Tensor | None], shift: Tensor, *tensors: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of (o, total) with respect to q, k, v and the named inputs, which can be differentiated again."""
+    """Gradients of (o, total, shift) with respect to q, k, v and the named inputs, which can be differentiated again."""
     wide = torch.promote_types(tensors[2].dtype, torch.float32)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given = {**problem.inputs, **{name: x.to(wide) for name, x in zip(names, inputs, strict=True)}}
         return unnormalised(problem.with_(q=q.to(wide), k=k.to(wide), v=v.to(wide), inputs=given), shift)
 
