@@ -100,7 +100,8 @@ def test_step_equals_full_pass(name):
 @pytest.mark.parametrize("name", MASKABLE)
 def test_fully_masked_rows_are_zero_with_zero_gradient(name):
     call = sample(name)
-    seen = torch.ones(29, 29, dtype=torch.bool).tril()
+    seen = torch.ones(29, 29, dtype=torch.bool)
+    seen = seen if name == "sinkformer" else seen.tril()  # its rows depend on one another, so a triangle is refused
     seen[3] = seen[20] = False
     leaves = [x.requires_grad_() for x in (call.q, call.k, call.v)]
     out = call.run(mask=seen)

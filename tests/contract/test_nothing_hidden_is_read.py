@@ -65,6 +65,8 @@ def test_alone(name, case):
     except RegardError:
         return  # said clearly, before anything is computed
     other.v = changed(call.v, where, 1)
+    if name == "sinkformer" and "padding" in case:
+        return  # as released, padded queries take their share of the columns; a mask of pairs hides them (see its vectors)
     whole_blocks = name == "moba" and case == "behind a window"  # a block's mean is of all its keys
     if (name not in CHOOSES_AHEAD or "padding" in case or "document" in case) and not whole_blocks:
         other.k, other.q = changed(call.k, where, 2), changed(call.q, where, 3)
@@ -98,7 +100,8 @@ def test_causal_false_is_no_silent_causality(name):
     try:
         layer = regard.nn.Attention(16, 2, name, causal=False).double()
         x = torch.randn(1, 16, 16, dtype=torch.float64, requires_grad=True)
-        (grad,) = torch.autograd.grad(layer(x)[:, 0].sum(), x)
+        out = layer(x)
     except RegardError:
         return
+    (grad,) = torch.autograd.grad(out[:, 0].sum(), x)
     assert grad[:, 8:].any()

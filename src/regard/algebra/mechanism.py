@@ -76,6 +76,11 @@ class Mechanism(Part):
         return False
 
     @property
+    def past_alone(self) -> bool:
+        """Whether no later key is ever read, whatever the mask, though the choice of keys may look ahead."""
+        return self.causal_only
+
+    @property
     def can_be_causal(self) -> bool:
         return True
 
@@ -126,6 +131,10 @@ class Weighted(Mechanism):
     @property
     def causal_only(self) -> bool:
         return isinstance(self.mask, Mask) and self.mask.causal and not self.looks_ahead
+
+    @property
+    def past_alone(self) -> bool:
+        return isinstance(self.mask, Mask) and self.mask.causal
 
     @property
     def looks_ahead(self) -> bool:
@@ -361,6 +370,10 @@ class Program(Mechanism):
     @property
     def causal_only(self) -> bool:
         return self.causal and self.under == "causal"
+
+    @property
+    def past_alone(self) -> bool:
+        return self.under == "causal"
 
 
 __all__ = ["Clustered", "Hybrid", "Mechanism", "Nystrom", "Program", "Recipe", "Recurrent", "Relayed", "Rope", "Weighted"]

@@ -47,11 +47,9 @@ def seen_pairs(problem: Problem) -> Tensor:
     return seen
 
 
-def whole_pairs(problem: Problem, seen: Tensor) -> Tensor:
-    """The pairs of a normalizer whose weights depend on other rows. Queries at keys that nobody sees (padding) are no rows; of the others
-    each sees what the next sees, or nothing of it (documents): else a row would read, through its keys, what its mask hides."""
-    if seen.shape[-2] == seen.shape[-1]:
-        seen = seen & seen.any(-2).unsqueeze(-1)
+def check_whole(problem: Problem, seen: Tensor) -> None:
+    """Refuse masks under which a normalizer whose weights depend on other rows would read, through its keys, what a row's mask hides: each
+    query must see what the next sees, or nothing of it (documents, padding)."""
     count = seen.to(torch.float32).sum(-1)
     shared = seen.to(torch.float32) @ seen.to(torch.float32).transpose(-1, -2)
     if not bool(((shared == 0) | ((shared == count[..., :, None]) & (shared == count[..., None, :]))).all()):
@@ -59,7 +57,6 @@ def whole_pairs(problem: Problem, seen: Tensor) -> Tensor:
             f"mask={problem.mask!r}: weights of {type(problem.mechanism.normalizer).__name__} depend on the rows of other queries, so all "
             "queries must see the same keys, or none of each other's; expected no mask, Padding() or Segments()"
         )
-    return seen
 
 
 def scores(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
@@ -150,7 +147,7 @@ def weights(problem: Problem) -> Tensor:
     if isinstance(problem.mechanism.normalizer, RowLocal):
         return row_weights(problem, s, seen)[0]
     if not isinstance(problem.mechanism.normalizer, RowWise):
-        seen = whole_pairs(problem, seen)
+        check_whole(problem, seen)
     return problem.mechanism.normalizer.weights(s, seen, problem.env())
 
 
@@ -170,7 +167,8 @@ def run(problem: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, S
     if isinstance(normalizer, RowLocal):
         p, stats = row_weights(problem, s, seen)
     else:
-        seen = seen if isinstance(normalizer, RowWise) else whole_pairs(problem, seen)
+        if not isinstance(normalizer, RowWise):
+            check_whole(problem, seen)
         p = normalizer.weights(s, seen, problem.env())
         zero = torch.zeros_like(p[..., :1])
         stats = Stats(zero, zero + 1, seen.sum(-1, keepdim=True).to(dtype))
