@@ -19,7 +19,7 @@ from torch import Tensor
 import regard
 from regard.algebra import Neighborhood, Weighted
 from regard.engine import pairs_read
-from regard.nn.seer import SeerAttention
+from regard.zoo.sparse.seerattention import SeerAttention
 
 HEADS, DIM = 8, 64
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from regard.catalog import records
 from regard.lab.compare.verdict import verdict
-from regard.lab.plots import figure
+from regard.plots import figure
 
 
 def first_sentence(text: str, limit: int = 200) -> str:

@@ -29,7 +29,9 @@ from .algebra import (
 )
 from .catalog import Record, get, names, records, register
 from .catalog.registry import describe as _describe
-from .engine import Plan, Stats, attend, attend_with_stats, merge, names_resolver, plan, step, weights
+from .engine import Plan, Stats, merge, plan, step, weights
+from .engine.door import attend, attend_with_stats
+from .engine.names import names_resolver
 from .errors import MissingDependency, RegardError
 
 names_resolver(_describe)

@@ -5,9 +5,9 @@ import torch
 
 from regard import RegardError, models
 from regard.algebra import Rope
-from regard.mechanisms.selected.longheads import LongHeads
-from regard.mechanisms.selected.ltri import Ltri
-from regard.nn.reused_indices import ReuseLayers, ReusePlan
+from regard.zoo.sparse.hylra import ReuseLayers, ReusePlan
+from regard.zoo.sparse.longheads import LongHeads
+from regard.zoo.sparse.ltri_llm import Ltri
 
 transformers = pytest.importorskip("transformers")
 from regard import adapt  # noqa: E402

@@ -27,7 +27,7 @@ from regard.algebra import (
     Window,
 )
 from regard.engine.layout import FULL, layout
-from regard.engine.problem import indices, visible_counts
+from regard.engine.pairs import indices, visible_counts
 
 small = st.integers(1, 12)
 leaf = st.one_of(

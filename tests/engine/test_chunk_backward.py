@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.engine.recurrent.chunk import chunked
+from regard.engine.recurrent.chunked import chunked
 from regard.engine.recurrent.pose import Scan
 from regard.engine.recurrent.step import step
 

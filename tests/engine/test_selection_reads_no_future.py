@@ -8,8 +8,8 @@ from samples import SMALL
 
 import regard
 from regard import Causal, RegardError, Window
-from regard.nn.dynamic_mask import DynamicMaskAttention
-from regard.nn.landmark import LandmarkAttention
+from regard.zoo.sparse.dma import DynamicMaskAttention
+from regard.zoo.sparse.landmark_attention import LandmarkAttention
 
 LENGTH = 45
 POLICIES = ["dhsa", "flexprefill", "hip", "proxyattn", "spargeattn", "delta-attention", "pbs-attn", "sampleattention", "hyperattention", "psa"]

@@ -2,7 +2,12 @@
 
 import torch
 
-from regard.lab.experiments import flow, limits, mixing, policy, recruitment, sinks
+from regard.zoo.linear import mamba_rank_analysis as mixing
+from regard.zoo.linear import minimax_m1 as policy
+from regard.zoo.softmax import attention_sink as sinks
+from regard.zoo.softmax import localist_recruitment as recruitment
+from regard.zoo.softmax import normalization_limits as limits
+from regard.zoo.softmax import sparsemax as flow
 
 
 def test_plots_are_svg_with_their_lines():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import regard
-from regard.lab import statistics as S
-from regard.lab.experiments.sinks import TRIGGERS, sink_experiment, text
 from regard.lab.quantisation import quantised
+from regard.tasks import statistics as S
+from regard.zoo.softmax.attention_sink import TRIGGERS, sink_experiment, text
 
 
 def maps(*shape, k_len=None):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import regard
-from regard.mechanisms.weighted.entmax import entmax_weights
-from regard.mechanisms.weighted.softpick import softpick_weights
-from regard.mechanisms.weighted.sparsemax import sparsemax_weights
+from regard.zoo.softmax.entmax import entmax_weights
+from regard.zoo.softmax.softpick import softpick_weights
+from regard.zoo.softmax.sparsemax import sparsemax_weights
 
 
 def definition(z: list[float], alpha: float) -> list[float]:

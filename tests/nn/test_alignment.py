@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard.nn import LatentAlignment
-from regard.nn.alignment import MODES
+from regard.zoo.softmax.variational_attention import MODES
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

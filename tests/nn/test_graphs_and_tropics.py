@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import regard
-from regard.nn.graph_transformer import block_model
-from regard.nn.multi_token import find_block
-from regard.nn.relational import relational_games
-from regard.nn.tropical import TropicalBlock
 from regard.tasks.algorithmic import SPLITS, TASKS, shortest_paths
+from regard.zoo.softmax.dat import relational_games
+from regard.zoo.softmax.graph_transformer import block_model
+from regard.zoo.softmax.mta import find_block
+from regard.zoo.softmax.tropical_attention import TropicalBlock
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -7,7 +7,7 @@ import torch
 
 import regard
 from regard import nn
-from regard.mechanisms.weighted.mqa import pool_heads
+from regard.zoo.systems.mqa import pool_heads
 
 
 @pytest.mark.parametrize("mechanism", ["softmax", "softpick", "gla", "deltanet", "hedgehog", "lightning-attention-2", "mqa"])

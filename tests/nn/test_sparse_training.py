@@ -6,15 +6,15 @@ import torch.nn.functional as F
 
 import regard
 from regard.nn import Decoder
-from regard.nn.aligned_sparse import SSAAttention, training_loss, use
-from regard.nn.alternating import asa_layers
 from regard.nn.compressed_sparse import NSAAttention
-from regard.nn.dynamic_mask import DynamicMaskAttention
-from regard.nn.landmark import LandmarkAttention
-from regard.nn.lifetimes import NAtSAttention
-from regard.nn.mosa import MoSA
-from regard.nn.seer import AttnGate, SeerAttention
-from regard.nn.superlinear import SuperlinearAttention
+from regard.zoo.sparse.alternating_sparse_attention import asa_layers
+from regard.zoo.sparse.dma import DynamicMaskAttention
+from regard.zoo.sparse.landmark_attention import LandmarkAttention
+from regard.zoo.sparse.mosa import MoSA
+from regard.zoo.sparse.nats import NAtSAttention
+from regard.zoo.sparse.seerattention import AttnGate, SeerAttention
+from regard.zoo.sparse.ssa import SSAAttention, training_loss, use
+from regard.zoo.sparse.superlinear_attention import SuperlinearAttention
 
 SMALL = {"size": 4, "stride": 2, "block_size": 8, "top_k": 2}
 
@@ -40,7 +40,7 @@ LAYERS = {
     "landmark": lambda: LandmarkAttention(32, 4, block=7),
     "superlinear": lambda: SuperlinearAttention(32, 4, 2),
     "asa": lambda: asa_layers(2, 32, 4, window=8, **SMALL)[1],
-    "infllm": lambda: regard.nn.Attention(32, 4, regard.nn.infllm.infllm(8, 2, 8, 0, 4, 2), kv_heads=2),
+    "infllm": lambda: regard.nn.Attention(32, 4, regard.zoo.sparse.minicpm_sala.infllm(8, 2, 8, 0, 4, 2), kv_heads=2),
 }
 
 

@@ -2,6 +2,6 @@
 
 from .linearise import distil
 from .patch import Patch, patch
-from .policies import record
+from .recorded import record
 
 __all__ = ["Patch", "distil", "patch", "record"]

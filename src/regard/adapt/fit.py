@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..algebra import Bias, Causal, Chain, Full, Hybrid, Mechanism, Program, Recurrent, Softcap, Weighted, with_sinks
 from ..algebra.part import asks
-from ..engine import attend
+from ..engine.door import attend
 from ..engine.problem import functions_of
 from ..errors import RegardError
 

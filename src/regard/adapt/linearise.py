@@ -17,7 +17,6 @@ from torch import Tensor
 from ..engine import weights
 from ..engine.policy import Policy
 from ..errors import RegardError
-from ..mechanisms.recurrent.hedgehog import distillation_loss
 from .call import Call
 from .patch import Patch
 from .sight import pieces
@@ -103,3 +102,14 @@ def fit(patch: Patch, layer: int, calls: list[Seen], steps: int, lr: float) -> f
         losses.append(float(loss.detach()))
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Soft cross-entropy - sum_ij P_ij log a_ij, mean over batch, heads and queries, of weights (B, H, Lq, Lk).
+
+    teacher: softmax weights P of the frozen model; student: the linear weights a. Masked pairs are zero in both.
+    """
+    if student.shape != teacher.shape:
+        raise RegardError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same shape")
+    tiny = torch.finfo(student.dtype).tiny
+    return -(teacher * student.clamp_min(tiny).log()).sum(-1).mean()

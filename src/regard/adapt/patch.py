@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..algebra import Mechanism, Sizes, Weighted
 from ..catalog import get
-from ..engine import attend, weights
+from ..engine import weights
+from ..engine.door import attend
 from ..engine.policy import Policy
 from ..engine.reference import repeat_heads
 from ..errors import RegardError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra import Rope
-from ..engine.policy import Heads, Policy, Recorded
+from ..engine.policy import Policy
 from ..errors import RegardError
 from .call import Call
 
@@ -46,13 +46,3 @@ def run_policy(policy: Policy, layer: int, q: Tensor, k: Tensor, v: Tensor, call
         back = -torch.arange(q.shape[2], device=q.device)
         q, k = policy.rope.rotate(q, back), policy.rope.rotate(k, back)
     return policy.prompt(layer, q, k, v)
-
-
-def record(model: nn.Module, ids: Tensor) -> list[Heads]:
-    """q, k, v of every layer of a transformers model on ids (B, L)."""
-    from .patch import patch
-
-    kept = Recorded()
-    with torch.no_grad(), patch(model, kept, when="prefill"):
-        model(input_ids=ids, use_cache=False)
-    return kept.layers

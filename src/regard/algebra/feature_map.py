@@ -229,3 +229,7 @@ def cosine_reweighted(x: Tensor, position: Tensor, horizon: float, base: Functio
     feature = base(x)
     wide = feature.dtype
     return torch.cat((feature * angle.cos().to(wide)[:, None], feature * angle.sin().to(wide)[:, None]), -1)
+
+
+def over_channels(q: Tensor) -> Tensor:
+    return torch.softmax(q, -1)

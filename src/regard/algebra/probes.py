@@ -36,3 +36,10 @@ def probed(q: Tensor, k: Tensor, rows: Tensor, window: int = 0, diagonals: bool 
                 p[:, near:].masked_fill_(place[near : high + 1] > own - window, 0.0)
             columns[b, h, : high + 1] += weight @ p
     return columns, slashes
+
+
+def last_mass(q: Tensor, k: Tensor, size: int, diagonals: bool = False) -> tuple[Tensor, Tensor]:
+    """The mean causal mass the last `size` queries give to each key and, if asked, to each distance, (B, H, L) both."""
+    length = k.shape[-2]
+    columns, slashes = probed(q[..., -size:, :], k, torch.arange(length - size, length, device=q.device), diagonals=diagonals)
+    return columns / size, slashes / size

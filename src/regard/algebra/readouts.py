@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,12 @@ def smoothed(o: Tensor, mass: Tensor, query_sum: Tensor, causal: bool, eps: floa
     """o / (phi_q.(sum phi_k + eps)) in a causal call, o / mass in both directions."""
     mass = mass + eps * query_sum if causal else mass
     return o / mass.masked_fill(mass == 0, 1.0)
+
+
+def over_count(o: Tensor, n: Tensor) -> Tensor:
+    return o / n
+
+
+def ratio(o: Tensor, mass: Tensor) -> Tensor:
+    """o / mass, of either sign; rows that see nothing give zero."""
+    return o / torch.where(mass == 0, 1.0, mass)

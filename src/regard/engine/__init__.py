@@ -2,9 +2,10 @@
 
 import torch
 
-from .door import attend, attend_with_stats, names_resolver, plan
+from .door import attend, attend_with_stats, plan
 from .merge import merge
 from .meter import Pairs, pairs_read
+from .names import names_resolver
 from .plan import Plan
 from .reference import Stats
 from .stream import KeyValueState, ManyStates, ScanState, State, step

@@ -18,7 +18,8 @@ from ..algebra.mechanism import Clustered, Mechanism, Program, Weighted
 from ..algebra.part import Input, Sizes
 from ..algebra.token_mask import Explicit, Padding, Segments
 from ..errors import RegardError
-from .problem import fill_inputs, indices, sizes_of, visible
+from .pairs import indices, visible
+from .problem import fill_inputs, sizes_of
 from .reference import Stats
 
 PLACED = (BlockPowers, Columns, FixedBlock, Sinks)  # masks that count from the first token

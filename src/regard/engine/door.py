@@ -20,6 +20,8 @@ from ..errors import RegardError
 from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
+from .autocast import autocasting, under_autocast
+from .names import resolved
 from .plan import Plan
 from .problem import Problem, check_names, pose, sizes_of
 from .recurrent.pose import declared_of
@@ -27,22 +29,8 @@ from .reference import Stats
 from .settle import settle
 
 _plans: dict[Any, Plan] = {}
-_resolve: list[Callable[[str], Mechanism]] = []
 MAX_PLANS = 4096
 WITH_STATS = ("native", "tiled")  # executors whose rows come with the statistics that merge needs
-
-
-def names_resolver(resolve: Callable[[str], Mechanism]) -> None:
-    """The catalogue tells the engine how a name becomes a description; the engine never imports the catalogue."""
-    _resolve[:] = [resolve]
-
-
-def resolved(mechanism: str | Mechanism) -> Mechanism:
-    if isinstance(mechanism, str):
-        return _resolve[0](mechanism)
-    if not isinstance(mechanism, Mechanism):
-        raise RegardError(f"mechanism is {type(mechanism).__name__}; expected a name (see regard.names()) or a description")
-    return mechanism
 
 
 def planned(
@@ -139,19 +127,6 @@ def attend_now(
             return sdpa.given(q, k, v, chosen.whole_mask, chosen.mask_inputs, inputs, chosen.sizes, scale)
         return sdpa.call(q, k, v, chosen.form, scale)
     return execute(chosen, q, k, v, scale, inputs)[0]
-
-
-def autocasting(x: Any) -> bool:
-    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
-
-
-def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as PyTorch's attention takes them under autocast: in its dtype. Executors then run outside it, and widen what they need."""
-    if not autocasting(q):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v)]
-    return cast[0], cast[1], cast[2]
 
 
 def with_state(

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..algebra.mask import Full
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import asks, call
-from .problem import Problem, divisor, indices, looked_at, reciprocal
+from .pairs import indices, looked_at
+from .problem import Problem, divisor, reciprocal
 
 
 def score_mod(problem: Problem) -> Any:

@@ -13,7 +13,7 @@ from ..algebra.mask import Both, Either, Mask, PerHead, Without
 from ..algebra.part import Sizes
 from ..algebra.select import Selection
 from ..algebra.snapshot import remembered
-from .problem import indices, looked_at, visible
+from .pairs import indices, looked_at, visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

@@ -15,7 +15,8 @@ from ..algebra.local import LocalLinear
 from ..algebra.mask import Mask
 from ..algebra.score import SquaredDistance
 from ..errors import RegardError
-from .problem import check_names, sizes_of, visible
+from .pairs import visible
+from .problem import check_names, sizes_of
 from .reference import repeat_heads
 
 Product = Callable[[Tensor], Tensor]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .problem import Problem, indices, visible
+from .pairs import indices, visible
+from .problem import Problem
 
 ROWS = 512  # query rows whose pairs are counted at a time
 

@@ -19,7 +19,7 @@ from ..algebra.mask import Mask
 from ..algebra.part import Sizes, call
 from ..errors import RegardError
 from .layout import some_and_every
-from .problem import indices, visible
+from .pairs import indices, visible
 
 Rows = dict[str, Tensor]
 

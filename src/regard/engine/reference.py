@@ -14,7 +14,8 @@ from ..algebra.position import modify
 from ..algebra.rows import RowWise
 from ..algebra.select import Selection
 from ..errors import RegardError
-from .problem import Problem, divisor, indices, reciprocal, visible
+from .pairs import indices, visible
+from .problem import Problem, divisor, reciprocal
 
 
 class Stats(NamedTuple):

@@ -16,7 +16,8 @@ from ..algebra.position import modify
 from . import reference
 from .again import differentiable
 from .layout import layout, static_layout
-from .problem import Problem, visible
+from .pairs import visible
+from .problem import Problem
 from .reference import Stats, repeat_heads
 
 ROWS, ELEMENTS = 64, 1 << 20

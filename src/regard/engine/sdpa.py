@@ -14,7 +14,8 @@ from ..algebra.mask import Causal, Full, Mask, conjuncts
 from ..algebra.part import Input, Sizes
 from ..algebra.token_mask import Explicit, Kept, Padding, Segments
 from ..errors import RegardError
-from .problem import Problem, fill_inputs, indices, keys_in_sight, visible
+from .pairs import indices, visible
+from .problem import Problem, fill_inputs, keys_in_sight
 
 SMALL_MASK = 1 << 20  # elements of an explicit mask worth building
 

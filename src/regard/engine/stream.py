@@ -16,8 +16,10 @@ from ..algebra.part import Input, Sizes, asks
 from ..algebra.rows import RowWise
 from ..errors import RegardError
 from . import recurrent as scans
+from .autocast import autocasting, under_autocast
 from .composed import STEP, blended
-from .door import attend, autocasting, resolved, under_autocast
+from .door import attend
+from .names import resolved
 from .problem import combine_masks, fill_inputs, functions_of, scaled_values, sizes_of
 from .recurrent.levels import LevelState
 from .recurrent.slots import SlotState

@@ -11,7 +11,8 @@ from ..algebra.mask import as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from . import recurrent as scans
 from . import reference
-from .door import given_mask, resolved
+from .door import given_mask
+from .names import resolved
 from .problem import pose
 from .settle import settle
 

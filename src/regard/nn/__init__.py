@@ -1,180 +1,119 @@
 """Layers and small models around the mechanisms."""
 
-from .aligned_sparse import SSAAttention
-from .alignment import LatentAlignment
-from .alternating import GlobalLatentAttention, LocalLatentAttention, asa_layers
+from typing import Any
+
+from ..lazy import listed, load
 from .attention import Attention, LayerState
-from .based import GatedConv, based_mixers
-from .bigla import BiGLA2D, ViG, both_directions
-from .bilevel import BiFormerBlock, BiLevelRoutingAttention
-from .codes import Codebook, LongVQBlock, VQAttention
+from .codes import Codebook
 from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
-from .demonstrations import DemonstrationCache
-from .dynamic_mask import DynamicMaskAttention
-from .efficient import EfficientAttention
-from .estimated import SEAAttention
-from .eviction import BudgetController, LTEAttention, lalte_layers
-from .filter import AdaptiveFilterAttention
-from .frugal import FrugalAttention
-from .gaussian import GaussianAdaptiveAttention, GaussianBlock, importance_factor
-from .graph_transformer import GraphTransformer, GraphTransformerLayer, laplacian_positions
+from .ema import MultiHeadEMA
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
-from .halo import HaloAttention2d, HaloNet
-from .infllm import SALAConfig, build_sala
-from .isomorphic import GINAttention, PNAAttention, SparseGINAdapter
-from .key_bias import KeyValueBias
-from .landmark import LandmarkAttention
-from .layer_router import FluxAttention, flux_model
-from .lifetimes import NAtSAttention
-from .lightnet import AxisMixing, LightNet
-from .mega import MegaLayer, MultiHeadEMA
-from .memory import KeyValueMemory
-from .minimax import Experts, MiniMaxConfig, MiniMaxLike
 from .mixers import mixer, mixer_names
-from .monotonic import MonotonicDecoder
-from .mosa import MoSA
-from .multi_token import MultiTokenAttention
-from .neighborhood import NeighborhoodAttention2D
-from .operator import OperatorAttention, OperatorModel
 from .parts import LayerScale, ShortConv, SwiGLU
-from .prepbn import PRepBN, RepBN
-from .prototypes import IDWClassifier
-from .recurrent_memory import RecurrentMemoryBlock
-from .relational import (
-    DualAttention,
-    PositionalSymbols,
-    RelationalAttention,
-    RelationalCrossAttention,
-    RelativeSymbols,
-    SymbolicAttention,
-)
-from .relative_conv import RelativeConvMHA
-from .relaxed import RelaxedAttention
-from .reused_indices import ReusedIndices
-from .rnope import attention_mass, rnope_layers
-from .routing import RoutingAttention
-from .seer import AttnGate, SeerAttention
-from .set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
-from .sparse_block import SparseBlock, position_embedding
-from .sparse_linear import SparseLinearAttention
-from .sparsifiner import SparsifinerAttention
-from .spectral import FNetMixer, SpectralEncoder, SpectralMixer
-from .superlinear import SuperlinearAttention
-from .swin import SwinWindowAttention
-from .taylorshift import TaylorShiftAttention
-from .tropical import TropicalAttention, TropicalLinear, maxplus_matmul
-from .vision import AgentAttention, SoftmaxFreeAttention
 
-__all__ = [
-    "ISAB",
-    "MAB",
-    "PMA",
-    "SAB",
-    "AdaptiveFilterAttention",
-    "AgentAttention",
-    "Attention",
-    "AttnGate",
-    "AxisMixing",
-    "BiFormerBlock",
-    "BiGLA2D",
-    "BiLevelRoutingAttention",
-    "Block",
-    "BudgetController",
-    "Codebook",
-    "Decoder",
-    "DemonstrationCache",
-    "Dress",
-    "DualAttention",
-    "DynamicMaskAttention",
-    "EfficientAttention",
-    "Experts",
-    "FNetMixer",
-    "FluxAttention",
-    "FrugalAttention",
-    "GINAttention",
-    "GatedConv",
-    "GaussianAdaptiveAttention",
-    "GaussianBlock",
-    "GlobalLatentAttention",
-    "GraphTransformer",
-    "GraphTransformerLayer",
-    "GridAttention",
-    "GridBlock",
-    "GridNet",
-    "HaloAttention2d",
-    "HaloNet",
-    "IDWClassifier",
-    "KeyValueBias",
-    "KeyValueMemory",
-    "LTEAttention",
-    "LandmarkAttention",
-    "LatentAlignment",
-    "LayerScale",
-    "LayerState",
-    "LightNet",
-    "LocalConcentration",
-    "LocalLatentAttention",
-    "LongVQBlock",
-    "MegaLayer",
-    "MiniMaxConfig",
-    "MiniMaxLike",
-    "MoSA",
-    "MonotonicDecoder",
-    "MultiHeadEMA",
-    "MultiTokenAttention",
-    "NAtSAttention",
-    "NSAAttention",
-    "NeighborhoodAttention2D",
-    "OperatorAttention",
-    "OperatorModel",
-    "PNAAttention",
-    "PRepBN",
-    "PositionalSymbols",
-    "RecurrentMemoryBlock",
-    "RelationalAttention",
-    "RelationalCrossAttention",
-    "RelativeConvMHA",
-    "RelativeSymbols",
-    "RelaxedAttention",
-    "RepBN",
-    "ReusedIndices",
-    "RoutingAttention",
-    "SALAConfig",
-    "SEAAttention",
-    "SSAAttention",
-    "SeerAttention",
-    "SetTransformer",
-    "ShortConv",
-    "SoftmaxFreeAttention",
-    "SparseBlock",
-    "SparseGINAdapter",
-    "SparseLinearAttention",
-    "SparsifinerAttention",
-    "SpectralEncoder",
-    "SpectralMixer",
-    "SuperlinearAttention",
-    "SwiGLU",
-    "SwinWindowAttention",
-    "SymbolicAttention",
-    "TaylorShiftAttention",
-    "TropicalAttention",
-    "TropicalLinear",
-    "VQAttention",
-    "ViG",
-    "WindowAttention",
-    "asa_layers",
-    "attention_mass",
-    "based_mixers",
-    "both_directions",
-    "build_sala",
-    "flux_model",
-    "importance_factor",
-    "lalte_layers",
-    "laplacian_positions",
-    "maxplus_matmul",
-    "mixer",
-    "mixer_names",
-    "position_embedding",
-    "rnope_layers",
-]
+# Rows of the zoo under their public names, each loaded when it is first asked for.
+ROWS = {
+    "AdaptiveFilterAttention": "linear.afa",
+    "AgentAttention": "linear.agent_attention",
+    "GatedConv": "linear.based",
+    "based_mixers": "linear.based",
+    "EfficientAttention": "linear.efficient_attention",
+    "FNetMixer": "linear.fftnet",
+    "SpectralEncoder": "linear.fftnet",
+    "SpectralMixer": "linear.fftnet",
+    "OperatorAttention": "linear.galerkin",
+    "OperatorModel": "linear.galerkin",
+    "BudgetController": "linear.lalte",
+    "LTEAttention": "linear.lalte",
+    "lalte_layers": "linear.lalte",
+    "AxisMixing": "linear.lightnet",
+    "LightNet": "linear.lightnet",
+    "LongVQBlock": "linear.longvq",
+    "MegaLayer": "linear.mega",
+    "Experts": "linear.minimax_01",
+    "MiniMaxConfig": "linear.minimax_01",
+    "MiniMaxLike": "linear.minimax_01",
+    "SEAAttention": "linear.sea",
+    "PRepBN": "linear.slab",
+    "RepBN": "linear.slab",
+    "SoftmaxFreeAttention": "linear.soft",
+    "VQAttention": "linear.transformer_vq",
+    "BiGLA2D": "linear.vig",
+    "ViG": "linear.vig",
+    "both_directions": "linear.vig",
+    "KeyValueBias": "softmax.attention_sink",
+    "DualAttention": "softmax.dat",
+    "PositionalSymbols": "softmax.dat",
+    "RelationalAttention": "softmax.dat",
+    "RelationalCrossAttention": "softmax.dat",
+    "RelativeSymbols": "softmax.dat",
+    "SymbolicAttention": "softmax.dat",
+    "GaussianAdaptiveAttention": "softmax.gaam",
+    "GaussianBlock": "softmax.gaam",
+    "importance_factor": "softmax.gaam",
+    "GINAttention": "softmax.gin_attention",
+    "PNAAttention": "softmax.gin_attention",
+    "SparseGINAdapter": "softmax.gin_attention",
+    "GraphTransformer": "softmax.graph_transformer",
+    "GraphTransformerLayer": "softmax.graph_transformer",
+    "laplacian_positions": "softmax.graph_transformer",
+    "IDWClassifier": "softmax.idw_attention",
+    "MonotonicDecoder": "softmax.latent_monotonic_attention",
+    "MultiTokenAttention": "softmax.mta",
+    "RelativeConvMHA": "softmax.rcmha",
+    "RelaxedAttention": "softmax.relaxed_attention",
+    "KeyValueMemory": "softmax.reluformer",
+    "attention_mass": "softmax.rnope",
+    "rnope_layers": "softmax.rnope",
+    "FrugalAttention": "softmax.super_attention",
+    "TaylorShiftAttention": "softmax.taylorshift",
+    "TropicalAttention": "softmax.tropical_attention",
+    "TropicalLinear": "softmax.tropical_attention",
+    "maxplus_matmul": "softmax.tropical_attention",
+    "LatentAlignment": "softmax.variational_attention",
+    "GlobalLatentAttention": "sparse.alternating_sparse_attention",
+    "LocalLatentAttention": "sparse.alternating_sparse_attention",
+    "asa_layers": "sparse.alternating_sparse_attention",
+    "BiFormerBlock": "sparse.biformer",
+    "BiLevelRoutingAttention": "sparse.biformer",
+    "DemonstrationCache": "sparse.dbsa",
+    "DynamicMaskAttention": "sparse.dma",
+    "SwinWindowAttention": "sparse.flash_window_attention",
+    "FluxAttention": "sparse.flux_attention",
+    "flux_model": "sparse.flux_attention",
+    "NeighborhoodAttention2D": "sparse.fused_neighborhood",
+    "HaloAttention2d": "sparse.halonet",
+    "HaloNet": "sparse.halonet",
+    "ReusedIndices": "sparse.hylra",
+    "LandmarkAttention": "sparse.landmark_attention",
+    "SALAConfig": "sparse.minicpm_sala",
+    "build_sala": "sparse.minicpm_sala",
+    "MoSA": "sparse.mosa",
+    "NAtSAttention": "sparse.nats",
+    "RecurrentMemoryBlock": "sparse.recurrent_memory_transformer",
+    "RoutingAttention": "sparse.routing_transformer",
+    "AttnGate": "sparse.seerattention",
+    "SeerAttention": "sparse.seerattention",
+    "SparseLinearAttention": "sparse.sla",
+    "SparseBlock": "sparse.sparse_transformer",
+    "position_embedding": "sparse.sparse_transformer",
+    "SparsifinerAttention": "sparse.sparsifiner",
+    "SSAAttention": "sparse.ssa",
+    "SuperlinearAttention": "sparse.superlinear_attention",
+    "ISAB": "vision.set_transformer",
+    "MAB": "vision.set_transformer",
+    "PMA": "vision.set_transformer",
+    "SAB": "vision.set_transformer",
+    "SetTransformer": "vision.set_transformer",
+}
+
+__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", *ROWS]
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, ROWS, name)
+
+
+def __dir__() -> list[str]:
+    return listed(globals(), ROWS)

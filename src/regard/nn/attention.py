@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
-from ..engine import State, attend, step, weights
-from ..engine.door import given_mask
+from ..engine import State, step, weights
+from ..engine.door import attend, given_mask
 from ..errors import RegardError
 from .inputs import Inputs
 from .parts import HeadGate, ShortConv, documents_of, head_norm

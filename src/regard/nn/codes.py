@@ -1,18 +1,18 @@
-"""Layers over quantised keys: Transformer-VQ (id 100; Lingle, 2023) and LongVQ (id 165; Liu et al., 2024)."""
+"""Softmax attention over quantised keys in linear time: one term a code in place of one a token (Lingle, 2023; Liu et al., 2024).
+
+o_i = [sum_recent e^{a_ij} v_j + sum_s c_s e^{q_i.C_s} m_s] / [sum_recent e^{a_ij} + sum_s c_s e^{q_i.C_s}],  c_s, m_s: count and mean value of code s
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..catalog.registry import register
 from ..errors import RegardError
-from ..mechanisms.reduced.codes import CodeState, code_attention, code_step, pieces
-from .mega import MultiHeadEMA
 
 
 class Codebook(nn.Module):
@@ -52,162 +52,175 @@ def normed(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * x.shape[-1] ** -0.25
 
 
-def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(count, width): sines and cosines of distances 0 .. count - 1."""
-    rates = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-    angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * rates
-    return torch.cat((angle.sin(), angle.cos()), -1)[:, :width].to(dtype)
+def quantise(k: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """k (B, H, N, D), codebook (H, S, D) -> (nearest codes (B, H, N, D), whose gradient goes straight to k; their numbers (B, H, N))."""
+    far = codebook.square().sum(-1)[:, None] - 2 * k.detach() @ codebook.mT
+    which = far.argmin(-1)
+    heads = torch.arange(len(codebook), device=k.device)[:, None]
+    return k + (codebook[heads, which] - k).detach(), which
 
 
-@register("transformer-vq", kind="module")
-class VQAttention(nn.Module):
-    """x (B, N, dim) -> (B, N, dim): causal softmax attention over quantised keys with Transformer-XL positions near by, gated.
-
-    heads: of width key_dim each (None: dim / heads); values are value_dim wide over all heads (None: 2 dim). codes: S a head. block: L.
-    memory: M, tokens before a block that are read one by one, and pass gradients to their keys (None: block). reach: distances with a
-    position term (None: M + 1, that is i - j <= M). aggregate False: only tokens with i - j <= M are read. After a pass `commitment` holds the loss to be added times 1e-4; in training the codebook follows its keys.
-    """
-
-    commitment: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 1,
-        codes: int = 512,
-        block: int = 512,
-        key_dim: int | None = None,
-        value_dim: int | None = None,
-        reach: int | None = None,
-        memory: int | None = None,
-        aggregate: bool = True,
-    ):
-        super().__init__()
-        key_dim, value_dim = key_dim or dim // heads, value_dim or 2 * dim
-        if value_dim % heads:
-            raise RegardError(f"value_dim={value_dim} is not a multiple of heads={heads}")
-        self.heads, self.block, self.memory = heads, block, block if memory is None else memory
-        self.reach = self.memory + 1 if reach is None else reach
-        self.near = {"memory": self.memory, "aggregate": aggregate}
-        self.q, self.k, self.r = (nn.Linear(dim, heads * key_dim, False) for _ in range(3))
-        self.v, self.gate, self.out = nn.Linear(dim, value_dim, False), nn.Linear(dim, value_dim, False), nn.Linear(value_dim, dim, False)
-        self.u, self.w = (nn.Parameter(0.02 * torch.randn(heads, 1, key_dim)) for _ in range(2))
-        self.codebook = Codebook(heads, codes, key_dim)
-        self.key_dim = key_dim
-
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q + u, k, v and the bias of near distances."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(x), F.silu(self.v(x))))
-        q, k, share = normed(q), normed(k), self.key_dim**-0.25
-        places = self.r(sinusoids(self.reach, x.shape[-1], x.device, x.dtype)).unflatten(-1, (self.heads, -1)).transpose(0, 1) * share
-        return q + share * self.u, k, v, (q + share * self.w) @ places.mT
-
-    def close(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.out(o.transpose(1, 2).flatten(-2) * F.silu(self.gate(x)))  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v, bias = self.heads_of(x)
-        o, which = code_attention(q, k, v, self.codebook.codes, self.block, bias, **self.near)  # type: ignore[arg-type]
-        self.commitment = self.codebook.commitment(k, which)
-        if self.training:
-            self.codebook.update(k, which)
-        return self.close(o, x)
-
-    def step(self, x: Tensor, state: CodeState | None = None) -> tuple[Tensor, CodeState]:
-        """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
-        q, k, v, bias = self.heads_of(x)
-        outs, codes = [], self.codebook.codes
-        for at in pieces(x.shape[1], 0 if state is None else state.length, self.block):
-            o, state = code_step(q[:, :, at], k[:, :, at], v[:, :, at], codes, state, self.block, bias[:, :, at], **self.near)  # type: ignore[arg-type]
-            outs.append(o)
-        assert state is not None
-        return self.close(torch.cat(outs, 2), x), state
+def near_bias(distance: Tensor, bias: Tensor) -> Tensor:
+    """bias (B, H, n, rows, R) of distances 0 .. R - 1, spread over distance (rows, columns); zero outside."""
+    at = distance.clamp(0, bias.shape[-1] - 1).expand(*bias.shape[:-1], distance.shape[-1])
+    return torch.where((distance >= 0) & (distance < bias.shape[-1]), bias.gather(-1, at), 0.0)
 
 
 @dataclass
-class LongVQState:
-    """The averages h (B, dim, ndim), the codes' counts and sums, and the last two blocks."""
+class CodeState:
+    """Counts (B, H, S) and sums of values (B, H, S, Dv) of the codes of older tokens; quantised keys, code numbers and values of the others.
+    length: tokens read."""
 
-    ema: Tensor
-    codes: CodeState
+    count: Tensor
+    total: Tensor
+    k: Tensor
+    which: Tensor
+    v: Tensor
+    length: int
 
     @property
     def bytes(self) -> int:
-        return self.ema.numel() * self.ema.element_size() + self.codes.bytes
-
-    @property
-    def length(self) -> int:
-        return self.codes.length
+        return sum(x.numel() * x.element_size() for x in (self.count, self.total, self.k, self.which, self.v))
 
 
-@register("longvq", kind="module")
-class LongVQBlock(nn.Module):
-    """x (B, N, dim) -> (B, N, dim): y = x + u (silu(x' W_h + (r o) U_h) - x), x' = EMA(norm x), o softmax attention over quantised keys.
+def checked(q: Tensor, k: Tensor, codebook: Tensor, block: int) -> None:
+    if codebook.dim() != 3 or codebook.shape[0] != q.shape[1] or codebook.shape[-1] != k.shape[-1]:
+        raise RegardError(f"codebook has shape {tuple(codebook.shape)}; expected ({q.shape[1]} heads, codes, {k.shape[-1]})")
+    if k.shape[1] != q.shape[1]:
+        raise RegardError(f"k has {k.shape[1]} heads and q {q.shape[1]}; expected as many, since codebooks are a head's own")
+    if block < 1:
+        raise RegardError(f"block={block}; expected at least 1")
 
-    zdim: width of the shared z that q and k are read from; hdim: of v. codes: S. window: distances with a learned bias (causal only), block:
-    tokens read one by one in blocks, at least window - 1. After a pass `commitment` holds the loss to be added times 1e-4.
+
+def code_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    block: int = 512,
+    bias: Tensor | None = None,
+    q_codes: Tensor | None = None,
+    causal: bool = True,
+    scale: float = 1.0,
+    memory: int | None = None,
+    aggregate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(o (B, H, N, Dv), code numbers (B, H, N)): softmax attention over quantised keys, exactly, in O(N (S + block + memory)).
+
+    q, k (B, H, N, D), v (B, H, N, Dv), codebook (H, S, D). bias (B|1, H|1, N|1, R), R <= memory + 1: added to the logits of tokens at distances 0 .. R - 1.
+    q_codes: the queries that read codes, where they differ (both q and q_codes read keys quantised). causal: tokens of a query's own block and
+    the `memory` (None: block) before it are read one by one, older ones by codes, which pass no gradient to k; otherwise all by codes, and no
+    bias. aggregate False: tokens more than `memory` before the query are not read at all.
     """
+    checked(q, k, codebook, block)
+    far_q = (q if q_codes is None else q_codes) * scale
+    hat, which = quantise(k, codebook)
+    kind = F.one_hot(which, codebook.shape[1]).to(v.dtype)
+    if not causal:
+        if bias is not None or not aggregate:
+            raise RegardError("causal=False: in both directions every token is read by its code; expected bias=None and aggregate=True")
+        count, total = kind.sum(-2), kind.mT @ v
+        p = torch.softmax(far_q @ codebook.mT + count.log()[..., None, :], -1)
+        return p @ (total / count.clamp_min(1)[..., None]), which
+    memory = block if memory is None else memory
+    if memory < 0 or (bias is not None and bias.shape[-1] > memory + 1):
+        reach = 0 if bias is None else bias.shape[-1]
+        raise RegardError(f"memory={memory}, bias reaches {reach} distances; expected memory >= 0 and at most memory + 1 distances")
+    n = q.shape[2]
+    fill = -n % block
 
-    residual = True
+    def blocks(x: Tensor, size: int = block) -> Tensor:
+        return F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, size))
 
-    commitment: Tensor
+    def near_of(x: Tensor) -> Tensor:
+        """The `memory` tokens before each block and its own, (B, H, blocks, memory + block, .)."""
+        return F.pad(x, (0, 0, memory, fill)).unfold(2, memory + block, block).transpose(-1, -2)
 
-    def __init__(
-        self,
-        dim: int,
-        codes: int = 512,
-        zdim: int = 64,
-        hdim: int | None = None,
-        ndim: int = 16,
-        window: int = 64,
-        block: int | None = None,
-        causal: bool = True,
-    ):
-        super().__init__()
-        hdim, block = hdim or 2 * dim, block or window
-        if window > block + 1:
-            raise RegardError(f"window={window}: expected at most block + 1 = {block + 1}")
-        self.dim, self.zdim, self.hdim, self.block, self.causal = dim, zdim, hdim, block, causal
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.ema = MultiHeadEMA(dim, ndim, bidirectional=not causal)
-        self.v, self.m, self.h = nn.Linear(dim, hdim), nn.Linear(dim, zdim + hdim + 2 * dim), nn.Linear(hdim, dim, False)
-        self.kappa, self.mu = nn.Parameter(1 + 0.02 * torch.randn(2, zdim)), nn.Parameter(torch.zeros(2, zdim))
-        self.offsets = nn.Parameter(torch.zeros(window)) if causal else None
-        self.codebook = Codebook(1, codes, zdim)
+    bq, bf = blocks(q * scale), blocks(far_q)
+    near_k, near_v = near_of(hat), near_of(v)
+    row, column = torch.arange(block, device=q.device)[:, None], torch.arange(memory + block, device=q.device)
+    distance = row + memory - column
+    near = bq @ near_k.mT
+    if bias is not None:
+        wide = blocks(bias) if bias.shape[2] > 1 else bias[:, :, :, None]
+        near = near + near_bias(distance, wide.expand(*near.shape[:-1], -1))
+    start = torch.arange(near.shape[2], device=q.device)[:, None, None] * block
+    seen = (distance >= 0) & (start + column >= memory)
+    near = near.masked_fill(~(seen if aggregate else seen & (distance <= memory)), -math.inf)
+    if not aggregate:
+        return (torch.softmax(near, -1) @ near_v).flatten(2, 3)[:, :, :n], which
+    count, total = older(kind, v, block, memory, fill)
+    far = bf @ codebook.mT[:, None] + count.log()[..., None, :]
+    p = torch.softmax(torch.cat((near, far), -1), -1)
+    o = p[..., : memory + block] @ near_v + p[..., memory + block :] @ (total / count.clamp_min(1)[..., None])
+    return o.flatten(2, 3)[:, :, :n], which
 
-    def parts(self, x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        """u, r, hx, and q, k, v of one head."""
-        u, zr, hx = self.m(m).split([self.dim, self.zdim + self.hdim, self.dim], -1)
-        z, r = F.silu(zr).split([self.zdim, self.hdim], -1)
-        q, k = (normed(self.kappa[at] * z + self.mu[at])[:, None] for at in (0, 1))
-        return torch.sigmoid(u), r, hx, q, k, F.silu(self.v(x))[:, None]
 
-    def close(self, x: Tensor, u: Tensor, r: Tensor, hx: Tensor, o: Tensor) -> Tensor:
-        h = F.silu(hx + self.h(r * o[:, 0]))
-        return x + u * (h - x)
+def older(kind: Tensor, v: Tensor, block: int, memory: int, fill: int) -> tuple[Tensor, Tensor]:
+    """Of each block the counts (B, H, blocks, S) and sums of values (B, H, blocks, S, Dv) of what lies more than `memory` before it."""
+    size = math.gcd(block, memory) if memory else block
+    of, values = (F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, size)) for x in (kind, v))
+    blocks, step, back = of.shape[2] * size // block, block // size, memory // size
+    found = []
+    for x in (of.sum(-2), of.mT @ values):
+        sums = F.pad(x.cumsum(2), (0, 0) * (x.dim() - 3) + (1, 0))  # entry i: of the first i pieces
+        at = (torch.arange(blocks, device=v.device) * step - back).clamp_min(0)
+        found.append(sums[:, :, at])
+    return found[0], found[1]
 
-    def bias(self) -> Tensor | None:
-        return None if self.offsets is None else self.offsets[None, None, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        normal = self.norm(x)
-        u, r, hx, q, k, v = self.parts(normal, self.ema(normal))
-        o, which = code_attention(q, k, v, self.codebook.codes, self.block, self.bias(), causal=self.causal)
-        self.commitment = self.codebook.commitment(k, which)
-        if self.training:
-            self.codebook.update(k, which)
-        return self.close(x, u, r, hx, o)
+def code_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    state: CodeState | None,
+    block: int = 512,
+    bias: Tensor | None = None,
+    q_codes: Tensor | None = None,
+    scale: float = 1.0,
+    memory: int | None = None,
+    aggregate: bool = True,
+) -> tuple[Tensor, CodeState]:
+    """New tokens (N up to the end of a block) after those in `state`; equal to the causal `code_attention` over all of them. bias
+    (B|1, H|1, N|1, R)."""
+    checked(q, k, codebook, block)
+    new, memory = k.shape[2], block if memory is None else memory
+    read = 0 if state is None else state.length
+    if not 1 <= new <= block - read % block:
+        raise RegardError(f"k has {new} tokens; expected 1 .. {block - read % block}, those up to the end of the block")
+    hat, which = quantise(k, codebook)
+    if state is None:
+        count = v.new_zeros(*k.shape[:2], codebook.shape[1])
+        state = CodeState(count, v.new_zeros(*count.shape, v.shape[-1]), k[:, :, :0], which[..., :0], v[:, :, :0], 0)
+    count, total, old = state.count, state.total, (state.k, state.which, state.v)
+    stale = state.k.shape[2] - memory
+    if read % block == 0 and stale > 0:  # a new block begins: what lies beyond its memory goes into the codes
+        kind = F.one_hot(state.which[..., :stale], codebook.shape[1]).to(v.dtype)
+        count, total = count + kind.sum(-2), total + kind.mT @ state.v[:, :, :stale]
+        old = (state.k[:, :, stale:], state.which[..., stale:], state.v[:, :, stale:])
+    keys, numbers, values = (torch.cat((x, y), 2) for x, y in zip(old, (hat, which, v), strict=True))
+    held = keys.shape[2]
+    distance = torch.arange(held - new, held, device=q.device)[:, None] - torch.arange(held, device=q.device)
+    near = scale * q @ keys.mT
+    if bias is not None:
+        wide = bias[:, :, None].expand(*near.shape[:2], 1, new, -1)
+        near = near + near_bias(distance, wide).squeeze(2)
+    seen = (distance >= 0) if aggregate else (distance >= 0) & (distance <= memory)
+    near = near.masked_fill(~seen, -math.inf)
+    after = CodeState(count, total, keys, numbers, values, read + new)
+    if not aggregate:
+        return torch.softmax(near, -1) @ values, after
+    far = scale * (q if q_codes is None else q_codes) @ codebook.mT + count.log()[..., None, :]
+    p = torch.softmax(torch.cat((near, far), -1), -1)
+    return p[..., :held] @ values + p[..., held:] @ (total / count.clamp_min(1)[..., None]), after
 
-    def step(self, x: Tensor, state: LongVQState | None = None) -> tuple[Tensor, LongVQState]:
-        """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
-        if not self.causal:
-            raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
-        normal = self.norm(x)
-        m, ema = self.ema.step(normal, None if state is None else state.ema)
-        u, r, hx, q, k, v = self.parts(normal, m)
-        codes: Any = None if state is None else state.codes
-        outs = []
-        for at in pieces(x.shape[1], 0 if codes is None else codes.length, self.block):
-            o, codes = code_step(q[:, :, at], k[:, :, at], v[:, :, at], self.codebook.codes, codes, self.block, self.bias())
-            outs.append(o)
-        return self.close(x, u, r, hx, torch.cat(outs, 2)), LongVQState(ema, codes)
+
+def pieces(length: int, read: int, block: int) -> list[slice]:
+    """Where new tokens after `read` earlier ones are cut for `code_step`: at the ends of blocks."""
+    found, start = [], 0
+    while start < length:
+        stop = min(length, start + block - (read + start) % block)
+        found.append(slice(start, stop))
+        start = stop
+    return found

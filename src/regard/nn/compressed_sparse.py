@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..algebra import Causal, Chosen, Rope, Selection, View, Weighted, Window, bind
 from ..algebra.blocks import heads_of
 from ..algebra.compressed import best_blocks, group_sum, kernel_probabilities, kernels, shared_units
-from ..engine import attend
+from ..engine.door import attend
 from ..errors import RegardError
 
 

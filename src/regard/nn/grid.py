@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..algebra import Sizes
 from ..catalog import get
 from ..catalog.registry import entry
-from ..engine import attend
+from ..engine.door import attend
 from ..errors import RegardError
 from .attention import Attention
 from .inputs import Inputs
-from .vision import StridedTokens, query_and_rest
+from .planes import StridedTokens, query_and_rest
 
 
 @dataclass(frozen=True)

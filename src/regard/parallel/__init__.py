@@ -1,17 +1,26 @@
 """Attention over several processes. Every function also runs in one process with virtual ranks."""
 
-from .hosts import Hosts, ProcessHosts, VirtualHosts
-from .lasp import lasp_plus, lightning_packed
-from .star import StarState, star_decode, star_mask, star_prefill
+from typing import Any
 
-__all__ = [
-    "Hosts",
-    "ProcessHosts",
-    "StarState",
-    "VirtualHosts",
-    "lasp_plus",
-    "lightning_packed",
-    "star_decode",
-    "star_mask",
-    "star_prefill",
-]
+from ..lazy import listed, load
+from .hosts import Hosts, ProcessHosts, VirtualHosts
+
+# Rows of the zoo under their public names, each loaded when it is first asked for.
+ROWS = {
+    "lasp_plus": "linear.minimax_01",
+    "lightning_packed": "linear.minimax_01",
+    "StarState": "systems.star_attention",
+    "star_decode": "systems.star_attention",
+    "star_mask": "systems.star_attention",
+    "star_prefill": "systems.star_attention",
+}
+
+__all__ = ["Hosts", "ProcessHosts", "VirtualHosts", *ROWS]
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, ROWS, name)
+
+
+def __dir__() -> list[str]:
+    return listed(globals(), ROWS)

@@ -1,8 +1,25 @@
 """Search for the best mix of attention mechanisms: a space, a weight-sharing super-net, a ranker, an evolution under a budget."""
 
+from typing import Any
+
+from ..lazy import listed, load
 from .ranker import PairwiseRanker
-from .search import SearchResult, attention_search, evolve
 from .space import Arch, LayerArch, Space, flops
 from .supernet import SuperNet
 
-__all__ = ["Arch", "LayerArch", "PairwiseRanker", "SearchResult", "Space", "SuperNet", "attention_search", "evolve", "flops"]
+# Rows of the zoo under their public names, each loaded when it is first asked for.
+ROWS = {
+    "SearchResult": "sparse.attention_nas",
+    "attention_search": "sparse.attention_nas",
+    "evolve": "sparse.attention_nas",
+}
+
+__all__ = ["Arch", "LayerArch", "PairwiseRanker", "Space", "SuperNet", "flops", *ROWS]
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, ROWS, name)
+
+
+def __dir__() -> list[str]:
+    return listed(globals(), ROWS)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import get
-from ..engine import attend
+from ..engine.door import attend
 from ..errors import RegardError
 from .space import Arch, Space
 

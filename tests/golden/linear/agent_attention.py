@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.reduced.agent import agent_attention
+from regard.zoo.linear.agent_attention import agent_attention
 
 
 @case("c0", "c1", "c2", "c3")

@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case, streamed
 
 import regard
-from regard.mechanisms.recurrent.hedgehog import distillation_loss
+from regard.adapt.linearise import distillation_loss
 
 FORMS = {"softmax": "softmax", "exp": "exp_shifted", "softmax_half": "half"}
 

@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case, streamed
 
 import regard
-from regard.mechanisms.recurrent.lightning import lightning_blocks, lightning_in_parts
+from regard.zoo.linear.lightning_attention_2 import lightning_blocks, lightning_in_parts
 
 
 def recurrence(g: Vectors, name: str) -> None:

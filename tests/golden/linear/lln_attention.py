@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case, streamed
 
 import regard
-from regard.mechanisms.recurrent.lln import A, B, temperature
+from regard.zoo.linear.lln_attention import A, B, temperature
 
 
 @case("c0", "c1", "c2", "c3", "c4", "c5")

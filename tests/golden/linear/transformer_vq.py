@@ -7,7 +7,7 @@ import torch
 from golden.vectors import Vectors, case, stepped
 
 import regard
-from regard.mechanisms.reduced.codes import quantise
+from regard.nn.codes import quantise
 
 
 def layer(g: Vectors) -> regard.nn.VQAttention:

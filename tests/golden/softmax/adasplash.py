@@ -7,7 +7,7 @@ from golden.vectors import Vectors, case, streamed
 
 import regard
 from regard.algebra.thresholds import halley
-from regard.mechanisms.weighted.adasplash import entmax_halley
+from regard.zoo.softmax.adasplash import entmax_halley
 
 
 @case("c0", "c1", "c2", "c3", "c4")

@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case, streamed
 
 import regard
-from regard.mechanisms.weighted.entmax import entmax_weights
+from regard.zoo.softmax.entmax import entmax_weights
 
 
 @case("c0")

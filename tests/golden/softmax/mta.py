@@ -5,7 +5,7 @@ from __future__ import annotations
 from golden.vectors import Vectors, case, stepped
 
 import regard
-from regard.nn.multi_token import MultiTokenAttention
+from regard.zoo.softmax.mta import MultiTokenAttention
 
 OPTIONS = {
     "c0": {"heads": 4, "queries": 3, "keys": 5, "convolve": "pre", "pre_mix": 0, "post_mix": 0, "norm": False, "gate": False, "head_dim": 4},

@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case, streamed
 
 import regard
-from regard.mechanisms.weighted.softpick import softpick_weights
+from regard.zoo.softmax.softpick import softpick_weights
 
 
 @case("c0")

@@ -6,7 +6,7 @@ from golden.choices import chosen
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.dhsa import BoundaryPredictor, boundary_loss, choose_boundaries, mass_ratio
+from regard.zoo.sparse.dhsa import BoundaryPredictor, boundary_loss, choose_boundaries, mass_ratio
 
 
 def array(v: Vectors, name: str) -> torch.Tensor:

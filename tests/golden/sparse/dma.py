@@ -4,7 +4,7 @@ import torch
 from golden.vectors import Vectors, case, refuses, stepped
 
 import regard
-from regard.nn.dynamic_mask import kept, positive_lifetimes, smoothed, top_lifetimes
+from regard.zoo.sparse.dma import kept, positive_lifetimes, smoothed, top_lifetimes
 
 NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "dt": "dt_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 

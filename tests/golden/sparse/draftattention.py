@@ -6,7 +6,7 @@ from golden.vectors import Vectors, case
 import regard
 from regard.algebra import View
 from regard.algebra.permute import tiles
-from regard.mechanisms.selected.draft import draft_map, draft_plan
+from regard.zoo.sparse.draftattention import draft_map, draft_plan
 
 
 @case("c0", "c1", "c2", "c3")

@@ -6,7 +6,8 @@ from golden.vectors import Vectors, case
 
 import regard
 from regard.algebra.blocks import heads_of, pooled
-from regard.mechanisms.selected.flexprefill import distance, last_mass
+from regard.algebra.probes import last_mass
+from regard.zoo.sparse.flexprefill import distance
 
 
 @case("c0", "c1", "c2", "c3", "c4")

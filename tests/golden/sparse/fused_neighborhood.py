@@ -5,7 +5,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.fused_neighborhood import na1d, na2d, na3d, neighbours
+from regard.zoo.sparse.fused_neighborhood import na1d, na2d, na3d, neighbours
 
 
 @case("c0", "c1", "c2", "c3", "c4", "c5")

@@ -4,7 +4,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.hyper import hyper_attention
+from regard.zoo.sparse.hyperattention import hyper_attention
 
 
 @case("c0", "c1", "c2", "c3", "c4", "c5")

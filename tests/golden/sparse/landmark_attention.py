@@ -4,7 +4,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.nn.landmark import grouped_softmax, placed_softmax
+from regard.zoo.sparse.landmark_attention import grouped_softmax, placed_softmax
 
 
 def layer_of(v: Vectors, **options: object) -> regard.nn.LandmarkAttention:

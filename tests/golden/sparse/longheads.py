@@ -3,7 +3,7 @@
 import torch
 from golden.vectors import Vectors, case
 
-from regard.mechanisms.selected.longheads import LongHeads, LongHeadsCache
+from regard.zoo.sparse.longheads import LongHeads, LongHeadsCache
 
 
 @case("c0", "c1", "c2")

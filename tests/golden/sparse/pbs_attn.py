@@ -5,7 +5,7 @@ from golden.vectors import Vectors, case
 
 import regard
 from regard.algebra import View
-from regard.mechanisms.selected.pbs import order_of, pbs_plan
+from regard.zoo.sparse.pbs_attn import order_of, pbs_plan
 
 
 @case("c0", "c1", "c2", "c3", "c4")

@@ -4,7 +4,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.psa import importance, levels_of, similarity_cap
+from regard.zoo.sparse.psa import importance, levels_of, similarity_cap
 
 
 def part(v: Vectors, name: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.routing import commitment_loss, update_centroids
+from regard.zoo.sparse.routing_transformer import commitment_loss, update_centroids
 
 
 @case("c0", "c1", "c2", "c3", "c4")

@@ -7,7 +7,7 @@ from golden.choices import chosen
 from golden.vectors import Vectors, case
 
 import regard
-from regard.nn import seer
+from regard.zoo.sparse import seerattention as seer
 
 POOLS = {
     "Qavg_Kmaxminavg": (("avg",), ("max", "min", "avg")),

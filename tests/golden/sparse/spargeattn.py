@@ -5,7 +5,7 @@ from golden.choices import chosen
 from golden.vectors import Vectors, case
 
 import regard
-from regard.mechanisms.selected.sparge import int8, self_similarity
+from regard.zoo.sparse.spargeattn import int8, self_similarity
 
 
 @case("c0", "c1", "c2", "c3")

@@ -7,7 +7,7 @@ from golden.vectors import Vectors, case, refuses
 import regard
 from regard.algebra import View
 from regard.algebra.permute import tiles
-from regard.mechanisms.selected.vmoba import partition, vmoba_plan
+from regard.zoo.sparse.vmoba import partition, vmoba_plan
 
 
 def options(v: Vectors) -> dict[str, object]:

@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from ...algebra.select import Selection
 from ..kernels import Call, sides_of, varying, weigh
 from ..layout import layout, static_layout
-from ..problem import Problem, visible_counts
+from ..pairs import visible_counts
+from ..problem import Problem
 from ..reference import Stats
 from ..tiled.run import finish
 from . import build

@@ -9,78 +9,14 @@ for the delta rule (I + N) u = beta error, error = v - (k e^G) S: d_error = beta
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..again import differentiable
-from .chunk import (
-    SAFE,
-    faded,
-    in_chunks,
-    on_device,
-    one_a_head,
-    segment,
-    segments,
-    steps_in,
-    strong_decay,
-    tensors,
-    through,
-    totals,
-    within,
-)
+from .chunk import SAFE, faded, in_chunks, one_a_head, steps_in, strong_decay, totals, within
 from .parallel import decay_matrix
 from .pose import Scan
 
 Maybe = Tensor | None
-
-
-class Chunked(torch.autograd.Function):
-    """`chunk.chunked` of q, k, v, decay, beta and a first state."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        scan = Scan(q, k, v, decay, beta, True)
-        out, end, kept = through(scan, state, size)
-        ctx.save_for_backward(*tensors(scan), state, *kept)
-        ctx.size = size
-        return out, end
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Maybe, ...]:
-        q, k, v, decay, beta, first, *kept = ctx.saved_tensors
-        scan = Scan(q, k, v, decay, beta, True)
-        if torch.is_grad_enabled():
-            return (*twice(scan, first, ctx.size, (d_out, d_state)), None)
-        device = on_device(scan)
-        if device is not None:
-            return (*device.segment_back(scan, kept[0], ctx.size, d_out, d_state), None)
-        grads: list[Maybe] = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors(scan)]
-        stop = scan.length
-        for part, states in zip(reversed(segments(scan, ctx.size)), reversed(kept), strict=True):
-            start = stop - part.length
-            *found, before = segment_back(part, states, ctx.size, d_out[..., start:stop, :], d_state)
-            assert before is not None
-            d_state = before
-            for grad, piece in zip(grads, found, strict=True):
-                if grad is not None and piece is not None:
-                    (grad if grad.shape[-2] == 1 else grad[..., start:stop, :]).add_(piece.sum_to_size(piece_shape(grad, piece)))
-            stop = start
-        return (*grads, d_state, None)
-
-
-def twice(scan: Scan, first: Tensor, size: int, grads: tuple[Tensor, Tensor]) -> list[Maybe]:
-    """All gradients, in a form that can be differentiated again: autograd follows the chunks."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = []
-        for part in segments(Scan(q, k, v, decay, beta, True), size):
-            out, state, _ = segment(part, state, size)
-            outputs.append(out)
-        return torch.cat(outputs, -2), state
-
-    return differentiable(forward, (*tensors(scan), first), grads)
 
 
 def piece_shape(grad: Tensor, piece: Tensor) -> list[int]:

@@ -9,7 +9,6 @@ where u = v for additive writes, and (I + tril(beta K K^T o e^{G_i - G_j}, -1)) 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,61 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import MissingDependency
 from .parallel import decay_matrix, pairs
 from .pose import Lift, Scan
 
 SEGMENT = 1024  # tokens worked on at once: bounds memory, and keeps a segment near the caches
 SUB = 16  # sub-chunks of per-channel decay
 SAFE = 40.0  # largest decay of a chunk for which e^{+-SAFE/2} factors are exact in float32
-
-
-def chunk_length(scan: Scan) -> int:
-    """Tokens a chunk: longer for scalar decay, where a chunk's inside is one matrix product."""
-    device = on_device(scan)
-    if device is not None:
-        return int(device.CHUNK)
-    if scan.beta is not None or (scan.decay is not None and scan.decay.shape[-1] > 1):
-        return 64
-    return 128
-
-
-def chunked(scan: Scan, state: Tensor | None, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(o, state after the last token), o before the readout."""
-    size = min(size or chunk_length(scan), max(1, scan.length))
-    size = size if on_device(scan) is None else max(16, 1 << (size - 1).bit_length())
-    state = empty_state(scan) if state is None else state
-    if scan.lift is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors(scan), state)):
-        from .backward import Chunked
-
-        return Chunked.apply(*tensors(scan), state, size)  # type: ignore[no-any-return, no-untyped-call]
-    return through(scan, state, size)[:2]
-
-
-def through(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(o, the state after the last token, the states before the chunks of each segment)."""
-    device = on_device(scan)
-    if device is not None:
-        out, state, states = device.segment(scan, state, size)
-        return out, state, [states]
-    outputs, kept = [], []
-    for part in segments(scan, size):
-        # Wide features, kept for the way back, would be the largest thing in memory.
-        out, state, states = segment(part, state, size) if scan.lift is None else again(segment, part, state, size)
-        outputs.append(out)
-        kept.append(states)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state, kept
-
-
-def on_device(scan: Scan) -> Any:
-    """The module whose kernels run a scan where it lies: Triton's on a GPU; None: PyTorch runs it."""
-    if scan.q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    try:
-        from ..triton import chunk as device
-    except MissingDependency:
-        return None
-    return device if device.takes(scan) else None
 
 
 def tensors(scan: Scan) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import RegardError
-from .chunk import both_ways, chunked
+from .chunk import both_ways
+from .chunked import chunked
 from .parallel import parallel
 from .pose import Scan
 from .step import step

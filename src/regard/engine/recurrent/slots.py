@@ -18,7 +18,8 @@ from ...algebra.token_mask import Padding
 from ...errors import RegardError
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
-from .chunk import SAFE, SEGMENT, SUB, carry, chunked
+from .chunk import SAFE, SEGMENT, SUB, carry
+from .chunked import chunked
 from .pose import CLAMP, Scan, check_mask, from_logits, kept_keys, per_head
 
 SIZE = 64

@@ -20,7 +20,8 @@ from ...algebra.normalizer import RowLocal
 from ...algebra.part import asks
 from ..again import differentiable
 from ..layout import Index
-from ..problem import Problem, divisor, reciprocal, visible
+from ..pairs import visible
+from ..problem import Problem, divisor, reciprocal
 from ..reference import Stats, unnormalised
 from .root import solve
 from .stage import asked, hide, stage_of

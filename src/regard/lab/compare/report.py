@@ -6,8 +6,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from ...plots import figure
 from ..files import write_text
-from ..plots import figure
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1a1a1a}

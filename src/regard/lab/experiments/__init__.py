@@ -1,1 +1,27 @@
 """Findings as experiments: functions with parameters that return what they measured."""
+
+from typing import Any
+
+from ...lazy import listed, load
+
+# Rows of the zoo under their public names, each loaded when it is first asked for.
+ROWS = {
+    "taxonomy": "linear.efficient_attention_survey",
+    "mixing_ranks": "linear.mamba_rank_analysis",
+    "policy_run": "linear.minimax_m1",
+    "sink_experiment": "softmax.attention_sink",
+    "structural_attention": "softmax.bayesian_attention_view",
+    "recruit": "softmax.localist_recruitment",
+    "attention_limits": "softmax.normalization_limits",
+    "attention_flow": "softmax.sparsemax",
+}
+
+__all__ = [*ROWS]
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, ROWS, name)
+
+
+def __dir__() -> list[str]:
+    return listed(globals(), ROWS)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapt import patch, record
+from ...adapt import patch
+from ...adapt.recorded import record
 from ...engine import pairs_read
 from ...engine.policy import Policy
 from ...errors import RegardError

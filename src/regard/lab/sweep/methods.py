@@ -14,9 +14,9 @@ from ...algebra.normalizer import SOFTMAX
 from ...catalog import get
 from ...engine.policy import Policy
 from ...errors import RegardError
-from ...mechanisms.selected.longheads import LongHeads
-from ...mechanisms.selected.ltri import Ltri
-from ...nn.reused_indices import ReuseLayers
+from ...zoo.sparse.hylra import ReuseLayers
+from ...zoo.sparse.longheads import LongHeads
+from ...zoo.sparse.ltri_llm import Ltri
 from ..compare.config import parsed
 
 DEFAULT: dict[str, tuple[str, ...]] = {

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from ...errors import RegardError
+from ...plots import figure
 from ..files import write_text
-from ..plots import figure
 from .measure import Point, Sweep
 
 

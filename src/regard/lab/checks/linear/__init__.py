@@ -1,0 +1,1 @@
+"""Checks of the family linear, a file for each row."""

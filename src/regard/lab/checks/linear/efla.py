@@ -1,0 +1,75 @@
+"""Checks of efla."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.engine.door import attend
+from regard.lab import naive
+from regard.lab.checks.shared.comparing import F64, gap_with_gradients, streamed
+from regard.lab.checks.shared.weighted import qkv
+from regard.lab.verification import check
+from regard.zoo.linear.efla import exact
+
+
+@check("efla", "one token == the matrix exponential of its differential equation", below=1e-12, control="DeltaNet's Euler step")
+def _() -> tuple[float, float]:
+    k, v, s, beta = torch.randn(6, dtype=F64), torch.randn(4, dtype=F64), torch.randn(6, 4, dtype=F64), 0.7
+    system = torch.zeros(10, 10, dtype=F64)  # of [S; the constant v^T as 4 more rows]
+    system[:6, :6], system[:6, 6:] = -torch.outer(k, k), torch.outer(k, torch.ones(4, dtype=F64))
+    moved = torch.linalg.matrix_exp(beta * system)
+    truth = moved[:6, :6] @ s + torch.stack([moved[:6, 6:] @ (F.one_hot(torch.tensor(c), 4).to(F64) * v[c]) for c in range(4)], -1)
+
+    def one(strength: float) -> Tensor:
+        return s - strength * torch.outer(k, k @ s) + strength * torch.outer(k, v)
+
+    alpha = float(exact(torch.tensor(beta, dtype=F64), k.square().sum()))
+    return naive.gap(one(alpha), truth), naive.gap(one(beta), truth)
+
+
+def delta_loop(q: Tensor, k: Tensor, v: Tensor, strength: Tensor) -> tuple[Tensor, float]:
+    """(outputs, the largest norm of the state) of the delta rule a token at a time, scores times D^-1/2."""
+    state, outs, most = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=k.dtype), [], 0.0
+    for t in range(k.shape[2]):
+        kt, vt, a = k[:, :, t], v[:, :, t], strength[:, :, t, None, None]
+        state = state - a * kt[..., None] * (kt[..., None, :] @ state) + a * kt[..., None] * vt[..., None, :]
+        outs.append((q[:, :, t, None, :] @ state)[..., 0, :] * q.shape[-1] ** -0.5)
+        most = max(most, float(state.detach().norm(dim=(-2, -1)).max()))
+    return torch.stack(outs, 2), most
+
+
+@check("efla", "chunks with gradients, and streams == the token loop, keys of any length", below=1e-9, control="beta itself (DeltaNet)")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(70)
+    leaves = q, k, v, beta = tuple(x.requires_grad_() for x in (q, k, v, torch.rand(1, 2, 70, dtype=F64)))
+    square = k.square().sum(-1)
+    truth = delta_loop(q, k, v, (1 - torch.exp(-beta * square)) / square)[0]
+    out = attend(q, k, v, "efla", beta=beta)
+    own = max(gap_with_gradients(out, truth, leaves), naive.gap(streamed("efla", q, k, v, beta=beta), truth))
+    return own, naive.gap(out, delta_loop(q, k, v, beta)[0])
+
+
+@check("efla", "|k|^2 = 9, beta = 1, 200 tokens: largest norm of the state", below=20, control="DeltaNet")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(200)
+    k, one = 3 * F.normalize(k, dim=-1), torch.ones(1, 2, 200, dtype=F64)
+    alpha = exact(one, k.square().sum(-1))
+    out = attend(q, k, v, "efla", beta=one)
+    loop, size = delta_loop(q, k, v, alpha)
+    return (size if naive.gap(out, loop) < 1e-8 else math.inf), delta_loop(q, k, v, one)[1]
+
+
+@check("efla", "unit keys: DeltaNet with 1 - exp(-beta); |k|^2 = 1e-12: alpha is beta", below=1e-9, control="keys of length 1.5")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(50)
+    k, beta = F.normalize(k, dim=-1), torch.rand(1, 2, 50, dtype=F64)
+
+    def miss(k: Tensor) -> float:
+        return naive.gap(attend(q, k, v, "efla", beta=beta), attend(q, k, v, "deltanet", beta=1 - torch.exp(-beta)))
+
+    tiny = exact(beta, torch.full_like(beta, 1e-12)) / beta
+    return max(miss(k), naive.gap(tiny, torch.ones_like(tiny))), miss(1.5 * k)

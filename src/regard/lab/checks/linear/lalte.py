@@ -1,0 +1,203 @@
+"""Checks of lalte."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.algebra import Causal, Sinks, Window
+from regard.engine.door import attend
+from regard.lab import naive
+from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.weighted import qkv
+from regard.lab.verification import check
+from regard.nn.decoder import Decoder
+from regard.zoo.linear.lalte import MARGIN, BudgetController, LTEAttention, Scored, lalte_layers
+
+
+def evicting(bias: float, **options: int) -> LTEAttention:
+    layer = LTEAttention(16, 2, window=8, sinks=2, **{"budget": 64, **options}).double().eval()
+    layer.router.last.weight.data.mul_(8)  # decisions of both kinds
+    layer.router.last.bias.data.fill_(bias)  # type: ignore[union-attr]
+    return layer
+
+
+@check("lalte", "all scores positive: causal softmax; all negative: sinks and window", below=1e-12, control="the two swapped")
+def _() -> tuple[float, float]:
+    x, gaps, swapped = torch.randn(2, 64, 16, dtype=F64), [], []
+    for bias in (1e4, -1e4):
+        layer = evicting(bias)
+        q, k, v = layer.split(x)
+        at = torch.arange(64)
+        q, k = layer.rope.rotate(q, at), layer.rope.rotate(k, at)
+        near = Causal() & (Window(9) | Sinks(2))
+        outs = [layer.out(attend(q, k, v, mask=m).transpose(1, 2).flatten(-2)) for m in (Causal(), near)]
+        y = layer(x)
+        gaps.append(naive.gap(y, outs[0 if bias > 0 else 1]))
+        swapped.append(naive.gap(y, outs[1 if bias > 0 else 0]))
+    return max(gaps), min(swapped)
+
+
+@check(
+    "lalte",
+    "decoding with a ring of tokens and places for the kept == the masked pass; the kept are some, not all",
+    below=1e-10,
+    control="places for three",
+)
+def _() -> tuple[float, float]:
+    x, found = torch.randn(2, 64, 16, dtype=F64), []
+    for budget in (64, 5):
+        torch.manual_seed(3)
+        layer = evicting(0.0, budget=budget)
+        y = layer(x)
+        share = float(layer.kept.double().mean())
+        found.append(naive.gap(layer.step(x)[0], y) if 0.1 < share < 0.9 else math.nan)
+    return found[0], found[1]
+
+
+@check(
+    "lalte",
+    "places for six: those held are the six of largest score that left the window: how many are not",
+    below=0,
+    control="the last six to leave (FIFO)",
+)
+def _() -> tuple[float, float]:
+    torch.manual_seed(3)
+    x, layer = torch.randn(1, 64, 16, dtype=F64), evicting(0.5, budget=8)
+    layer(x)
+    gone = layer.scores[..., 2 : 64 - 9]
+    best = gone.topk(6, -1).indices + 2
+    held = layer.step(x)[1].place
+    wrong = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(held.flatten(0, 1), best.flatten(0, 1), strict=True))
+    fifo = torch.arange(49, 55).expand_as(best)
+    return wrong, sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(fifo.flatten(0, 1), best.flatten(0, 1), strict=True))
+
+
+@check("lalte", "the router's gradient == the change of the loss when v_j grows by its share", below=1e-6, control="without the factor v")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20)
+    seed = torch.randn_like(v)
+
+    def loss(v: Tensor) -> Tensor:
+        return (attend(q, k, v, mask=Causal()) * seed).sum().tanh()
+
+    v.requires_grad_()
+    score = torch.zeros(1, 2, 20, dtype=F64, requires_grad=True)
+    dv, own = torch.autograd.grad(loss(Scored.apply(v, score)), (v, score))
+    numeric = torch.zeros_like(own)
+    with torch.no_grad():
+        for h in range(2):
+            for j in range(20):
+                step = torch.zeros(1, 2, 20, 1, dtype=F64)
+                step[0, h, j] = 1e-5
+                numeric[0, h, j] = (loss(v * (1 + step)) - loss(v * (1 - step))) / 2e-5
+    return naive.gap(own, numeric), naive.gap(dv.sum(-1), numeric)
+
+
+@check(
+    "lalte", "tokens from j + 7 on never change the decision of j; outputs before a changed token stay", below=0, control="the token j + 6"
+)
+def _() -> tuple[float, float]:
+    layer, x = evicting(0.0), torch.randn(1, 64, 16, dtype=F64)
+
+    def change(token: int) -> tuple[float, float]:
+        y, scores = layer(x), layer.scores
+        other = x.clone()
+        other[:, token:] += 1
+        z = layer(other)
+        return naive.gap(layer.scores[..., : token - MARGIN], scores[..., : token - MARGIN]), naive.gap(z[:, :token], y[:, :token])
+
+    decided, out = change(40)
+    layer(x)
+    before = layer.scores[..., 34].clone()
+    other = x.clone()
+    other[:, 40] += 1
+    layer(other)
+    return max(decided, out), naive.gap(layer.scores[..., 34], before)
+
+
+@check(
+    "lalte",
+    "penalty weights: x 1.5 when over budget, / 2 under 0.95 of it, 0 below 1e-9, back when exceeded: distance from that course",
+    below=1e-12,
+    control="never lowered",
+)
+def _() -> tuple[float, float]:
+    control = BudgetController(1, 10, interval=1, start=4e-9, average=0.0)
+    course = [float(control.update(torch.ones(1, 1, n, dtype=torch.bool))[0]) for n in (12, 10, 4, 4, 4, 4, 12, 12)]
+    truth = [6e-9, 6e-9, 3e-9, 1.5e-9, 0.0, 0.0, 1e-9, 1.5e-9]
+    flat = [6e-9, 6e-9, 6e-9, 6e-9, 6e-9, 6e-9, 9e-9, 13.5e-9]
+    own, other = (max(abs(a - b) for a, b in zip(found, truth, strict=True)) for found in (course, flat))
+    return own, other
+
+
+@check(
+    "lalte",
+    "a hybrid decoder of gated DeltaNet and eviction generates what full passes would; state bytes at 120 and 240 tokens differ by",
+    below=0,
+    control="softmax's",
+)
+def _() -> tuple[float, float]:
+    def grown(lte: bool) -> float:
+        torch.manual_seed(0)
+        layers = lalte_layers(2, 32, 2, window=8, sinks=2, budget=12) if lte else "softmax"
+        model = Decoder(layers, vocab=20, dim=32, layers=2, heads=2, rope=False).eval()
+        out = model.generate(torch.randint(20, (1, 10)), 3)
+        if not torch.equal(model(out[:, :-1])[:, 9:].argmax(-1), out[:, 10:]):
+            return math.nan
+        with torch.no_grad():
+            sizes = [sum(s.bytes for s in model.step(torch.randint(20, (1, n)))[1]) for n in (120, 240)]
+        return float(sizes[1] - sizes[0])
+
+    return grown(True), grown(False)
+
+
+@functools.cache
+def needle_kept(scored: bool) -> tuple[float, float]:
+    """After a short run on finding a needle: (share of sequences whose needle is kept by some head, share of all tokens kept)."""
+    torch.manual_seed(0)
+    length, letters = 40, 8
+    layer = LTEAttention(32, 2, window=8, sinks=1, budget=64, dropout=0.0)
+    embed, head = torch.nn.Embedding(2 * letters + 2, 32), torch.nn.Linear(32, letters + 1)
+    parameters = [*layer.parameters(), *embed.parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(parameters, 3e-3)
+
+    def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = torch.randint(letters, (count, length))  # hay
+        answer, at = torch.randint(letters, (count,)), torch.randint(2, length - 20, (count,))
+        # Some sequences hold no needle: else one needle need not be kept, its absence would tell.
+        answer = torch.where(torch.rand(count) < 0.2, letters, answer)
+        held = torch.arange(count)[answer < letters]
+        tokens[held, at[held]] = letters + answer[held]
+        tokens[:, -1] = 2 * letters
+        return tokens, answer, at
+
+    for step in range(600):
+        tokens, answer, at = batch(32)
+        out = head((embed(tokens) + layer(embed(tokens)))[:, -1])
+        loss = F.cross_entropy(out, answer)
+        if scored and step > 100:
+            loss = loss + 0.02 * layer.penalty().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    tokens, answer, at = batch(200)
+    layer(embed(tokens))
+    kept = layer.kept
+    found = kept.any(1)[torch.arange(200), at][answer < letters]
+    return float(found.double().mean()), float(kept.double().mean())
+
+
+@check(
+    "lalte",
+    "a needle among letters, a short run with the penalty: share of sequences whose needle is kept",
+    above=0.9,
+    control="as many tokens kept at random",
+)
+def _() -> tuple[float, float]:
+    found, share = needle_kept(True)
+    return found, 1 - (1 - share) ** 2

@@ -1,0 +1,77 @@
+"""Checks of lightning-attention-2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.algebra import Recurrent
+from regard.catalog import get
+from regard.engine import step
+from regard.engine.door import attend
+from regard.lab import naive
+from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.recurrent import gradient_gap, qkv
+from regard.lab.verification import check
+from regard.zoo.linear.lightning_attention_2 import lightning_in_parts
+
+
+@check(
+    "lightning-attention-2",
+    "chunks == masked product for N in {1, 63, 64, 65, 200}, s in {0, 0.05, 1}",
+    below=1e-10,
+    control="decay left out",
+)
+def _() -> tuple[float, float]:
+    own = other = 0.0
+    for n in (1, 63, 64, 65, 200):
+        for s in (0.0, 0.05, 1.0):
+            q, k, v = qkv(n)
+            i = torch.arange(n, dtype=F64)
+            past = torch.exp(-s * (i[:, None] - i).clamp_min(0)).tril()
+            truth = ((q @ k.transpose(-1, -2)) * past) @ v
+            out = attend(q, k, v, "lightning-attention-2", log_decay=torch.full((2,), -s, dtype=F64))
+            own = max(own, naive.gap(out, truth))
+            other = max(other, naive.gap(((q @ k.transpose(-1, -2)).tril()) @ v, truth) if s else 0.0)
+    return own, other
+
+
+@check("lightning-attention-2", "parts side by side, states joined by a scan, equal one pass", below=1e-10, control="parts left apart")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(101)
+    rate = -torch.tensor([0.05, 0.3], dtype=F64)
+    truth = attend(q, k, v, "lightning-attention-2", log_decay=rate)
+    own = max(naive.gap(lightning_in_parts(q, k, v, rate, parts), truth) for parts in (1, 2, 5, 8, 101))
+    cuts = [[x[:, :, at : at + 20] for x in (q, k, v)] for at in range(0, 101, 20)]
+    apart = [attend(a, b, c, "lightning-attention-2", log_decay=rate) for a, b, c in cuts]
+    return own, naive.gap(torch.cat(apart, 2), truth)
+
+
+@check("lightning-attention-2", "random segments with carried state equal one pass", below=1e-10, control="state dropped between segments")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(200)
+    slopes = {"log_decay": torch.tensor([-0.05, -0.2], dtype=F64)}
+    whole = attend(q, k, v, "lightning-attention-2", **slopes)
+    kept, dropped, state = [], [], None
+    for start, stop in ((0, 13), (13, 14), (14, 90), (90, 200)):
+        piece = [x[:, :, start:stop] for x in (q, k, v)]
+        out, state = step(*piece, "lightning-attention-2", state, **slopes)
+        kept.append(out)
+        dropped.append(attend(*piece, "lightning-attention-2", **slopes))
+    return naive.gap(torch.cat(kept, 2), whole), naive.gap(torch.cat(dropped, 2), whole)
+
+
+@check("lightning-attention-2", "gradients equal those of the token loop", below=1e-9, control="decay off by one token")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(65)
+    inputs = {"log_decay": torch.tensor([-0.05, -0.7], dtype=F64)}
+    mechanism = get("lightning-attention-2")
+    assert isinstance(mechanism, Recurrent)
+
+    def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return naive.recurrence(q, k, v, g[None, :, None, None].expand(1, 2, 65, 1))[0]
+
+    def late(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return naive.recurrence(q, k * torch.exp(g)[None, :, None, None], v, g[None, :, None, None].expand(1, 2, 65, 1))[0]
+
+    return gradient_gap(mechanism, q, k, v, inputs, loop), gradient_gap(mechanism, q, k, v, inputs, late)

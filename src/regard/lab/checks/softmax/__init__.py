@@ -1,0 +1,1 @@
+"""Checks of the family softmax, a file for each row."""

@@ -1,0 +1,1 @@
+"""Checks of the family sparse, a file for each row."""

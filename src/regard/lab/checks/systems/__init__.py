@@ -1,0 +1,1 @@
+"""Checks of the family systems, a file for each row."""

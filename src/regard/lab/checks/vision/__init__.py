@@ -1,0 +1,1 @@
+"""Checks of the family vision, a file for each row."""

@@ -1,1 +1,0 @@
-"""Named recurrent systems, a file each."""

@@ -1,1 +1,0 @@
-"""Named reduced systems, a file each."""

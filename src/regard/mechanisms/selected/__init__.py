@@ -1,1 +1,0 @@
-"""Named selected systems, a file each."""

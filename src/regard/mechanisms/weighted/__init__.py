@@ -1,1 +1,0 @@
-"""Named weighted systems, a file each."""

@@ -1,0 +1,39 @@
+"""Tokens of heads as planes of a grid, and back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RegardError
+
+
+def grid_of(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, heads, H*W, D) -> (B * heads, D, H, W)."""
+    return x.flatten(0, 1).transpose(1, 2).unflatten(-1, shape)
+
+
+def sequence_of(x: Tensor, batch: int) -> Tensor:
+    """The inverse of `grid_of`."""
+    return x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1))
+
+
+class StridedTokens(nn.Module):
+    """Tokens of a grid, x (B, H*W, dim) -> (B, H*W / ratio^2, dim): a convolution of stride `ratio`, then LayerNorm (PVT's reduction)."""
+
+    def __init__(self, dim: int, shape: tuple[int, int], ratio: int):
+        super().__init__()
+        if shape[0] % ratio or shape[1] % ratio:
+            raise RegardError(f"sr_ratio={ratio}: expected a divisor of both sides of the grid {shape}")
+        self.shape, self.conv, self.norm = shape, nn.Conv2d(dim, dim, ratio, ratio), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.transpose(1, 2).unflatten(-1, self.shape)).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def query_and_rest(qkv: nn.Linear, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q of x, and k and v of `source`, by one projection with three parts."""
+    dim, bias = x.shape[-1], qkv.bias
+    q = F.linear(x, qkv.weight[:dim], None if bias is None else bias[:dim])
+    k, v = F.linear(source, qkv.weight[dim:], None if bias is None else bias[dim:]).chunk(2, -1)
+    return q, k, v

@@ -1,0 +1,1 @@
+"""Rows of the family softmax, a file each."""

@@ -1,0 +1,175 @@
+"""Do sinks appear? One tiny layer learns bigrams and three tokens that ask for a copy of the token before them.
+
+Where nothing is asked of attention, rows that must sum to one park their weight on the first token (Gu et al., 2024; Guo et al., 2024).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.algebra import FeatureMap, Headwise, Input, Mechanism, Recurrent, RowLocal, Weighted, elu_plus_one, identity
+from regard.algebra.normalizer import exp_shifted, with_sink
+from regard.catalog import get
+from regard.catalog.registry import register
+from regard.errors import RegardError, nearest
+from regard.nn.attention import Attention
+from regard.nn.parts import SwiGLU
+from regard.plots import figure
+from regard.tasks.statistics import importance, kurtosis, sink_rate
+
+BOS, TRIGGERS, VOCAB = 0, (1, 2, 3), 32
+
+
+def sink_metric(weights: Tensor, eps: float = 0.3) -> Tensor:
+    """Sink_k^eps (L,), in percent: for each position k the share of maps (samples, layers, heads, L, L) whose importance
+    alpha_k = mean_{i >= k} A_ik exceeds eps. The paper reports k = 0, L = 64, eps = 0.3."""
+    return 100 * (importance(weights) > eps).double().flatten(0, -2).mean(0)
+
+
+def studied(name: str) -> Mechanism:
+    """The study's ways to weigh: "softmax", "sigmoid" and "elu" (phi(q).phi(k) of elu + 1), the latter two also "-normalised" by their
+    sums, "linear-normalised" (dot products over their absolute sum), and "k-bias": softmax with a learned null logit q.k*."""
+    sink = Input("sink", "bhq", default=float("-inf"), layer=Headwise("q", act=None, std=0.02))
+    known: dict[str, Mechanism] = {
+        "softmax": Weighted(),
+        "sigmoid": get("sigmoid"),
+        "sigmoid-normalised": Weighted(normalizer=RowLocal(torch.sigmoid, torch.sigmoid)),
+        "elu": Recurrent(FeatureMap(elu_plus_one)),
+        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum"),
+        "linear-normalised": Weighted(normalizer=RowLocal(identity, torch.abs)),
+        "k-bias": Weighted(normalizer=RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=(sink,))),
+    }
+    if name not in known:
+        raise RegardError(f"name={name!r}; expected one of {', '.join(known)}.{nearest(name, known)}")
+    return known[name]
+
+
+class Tiny(nn.Module):
+    """An MLP that can learn the bigrams, then attention whose output goes straight to the logits: a head that adds to every token
+    what only triggers ask for spoils the others."""
+
+    def __init__(self, mechanism: str | Mechanism, dim: int, heads: int, length: int):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, dim), nn.Linear(dim, VOCAB, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
+        self.mlp, self.attention = SwiGLU(dim, 2 * dim), Attention(dim, heads, mechanism, rope=True, context_len=length)
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return x + self.mlp(self.norm1(x))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stream(tokens)
+        return self.head(self.norm3(x + self.attention(self.norm2(x))))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SinkResult:
+    """sink_rate: share of heads and samples whose first token gets over 0.3. accuracy: of copies. kurtosis: of the stream.
+    logit_range: mean over rows of the largest minus the smallest visible logit. loss: of training."""
+
+    sink_rate: float
+    accuracy: float
+    kurtosis: float
+    logit_range: float
+    loss: tuple[float, ...]
+
+    def plot(self) -> str:
+        """The loss of training as an SVG."""
+        return figure("Training", "step", "loss", {"loss": [(float(n), x) for n, x in enumerate(self.loss)]})
+
+
+def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens (count, length + 1) and which of the last `length` are copies: a fixed bigram chain; a trigger repeats the token before it."""
+    chain = torch.Generator().manual_seed(7)
+    table = torch.softmax(2.5 * torch.randn(VOCAB, VOCAB, generator=chain), -1)
+    table[:, BOS], table[:, list(TRIGGERS)] = 0.0, 0.1 / 3
+    tokens = torch.full((count, length + 1), BOS)
+    copied = torch.zeros(count, length, dtype=torch.bool)
+    for at in range(1, length + 1):
+        last = tokens[:, at - 1]
+        asked = torch.isin(last, torch.tensor(TRIGGERS)) if at > 1 else torch.zeros(count, dtype=torch.bool)
+        drawn = torch.multinomial(table[torch.where(asked, BOS, last)], 1, generator=generator)[:, 0]
+        before = tokens[:, at - 2] if at > 1 else drawn
+        copied[:, at - 1] = asked & (before != BOS)
+        tokens[:, at] = torch.where(copied[:, at - 1], before, drawn)
+    return tokens, copied
+
+
+@register("attention-sink", kind="experiment")
+def sink_experiment(
+    mechanism: str | Mechanism, *, steps: int = 300, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 6e-3, seed: int = 0
+) -> SinkResult:
+    """Train one layer of `mechanism` for `steps` of 64 sequences (about 5 s on two cores) and look at its weights."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = Tiny(mechanism, dim, heads, length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
+        tokens, _ = text(64, length, generator)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        tokens, copied = text(256, length, generator)
+        right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+        x = model.stream(tokens[:, :-1])
+        found = model.attention.weights(model.norm2(x))
+        spread = logit_range(model.attention, model.norm2(x))
+    rate = float("nan") if found is None else sink_rate(found)
+    accuracy = float(right[copied].double().mean())
+    return SinkResult(rate, accuracy, kurtosis(x + model.attention(model.norm2(x))), spread, tuple(losses))
+
+
+@functools.cache
+def trained(mechanism: str | Mechanism, seed: int = 0) -> SinkResult:
+    """`sink_experiment` with its defaults, run once a process for all that look at its result."""
+    return sink_experiment(mechanism, seed=seed)
+
+
+def logit_range(attention: Attention, x: Tensor) -> float:
+    """Mean over rows of max - min of the causally visible scaled dot products."""
+    q, k, _, _ = attention.heads_of(x, x, 0, None)
+    s = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    seen = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    return float((s.masked_fill(~seen, -torch.inf).amax(-1) - s.masked_fill(~seen, torch.inf).amin(-1)).mean())
+
+
+class KeyValueBias(Attention):
+    """`Attention` with one more key k* and value v* a head, without query and position. value=False: v* is 0 ("K-bias").
+
+    With v* = 0 and softmax this is the null logit q.k*: p_ij = e^{s_ij} / (e^{s_i*} + sum_j e^{s_ij}).
+    """
+
+    def __init__(self, dim: int, heads: int, mechanism: str | Mechanism = "softmax", *, value: bool = True, **options: Any):
+        super().__init__(dim, heads, mechanism, **options)
+        self.key_bias = nn.Parameter(torch.randn(self.kv_heads, self.key_dim) * 0.02)
+        self.value_bias = nn.Parameter(torch.zeros(self.kv_heads, self.value_dim), requires_grad=value)
+
+    def heads_of(
+        self,
+        x: Tensor,
+        source: Tensor,
+        position: int | Tensor,
+        conv: tuple[Tensor, ...] | None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        q, k, v, tails = super().heads_of(x, source, position, conv, documents)
+        first = position if isinstance(position, int) else int(position[0])
+        if first == 0:  # in a stream the pair is read once, before the first token
+            k, v = (
+                torch.cat((bias.expand(x.shape[0], *bias.shape)[:, :, None], y), 2)
+                for bias, y in ((self.key_bias, k), (self.value_bias, v))
+            )
+        return q, k, v, tails

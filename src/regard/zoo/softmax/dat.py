@@ -1,0 +1,261 @@
+"""Dual attention: sensory heads read values, relational heads read how tokens relate (id 236; Altabaa & Lafferty, 2024).
+
+    relational head:  out_i = sum_j alpha_ij (W_r r_ij + W_v s_j),   r_ij[l] = act(<W_qr^l x_i, W_kr^l x_j> / sqrt(d_r))
+s are symbols: learned codes of tokens, of positions, or of relative positions s_(i-j). With act the identity,
+sum_j alpha_ij r_ij[l] = <q_i^l, sum_j alpha_ij k_j^l>: the relations are never formed, and a relational head is one attention call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.algebra import Causal, Input, Rope, RowLocal, Weighted, bind
+from regard.algebra.normalizer import exp_shifted
+from regard.algebra.part import Function
+from regard.catalog.registry import register
+from regard.engine import step, weights
+from regard.engine.door import attend
+from regard.engine.reference import repeat_heads
+from regard.engine.stream import State
+from regard.errors import RegardError
+from regard.nn.attention import Attention, LayerState
+
+
+class SymbolicAttention(nn.Module):
+    """Symbols of tokens: s_i = softmax(x_i W_q T^T / sqrt(d)) S with templates T and a library S: x (B, L, dim) -> (B, L, dim).
+    d: of a head. bias: of W_q."""
+
+    def __init__(self, dim: int, symbols: int = 32, heads: int = 4, bias: bool = False):
+        super().__init__()
+        self.heads, self.q = heads, nn.Linear(dim, dim, bias)
+        self.templates, self.library = (nn.Parameter(torch.randn(symbols, dim)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for y in (self.q(x), self.templates, self.library))
+        batch = x.shape[0]
+        out = attend(q, k.expand(batch, -1, -1, -1).contiguous(), v.expand(batch, -1, -1, -1).contiguous())
+        return out.transpose(1, 2).flatten(-2)
+
+
+class PositionalSymbols(nn.Module):
+    """A learned code a position: (L, dim) for L <= max_len."""
+
+    def __init__(self, dim: int, max_len: int = 1024):
+        super().__init__()
+        self.library = nn.Parameter(torch.randn(max_len, dim))
+
+    def forward(self, length: int, first: int = 0) -> Tensor:
+        return self.library[first : first + length]
+
+
+class RelativeSymbols(nn.Module):
+    """A learned code a relative position i - j, clipped at max_rel: (Lq, Lk, dim)."""
+
+    def __init__(self, dim: int, max_rel: int = 64):
+        super().__init__()
+        self.max_rel, self.library = max_rel, nn.Parameter(torch.randn(2 * max_rel + 1, dim))
+
+    def forward(self, q_len: int, k_len: int) -> Tensor:
+        apart = torch.arange(k_len - q_len, k_len)[:, None] - torch.arange(k_len)
+        return self.library[apart.clamp(-self.max_rel, self.max_rel) + self.max_rel]
+
+
+class RelationalAttention(nn.Module):
+    """The relational heads: x (B, L, dim), symbols (B, L, dim) of tokens or (L, dim) of positions -> (B, L, heads * width).
+
+    relations: R (None: heads). symmetric: W_kr = W_qr. activation: of relations, None for the identity. kv_heads: of keys and symbols.
+    bias: of the projections to keys and values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        width: int,
+        *,
+        relations: int | None = None,
+        symmetric: bool = False,
+        activation: Function | None = None,
+        kv_heads: int | None = None,
+        rope: bool = False,
+        causal: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.heads, self.width, self.kv_heads = heads, width, kv_heads or heads
+        self.relations = relations or heads
+        if heads % self.kv_heads or (heads * width) % self.relations:
+            raise RegardError(
+                f"heads={heads}, width={width}: expected kv_heads={self.kv_heads} to divide heads and relations={self.relations} heads * width"
+            )
+        self.relation_dim = heads * width // self.relations
+        self.causal, self.activation, self.rope = causal, activation, Rope() if rope else None
+        self.q, self.k = nn.Linear(dim, heads * width, False), nn.Linear(dim, self.kv_heads * width, bias)
+        self.q_rel = nn.Linear(dim, self.relations * self.relation_dim, False)
+        self.k_rel = None if symmetric else nn.Linear(dim, self.relations * self.relation_dim, False)
+        self.v = nn.Linear(dim, self.kv_heads * width, bias)
+        self.w_r = nn.Parameter(torch.randn(heads, width, self.relations) / self.relations**0.5)
+
+    def queries(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = q if self.rope is None else self.rope.rotate(q, torch.arange(first, first + x.shape[1], device=x.device))
+        return q, self.q_rel(x).unflatten(-1, (self.relations, -1)).transpose(1, 2)
+
+    def keys(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        k = self.k(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        k = k if self.rope is None else self.rope.rotate(k, torch.arange(first, first + x.shape[1], device=x.device))
+        return k, (self.q_rel if self.k_rel is None else self.k_rel)(x)
+
+    def values(self, symbols: Tensor, batch: int) -> Tensor:
+        s = self.v(symbols).unflatten(-1, (self.kv_heads, -1)).movedim(-2, 0 if symbols.dim() == 2 else -3)
+        return s.expand(batch, *s.shape[-3:]) if symbols.dim() == 2 else s
+
+    def read(self, q_rel: Tensor, seen: Tensor) -> Tensor:
+        """Attended relations and symbols -> outputs: seen (B, H, L, R d_r + width)."""
+        keys, symbols = seen[..., : -self.width], seen[..., -self.width :]
+        keys = keys.unflatten(-1, (self.relations, -1))  # (B, H, L, R, d_r)
+        relations = torch.einsum("bhlrd,brld->bhlr", keys, q_rel) * self.relation_dim**-0.5
+        return torch.einsum("bhlr,hwr->bhlw", relations, self.w_r) + symbols
+
+    def stored(self, k_rel: Tensor, v: Tensor) -> Tensor:
+        """What a key's value is when relations stay linear: its relational key beside its symbol's value."""
+        return torch.cat((k_rel.unsqueeze(1).expand(-1, self.kv_heads, -1, -1), v), -1)
+
+    def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
+        """relative: symbols are (L, L, dim), one for each pair; relations and pairs of symbols are then formed in full."""
+        (q, q_rel), (k, k_rel) = self.queries(x, 0), self.keys(x, 0)
+        mask = Causal() if self.causal else None
+        if not relative and self.activation is None:
+            stored = self.stored(k_rel, self.values(symbols, x.shape[0]))
+            return self.read(q_rel, attend(q, k, stored, mask=mask)).transpose(1, 2).flatten(-2)
+        alpha = weights(q, k, "softmax", mask=mask)
+        assert alpha is not None
+        relations = q_rel @ k_rel.unflatten(-1, (self.relations, -1)).transpose(1, 2).transpose(-1, -2) * self.relation_dim**-0.5
+        relations = relations if self.activation is None else self.activation(relations)
+        out = torch.einsum("bhij,brij,hwr->bhiw", alpha, relations, self.w_r)
+        if relative:
+            s = self.v(symbols).unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.heads // self.kv_heads, -2)
+            out = out + torch.einsum("bhij,ijhw->bhiw", alpha, s)
+        else:
+            out = out + alpha @ repeat_heads(self.values(symbols, x.shape[0]), self.heads)
+        return out.transpose(1, 2).flatten(-2)
+
+    def step(self, x: Tensor, symbols: Tensor, state: State | None, first: int) -> tuple[Tensor, State]:
+        """New tokens and their symbols; relations must be linear and symbols belong to tokens or positions."""
+        if self.activation is not None:
+            raise RegardError(
+                "step with an activation of relations would need all earlier relational keys a head; expected activation=None"
+            )
+        (q, q_rel), (k, k_rel) = self.queries(x, first), self.keys(x, first)
+        seen, new = step(q, k, self.stored(k_rel, self.values(symbols, x.shape[0])), "softmax", state)
+        return self.read(q_rel, seen).transpose(1, 2).flatten(-2), new
+
+
+class RelationalCrossAttention(nn.Module):
+    """The baselines that attend by relations: x (B, L, dim), symbols (B, L, dim) -> (B, L, dim), by alpha v(symbols), then a projection.
+
+    disentangled False, RCA: alpha_ij = softmax_j(q_i.k_j / sqrt(d)); True, DisRCA: that softmax times act(<W_qr x_i, W_kr x_j> / sqrt(d)) a
+    head, not normalised again. activation: act. kv_heads: of keys, relational keys and symbols. bias: of keys, values and the last projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        disentangled: bool = False,
+        activation: Function = torch.relu,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if dim % heads or heads % kv_heads:
+            raise RegardError(f"dim={dim}, heads={heads}, kv_heads={kv_heads}: expected heads to divide dim and kv_heads to divide heads")
+        self.heads, self.kv_heads, self.causal, wide = heads, kv_heads, causal, dim // heads * kv_heads
+        self.q, self.k, self.v = nn.Linear(dim, dim, False), nn.Linear(dim, wide, bias), nn.Linear(dim, wide, bias)
+        self.q_rel = nn.Linear(dim, dim, False) if disentangled else None
+        self.k_rel = nn.Linear(dim, wide, False) if disentangled else None
+        self.out = nn.Linear(dim, dim, bias)
+        relation = RowLocal(bind(related, activation=activation), exp_shifted, shift="max", inputs=(Input("relation", "bhqk"),))
+        self.mechanism = Weighted(normalizer=relation) if disentangled else Weighted()
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, symbols: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.kv_heads), self.split(self.v(symbols), self.kv_heads)
+        given: dict[str, Any] = {}
+        if self.q_rel is not None and self.k_rel is not None:
+            k_rel = repeat_heads(self.split(self.k_rel(x), self.kv_heads), self.heads)
+            given["relation"] = self.split(self.q_rel(x), self.heads) @ k_rel.transpose(-1, -2) * q.shape[-1] ** -0.5
+        out = attend(q, k, v, self.mechanism, mask=Causal() if self.causal else None, **given)
+        return self.out(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def related(s: Tensor, c: Tensor, relation: Tensor, activation: Function) -> Tensor:
+    return torch.exp(s - c) * activation(relation)  # type: ignore[no-any-return]
+
+
+@register("dat", kind="module")
+class DualAttention(nn.Module):
+    """heads_sa sensory and heads_ra relational heads: x (B, L, dim), symbols -> (B, L, dim). Each kind has its own output projection; their
+    results are laid side by side. options: those of RelationalAttention."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads_sa: int,
+        heads_ra: int,
+        *,
+        causal: bool = True,
+        rope: bool = False,
+        kv_heads: int | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        heads = heads_sa + heads_ra
+        if dim % heads or not heads_sa or not heads_ra:
+            raise RegardError(f"dim={dim}, heads_sa={heads_sa}, heads_ra={heads_ra}: expected heads of both kinds, whose sum divides dim")
+        width = dim // heads
+        self.sensory = Attention(dim, heads_sa, head_dim=width, causal=causal, rope=rope, kv_heads=kv_heads)
+        self.sensory.out = nn.Linear(heads_sa * width, heads_sa * width, False)
+        self.relational = RelationalAttention(dim, heads_ra, width, causal=causal, rope=rope, kv_heads=kv_heads, **options)
+        self.out = nn.Linear(heads_ra * width, heads_ra * width, bool(options.get("bias", False)))
+
+    def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
+        return torch.cat((self.sensory(x), self.out(self.relational(x, symbols, relative))), -1)
+
+    def step(self, x: Tensor, symbols: Tensor, state: tuple[LayerState, State] | None = None) -> tuple[Tensor, tuple[LayerState, State]]:
+        """New tokens (B, n, dim) with their symbols (B, n, dim) or (n, dim), after those in `state`."""
+        sensed, first = self.sensory.step(x, None if state is None else state[0])
+        related, second = self.relational.step(x, symbols, None if state is None else state[1], first.position - x.shape[1])
+        return torch.cat((sensed, self.out(related)), -1), (first, second)
+
+
+def relational_games(kind: str, count: int, objects: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Objects (count, objects, 8), two traits of four values each, one-hot, and labels (count,) 0 or 1: "same": are the
+    first two equal; "occurs": does the first occur among the others; "between": does the middle object equal both its neighbours."""
+    if kind not in ("same", "occurs", "between") or objects < 3:
+        raise RegardError(f"kind={kind!r}, objects={objects}: expected same, occurs or between, and at least 3 objects")
+    generator = torch.Generator().manual_seed(seed)
+    traits = torch.randint(4, (count, objects, 2), generator=generator)
+    wanted = torch.randint(2, (count,), generator=generator).bool()
+    middle, first = objects // 2, traits[:, 0].clone()
+    if kind == "same":
+        traits[wanted, 1] = first[wanted]
+    elif kind == "occurs":
+        traits[wanted, 1 + int(torch.randint(objects - 1, (1,), generator=generator))] = first[wanted]
+    else:
+        traits[wanted, middle - 1 : middle + 2] = traits[wanted, middle : middle + 1]
+    equal = (traits[:, :, None] == traits[:, None]).all(-1)
+    label = {
+        "same": equal[:, 0, 1],
+        "occurs": equal[:, 0, 1:].any(-1),
+        "between": equal[:, middle - 1, middle] & equal[:, middle, middle + 1],
+    }[kind]
+    return nn.functional.one_hot(traits, 4).flatten(-2).float(), label.long()

@@ -1,0 +1,1 @@
+"""Rows of the family sparse, a file each."""

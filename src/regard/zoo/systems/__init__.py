@@ -1,0 +1,1 @@
+"""Rows of the family systems, a file each."""

@@ -1,0 +1,1 @@
+"""Rows of the family vision, a file each."""
