@@ -27,7 +27,7 @@ def test_the_contributing_example_is_a_whole_mechanism():
         assert torch.allclose(regard.attend(q, k, v, "my-softmax-plus-one", executor="reference"), truth)
         assert regard.nn.Attention(16, 2, "my-softmax-plus-one")(torch.randn(1, 5, 16)).shape == (1, 5, 16)
     finally:
-        regard.catalog.registry._entries.pop("my-softmax-plus-one")
+        regard.catalog.registry._added.pop("my-softmax-plus-one")
 
 
 def test_the_readme_runs():

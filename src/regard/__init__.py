@@ -85,7 +85,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Sub-packages load when first used, so that `import regard` stays fast."""
-    if name in ("adapt", "catalog", "engine", "lab", "mechanisms", "models", "nn", "parallel", "search", "tasks"):
+    if name in ("adapt", "catalog", "engine", "lab", "models", "nn", "parallel", "search", "tasks", "zoo"):
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

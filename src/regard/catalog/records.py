@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from ..errors import RegardError, nearest
-from . import registry
+from .registry import entries as registered
+from .shipped import rows
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,6 @@ class Record:
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"parts": list(self.parts)}
 
 
-@functools.cache
-def rows() -> tuple[dict[str, Any], ...]:
-    """The rows as shipped, in order of id."""
-    found = []
-    for file in resources.files(__package__).joinpath("rows").iterdir():
-        if file.name.endswith(".jsonl"):
-            found += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return tuple(sorted(found, key=lambda row: row["id"]))
-
-
 def records(family: str | None = None, status: str | None = None) -> list[Record]:
     """All 307 records, or those of one family and status."""
     families = sorted({row["family"] for row in rows()})
@@ -53,7 +41,7 @@ def records(family: str | None = None, status: str | None = None) -> list[Record
         raise RegardError(f"family={family!r}; expected one of {', '.join(families)}.{nearest(family, families)}")
     if status not in (None, "works", "planned"):
         raise RegardError(f"status={status!r}; expected works or planned")
-    entries = registry.entries()
+    entries = registered()
     out = []
     for row in rows():
         found = entries.get(row["slug"])

@@ -1,28 +1,41 @@
-"""Names: `register` puts a system in the catalogue, `get` makes its description, `names` lists what can be asked for."""
+"""Names: `register` puts a system in the catalogue, `get` makes its description, `names` lists what can be asked for.
+
+The library's own systems are found by their files, `regard.zoo.<family>.<slug>`: an index is read off the sources, and a file is
+imported when its name is asked for.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from ..algebra import Mechanism
 from ..errors import RegardError, nearest
+from .shipped import rows
 
 Factory = Callable[..., Mechanism]
+REGISTERED = re.compile(r'^@register\("([^"]+)"(?:, kind="(\w+)")?\)\n(?:@.*\n)*(?:def|class) (\w+)', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered system. kind: "mechanism" (a description for `attend`), or "module" (a layer or function of its own)."""
+    """A registered system. kind: "mechanism" (a description for `attend`), or "module" (a layer or function of its own), "function",
+    "policy" or "experiment". where: module and name of the factory, which is imported when it is asked for."""
 
     name: str
-    factory: Callable[..., Any]
     kind: str
     where: str
+    made: Callable[..., Any] | None = None
+
+    @property
+    def factory(self) -> Callable[..., Any]:
+        return self.made or factory_of(self.where)
 
     @property
     def formula(self) -> str:
@@ -33,10 +46,20 @@ class Entry:
     def hyperparameters(self) -> inspect.Signature:
         return inspect.signature(self.factory)
 
+    @property
+    def module(self) -> str:
+        return self.where.rpartition(".")[0]
 
-_entries: dict[str, Entry] = {}
+
+@functools.cache
+def factory_of(where: str) -> Callable[..., Any]:
+    module, _, name = where.rpartition(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+_added: dict[str, Entry] = {}  # what users registered
 _described: dict[str, Mechanism] = {}
-_loaded = False
 
 
 def register(name: str, kind: str = "mechanism") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -44,27 +67,32 @@ def register(name: str, kind: str = "mechanism") -> Callable[[Callable[..., Any]
 
     def put(factory: Callable[..., Any]) -> Callable[..., Any]:
         where = f"{factory.__module__}.{factory.__qualname__}"
-        if name in _entries and _entries[name].where != where:
-            raise RegardError(f"the name {name!r} is taken by {_entries[name].where}; choose another for {where}")
-        _entries[name] = Entry(name, factory, kind, where)
-        _described.pop(name, None)
+        taken = _added.get(name) or index().get(name)
+        if taken is not None and taken.where != where:
+            raise RegardError(f"the name {name!r} is taken by {taken.where}; choose another for {where}")
+        if name not in index():
+            _added[name] = Entry(name, kind, where, factory)
+            _described.pop(name, None)
         return factory
 
     return put
 
 
+@functools.cache
+def index() -> dict[str, Entry]:
+    """The library's own systems, read off the sources of the zoo without importing them."""
+    found: dict[str, Entry] = {}
+    families = [folder for folder in resources.files("regard").joinpath("zoo").iterdir() if folder.is_dir()]
+    for family, file in ((folder.name, file) for folder in families for file in folder.iterdir() if file.name.endswith(".py")):
+        module = f"regard.zoo.{family}.{file.name.removesuffix('.py')}"
+        for name, kind, factory in REGISTERED.findall(file.read_text(encoding="utf-8")):
+            found[name] = Entry(name, kind or "mechanism", f"{module}.{factory}")
+    return found
+
+
 def entries() -> dict[str, Entry]:
-    """Everything registered, the library's own mechanisms loaded."""
-    global _loaded
-    if not _loaded:
-        _loaded = True
-        for home in ("regard.mechanisms", "regard.lab.experiments"):
-            package = importlib.import_module(home)
-            for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-                importlib.import_module(module.name)
-        for home in ("regard.nn", "regard.search", "regard.parallel"):  # systems that are layers or procedures of their own
-            importlib.import_module(home)
-    return _entries
+    """Everything there is: the library's own systems and those that users registered."""
+    return {**index(), **_added}
 
 
 def names(kind: str | None = "mechanism") -> list[str]:
@@ -74,10 +102,8 @@ def names(kind: str | None = "mechanism") -> list[str]:
 
 def entry(name: str) -> Entry:
     """The entry of a name; RegardError with the nearest names if there is none."""
-    found = entries().get(name)
+    found = _added.get(name) or index().get(name)
     if found is None:
-        from .records import rows
-
         planned = name in {row["slug"] for row in rows()}
         why = "is planned, not working yet" if planned else "is not known"
         raise RegardError(f"mechanism {name!r} {why}.{'' if planned else nearest(name, names(None))} See `regard list`.")

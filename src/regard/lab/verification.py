@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
-import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -67,15 +67,18 @@ def check(slug: str, claim: str, *, below: float | None = None, above: float | N
     return put
 
 
-def load() -> None:
-    package = importlib.import_module("regard.lab.checks")
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+def home(slug: str) -> str | None:
+    """The module that holds a row's checks, beside the row's own: regard.lab.checks.<family>.<slug>; None for a name that is no row's."""
+    place = entry(slug).module.removeprefix("regard.zoo.")
+    name = f"regard.lab.checks.{place}"
+    return name if place != entry(slug).module and importlib.util.find_spec(name) else None
 
 
 def checks_of(slug: str) -> list[Check]:
-    """The checks of a row, in order."""
-    load()
+    """The checks of a row, in order; only its own file of checks is imported."""
+    file = home(slug)
+    if file is not None:
+        importlib.import_module(file)
     return list(_checks.get(slug, []))
 
 
