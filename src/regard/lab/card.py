@@ -42,11 +42,21 @@ def executors(mechanism: Mechanism) -> str:
     return ", ".join([*names, "reference"])
 
 
+def place(record: Record) -> str:
+    """Where a row lives, or will, below `regard.zoo` and `regard.lab.checks`."""
+    return f"{record.family}.{record.slug.replace('-', '_')}"
+
+
+def path_of(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
 def card(name: str, record: Record | None) -> str:
     """The text of a system's card."""
     lines = [f"{name}: {record.title} ({record.year})" if record else f"{name}: the baseline"]
     if record:
         lines += [f"id {record.id}, family {record.family}, {record.status}" + (f", {record.entry}" if record.entry else "")]
+        lines += [f"file {path_of(f'regard.zoo.{place(record)}')}, checks {path_of(f'regard.lab.checks.{place(record)}')}"]
         lines += ["", "parts: " + ", ".join(record.parts)]
     working = record is None or record.status == "works"
     if working:

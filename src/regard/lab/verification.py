@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..catalog import Record, entry, records
+from ..catalog.registry import entries
 from ..errors import RegardError
 
 Measure = Callable[[], tuple[float, float]]
@@ -68,10 +69,12 @@ def check(slug: str, claim: str, *, below: float | None = None, above: float | N
 
 
 def home(slug: str) -> str | None:
-    """The module that holds a row's checks, beside the row's own: regard.lab.checks.<family>.<slug>; None for a name that is no row's."""
-    place = entry(slug).module.removeprefix("regard.zoo.")
-    name = f"regard.lab.checks.{place}"
-    return name if place != entry(slug).module and importlib.util.find_spec(name) else None
+    """The module of a working row's checks, regard.lab.checks.<family>.<slug>; None for other names."""
+    found = entries().get(slug)
+    if found is None or not found.module.startswith("regard.zoo."):
+        return None
+    name = found.module.replace("regard.zoo.", "regard.lab.checks.", 1)
+    return name if importlib.util.find_spec(name) else None
 
 
 def checks_of(slug: str) -> list[Check]:
