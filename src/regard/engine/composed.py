@@ -20,6 +20,7 @@ from ..algebra.states import LogLinear, Slots
 from ..algebra.token_mask import Explicit
 from ..errors import RegardError
 from . import local
+from .inner import attend_with_stats, is_door
 from .merge import merge
 from .problem import check_names, fill_inputs, sizes_of
 from .recurrent import levels, slots
@@ -275,8 +276,6 @@ class Call:
 def program(
     mechanism: Program, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, given: Mapping[str, Any], attend: Attend
 ) -> Tensor:
-    from . import door
-
     mask = Causal() if mechanism.under == "causal" and isinstance(mask, Full) else mask
     known = {"none": (Full,), "causal": (Causal,), "any": (Full, Causal)}[mechanism.under]
     if not isinstance(mask, known):
@@ -287,8 +286,8 @@ def program(
     dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
     # The reference runs its parts in the reference too.
-    exact = None if attend is door.attend else "reference"
-    made = Call(mask, scale, attend, functools.partial(door.attend_with_stats, executor=exact))
+    exact = None if is_door(attend) else "reference"
+    made = Call(mask, scale, attend, functools.partial(attend_with_stats, executor=exact))
     return call(mechanism.function, q, k, v, made, env={**dict.fromkeys(declared), **fill_inputs(declared, given, sizes, q)}).to(dtype)  # type: ignore[no-any-return]
 
 

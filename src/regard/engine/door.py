@@ -21,12 +21,14 @@ from . import alone, composed, meter, native, order, packed, reference, rows, sd
 from . import plan as planner
 from . import recurrent as scans
 from .autocast import autocasting, under_autocast
+from .inner import opened
 from .names import resolved
 from .plan import Plan
 from .problem import Problem, check_names, pose, sizes_of
 from .recurrent.pose import declared_of
 from .reference import Stats
 from .settle import settle
+from .stream import step
 
 _plans: dict[Any, Plan] = {}
 MAX_PLANS = 4096
@@ -142,8 +144,6 @@ def with_state(
     inputs: dict[str, Any],
 ) -> Any:
     """A call that goes on from a state, or gives one: that of a stream."""
-    from .stream import step
-
     if executor is not None:
         raise RegardError(f"executor={executor!r} with state: a call with a state runs as a stream does; expected None")
     causal = isinstance(mask, Mask) and any(isinstance(part, Causal) for part in conjuncts(mask))
@@ -359,3 +359,6 @@ def plan(
     from .triton import source_of
 
     return replace(found, source=source_of(found.mechanism, found.mask))
+
+
+opened(attend, attend_with_stats)

@@ -16,6 +16,7 @@ from ..algebra.rows import RowWise
 from ..algebra.select import Selection, View
 from ..algebra.snapshot import remembered
 from ..errors import RegardError, nearest
+from .layout import some_and_every
 from .pairs import indices, visible, visible_counts
 
 
@@ -220,8 +221,6 @@ def pose(
 
 def view_of(mask: Mask, sizes: Sizes, inputs: Mapping[str, Tensor], device: torch.device) -> View:
     """What a selector sees of a call: the mask as pairs and as blocks, and the inputs."""
-    from .layout import some_and_every
-
     at, around = indices(sizes, device), {**inputs, "offset": sizes.k_len - sizes.q_len, "k_len": sizes.k_len}
     return View(
         sizes.k_len - sizes.q_len,

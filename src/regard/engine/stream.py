@@ -18,7 +18,7 @@ from ..errors import RegardError
 from . import recurrent as scans
 from .autocast import autocasting, under_autocast
 from .composed import STEP, blended
-from .door import attend
+from .inner import attend
 from .names import resolved
 from .problem import combine_masks, fill_inputs, functions_of, scaled_values, sizes_of
 from .recurrent.levels import LevelState

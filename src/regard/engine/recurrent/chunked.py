@@ -16,7 +16,7 @@ from .pose import Scan
 
 
 class Chunked(torch.autograd.Function):
-    """`chunk.chunked` of q, k, v, decay, beta and a first state."""
+    """`chunked` of q, k, v, decay, beta and a first state."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ...algebra.position import Rope
 from ...algebra.states import Slots
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
+from ..inner import attend_with_stats
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
 from .chunk import SAFE, SEGMENT, SUB, carry
@@ -199,8 +200,6 @@ def run(
 
 def joined(mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logits: Tensor, read: int, keep: Tensor | None) -> Tensor:
     """One softmax over the slots and the window; k and v hold `window` tokens more than q, those not there yet among them."""
-    from ..door import attend_with_stats
-
     window, length = mechanism.window or 0, q.shape[-2]
     missing = max(0, window - read)
     k, v = (x[..., missing + (1 if read >= window else 0) :, :] for x in (k, v))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ...algebra.normalizer import RowLocal
 from ...algebra.part import call
 from ...algebra.rows import packed
-from .stage import hide
-
-if TYPE_CHECKING:
-    from .run import Work
+from ..problem import Problem
+from .stage import Opaque, Traced, hide
 
 TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-15}
 STEPS = {torch.float32: 40, torch.float64: 90}
@@ -20,7 +19,15 @@ CLOSE, STEEP = 4, 64  # tolerances by which a root may be missed, and slopes of 
 GROUP = 16  # scores of which only the largest is looked at to raise the lower bound
 
 
-def solve(work: Work, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> Tensor:
+class Rooted(Protocol):
+    """What a root is sought for: a call, its normalizer, and its weights as functions of a score."""
+
+    problem: Problem
+    normalizer: RowLocal
+    stage: Traced | Opaque
+
+
+def solve(work: Rooted, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> Tensor:
     """The root of every row, over complete rows.
 
     The maxima of groups of scores are a subset of the row, and fewer terms have a smaller root: solving on them gives a lower
@@ -47,7 +54,7 @@ def solve(work: Work, s: Tensor, hidden: Tensor | None, env: dict[str, Any]) -> 
     return torch.where(live, c, 0.0)
 
 
-def newton(work: Work, s: Tensor, low: Tensor, high: Tensor, env: dict[str, Any], tolerance: float) -> Tensor:
+def newton(work: Rooted, s: Tensor, low: Tensor, high: Tensor, env: dict[str, Any], tolerance: float) -> Tensor:
     """Newton's method from `low`, kept inside a shrinking bracket; a bisection step where it leaves it.
 
     For convex weights (sparsemax, 1 < alpha <= 2) steps from the left never leave the bracket, and few are needed.
