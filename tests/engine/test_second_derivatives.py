@@ -76,6 +76,26 @@ def test_executors_agree_in_float32(name, executor):
         assert torch.allclose(a.double(), b, rtol=2e-2, atol=2e-3 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("name", [*NAMES])
+def test_forward_mode(name):
+    """Tangents are the backward pass's: their product with any cotangent is the same number; where there are none, an error says so."""
+    call = sample(name, q_len=9, batch=1, heads=2, kv_heads=2)
+    options = {"mask": Causal() if call.causal else None}
+    q, (tangent, cotangent) = call.q, (torch.randn(2, *call.q.shape, dtype=torch.float64))
+    cotangent = cotangent[..., :6]
+    with torch.autograd.forward_ad.dual_level():
+        call.q = torch.autograd.forward_ad.make_dual(q, tangent)
+        try:
+            pushed = torch.autograd.forward_ad.unpack_dual(call.run(**options)).tangent
+        except NotImplementedError as error:
+            assert "jvp" in str(error) or "forward AD" in str(error)
+            return
+    call.q = q.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(call.run(**options), call.q, cotangent)
+    assert pushed is not None
+    assert abs(float((pushed * cotangent).sum() - (pulled * tangent).sum())) <= 1e-6 * max(1.0, float((pulled * tangent).abs().sum()))
+
+
 def test_fused_softmax_says_what_to_do():
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     with pytest.raises(RegardError, match="executor='tiled'"):

@@ -53,6 +53,10 @@ class Correction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.solve(grads[0]), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return ctx.solve(tangents[0])  # type: ignore[no-any-return]
+
 
 def row_block(mechanism: LocalLinear, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
     """o of some queries (B, H, r, D) over all keys; seen (B, H, r, Lk)."""
@@ -87,8 +91,9 @@ def row_block(mechanism: LocalLinear, q: Tensor, k: Tensor, v: Tensor, seen: Ten
             return conjugate_gradients(lambda x: sigma(x, *fixed), right, mechanism.iterations)
 
     with torch.no_grad():
-        rho = solve(mu)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k)):
+        rho = solve(mu.detach())
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k))):
         rho = rho + Correction.apply(mu - sigma(rho, w, q, k), solve)
     weights = w * (1 - against(rho, q, k))
     divisor = omega - (mu * rho).sum(-1, keepdim=True)
