@@ -105,6 +105,8 @@ def judge(one: Check, measured: float, control: float) -> str:
 
     if not good(measured):
         return "fail: the subject is on the wrong side"
+    if not math.isfinite(control):
+        return "fail: the control is no number, so it proves nothing"
     return "fail: the control passes too" if good(control) else "pass"
 
 

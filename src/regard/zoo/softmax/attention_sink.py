@@ -104,9 +104,9 @@ def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
 
 @register("attention-sink", kind="experiment")
 def sink_experiment(
-    mechanism: str | Mechanism, *, steps: int = 300, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 6e-3, seed: int = 0
+    mechanism: str | Mechanism, *, steps: int = 600, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 6e-3, seed: int = 0
 ) -> SinkResult:
-    """Train one layer of `mechanism` for `steps` of 64 sequences (about 5 s on two cores) and look at its weights."""
+    """Train one layer of `mechanism` for `steps` of 64 sequences (about 10 s on two cores) and look at its weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Tiny(mechanism, dim, heads, length)
