@@ -26,8 +26,8 @@ def make(measured, control, threshold=1.0, side="below"):
         (2.0, 0.5, "above", True),
         (2.0, 3.0, "above", False),
         (math.nan, 2.0, "below", False),
-        (0.5, math.nan, "below", True),
-        (0.5, math.inf, "below", True),
+        (0.5, math.nan, "below", False),
+        (0.5, math.inf, "below", False),
     ],
 )
 def test_verdicts(measured, control, side, passed):
