@@ -198,7 +198,7 @@ def test_other_instruction_sets(march):
         pytest.skip("x86-64 has these names")
     code = (
         "import torch, regard; from regard.engine import native; torch.manual_seed(0)\n"
-        "for sizes in ((150, 150), (37, 61), (1030, 1030)):\n"
+        "for sizes in ((150, 150), (37, 61)):\n"
         "    q, k, v = (torch.randn(1, 4, n, d, requires_grad=True) for n, d in zip((sizes[0], *sizes[1:] * 2), (24, 24, 40)))\n"
         "    for name in ('softpick', 'entmax', 'idw-attention'):\n"
         "        outs = [regard.attend(q, k, v, name, mask=regard.Causal(), executor=e) for e in ('native', 'reference')]\n"
