@@ -196,6 +196,16 @@ def test_equal_contents_are_equal():
     assert not fixed(settle(regard.algebra.as_mask(lambda b, h, i, j: tensor[i] == tensor[j])))
 
 
+def test_numbers_that_change_at_every_call_are_not_compiled_for():
+    q = torch.randn(1, 4, 1024, 16)
+    used = []
+    for number in range(20):
+        plan = regard.plan(q, q, q, Weighted(normalizer=RowLocal(lambda s, number=number: torch.relu(s) * number)))
+        used.append(plan.executor)
+    assert used[-1] == "tiled" and "other numbers" in str(plan)
+    assert regard.plan(q, q, q, "relu").executor == used[0]
+
+
 def test_learned_captures_are_refused():
     q, k, v = qkv(12)
     slope = torch.nn.Parameter(torch.ones(()))

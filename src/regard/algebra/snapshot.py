@@ -226,6 +226,12 @@ def function_now(function: Function, part: Part, name: str, stand_in: StandIn | 
     return Snapshot(copy, content, function) if isinstance(copy, types.FunctionType) else copy
 
 
+def restless(part: Part) -> bool:
+    """Whether a description's functions came with so many contents that what is compiled for one will hardly be used again."""
+    values = (getattr(inner, field.name) for inner in part.parts() for field in fields(inner))  # type: ignore[arg-type]
+    return any(isinstance(value, Snapshot) and value.restless for value in values)
+
+
 def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """`functools.lru_cache` for functions of descriptions: those that hold live functions are computed anew, and never kept."""
 

@@ -14,6 +14,7 @@ from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..algebra.normalizer import SOFTMAX, RowLocal
 from ..algebra.part import Input, Sizes
 from ..algebra.rows import RowWise
+from ..algebra.snapshot import restless
 from ..errors import MissingDependency, RegardError
 from . import flex, native, order, sdpa
 from .layout import static_layout
@@ -228,11 +229,12 @@ def weighted(
         name, why = "triton", "the generated kernel: row-local weights on a GPU"
     elif device.type == "cuda" and "flex" not in refused and not mask.reads:
         name, why = "flex", "FlexAttention can express it"
-    elif "native" not in refused and worth_compiling(sizes):
+    elif "native" not in refused and worth_compiling(sizes) and not (restless(mechanism) or restless(mask)):
         name, why = "native", f"the generated kernel: row-local weights on a CPU, in blocks of {native.block()}"
     else:
         if "native" not in refused and device.type == "cpu":
-            refused["native"] = "too small to be worth compiling for"
+            small = "too small to be worth compiling for"
+            refused["native"] = "its functions come with other numbers at each call" if worth_compiling(sizes) else small
         name, why = "tiled", "row-local weights, tile by tile" + (", roots found on whole rows" if root else "")
     refused.pop(name, None)
     density = static_density(mechanism, mask, sizes) if name not in ("dense", "reference") else 1.0

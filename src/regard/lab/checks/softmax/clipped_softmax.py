@@ -72,7 +72,7 @@ def _() -> tuple[float, float]:
 @check(
     "clipped-softmax",
     "tiny copy task, two seeds: mean logit range (max - min) over that of softmax, accuracies >= 0.95",
-    below=0.85,
+    below=0.55,
     control="softmax with a sink logit",
 )
 def _() -> tuple[float, float]:
