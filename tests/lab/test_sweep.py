@@ -66,7 +66,7 @@ def test_sweep_and_report(tmp_path):
         (lambda: method("gla"), "'gla' is not softmax attention over fewer keys"),
         (lambda: method("oracle", "block=3"), "oracle.*unexpected keyword"),
         (lambda: method("flexprefil"), "flexprefill"),
-        (lambda: Config(length=10), "expected a length of at least 256"),
+        (lambda: Config(length=10), "expected at least 256 tokens"),
         (lambda: model_and_reader("nowhere"), "--model nowhere: expected tiny, or a folder"),
     ],
 )

@@ -76,7 +76,7 @@ class Attention(nn.Module):
             raise RegardError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
         if causal and not (self.mechanism.can_be_causal or self.mechanism.causal_only):
             raise RegardError(f"{name_of(mechanism)} reads the whole sequence at once; pass causal=False")
-        if not causal and self.mechanism.past_alone:
+        if not causal and self.mechanism.causal_only:
             advice = "pass causal=True" if self.mechanism.causal_only else "it is a policy for prompts: use it in attend or adapt.patch"
             raise RegardError(f"causal=False: {name_of(mechanism)} reads the past alone; {advice}, or choose a mechanism that reads all keys")
         self.dim, self.heads, self.kv_heads, self.causal, self.recipe = dim, heads, kv_heads, causal, recipe
