@@ -49,8 +49,9 @@ class Attention(nn.Module):
     """Multi-head attention by any mechanism: x (B, L, dim) -> (B, L, dim).
 
     mechanism: a name or a description. kv_heads: key and value heads (None: the mechanism's, else heads). head_dim: channels a head
-    (None: dim / heads). causal: run under Causal(). rope: rotary positions, where the mechanism has none of its own. context_len: the
-    length that length-dependent initial values assume. The mechanism's recipe decides convolutions, activations, norms and gates.
+    (None: dim / heads). causal: run under Causal(); policies for prompts, whose choice looks ahead, take causal=False and read the past
+    alone all the same (`mechanism.past_alone`). rope: rotary positions, where the mechanism has none of its own. context_len: the length
+    that length-dependent initial values assume. The mechanism's recipe decides convolutions, activations, norms and gates.
     """
 
     def __init__(
@@ -77,8 +78,7 @@ class Attention(nn.Module):
         if causal and not (self.mechanism.can_be_causal or self.mechanism.causal_only):
             raise RegardError(f"{name_of(mechanism)} reads the whole sequence at once; pass causal=False")
         if not causal and self.mechanism.causal_only:
-            advice = "pass causal=True" if self.mechanism.causal_only else "it is a policy for prompts: use it in attend or adapt.patch"
-            raise RegardError(f"causal=False: {name_of(mechanism)} reads the past alone; {advice}, or choose a mechanism that reads all keys")
+            raise RegardError(f"causal=False: {name_of(mechanism)} reads the past alone; pass causal=True, or choose a mechanism that reads all keys")
         self.dim, self.heads, self.kv_heads, self.causal, self.recipe = dim, heads, kv_heads, causal, recipe
         self.value_dim = head_dim or dim // heads
         key = recipe.key_dim

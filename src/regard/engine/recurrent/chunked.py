@@ -22,7 +22,8 @@ class Chunked(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
         scan = Scan(q, k, v, decay, beta, True)
         out, end, kept = through(scan, state, size)
-        ctx.save_for_backward(*tensors(scan), state, *kept)
+        # The first state is the first that is kept, unless a gradient must reach it.
+        ctx.save_for_backward(*tensors(scan), state if ctx.needs_input_grad[5] else None, *kept)
         ctx.size = size
         return out, end
 
@@ -31,7 +32,7 @@ class Chunked(torch.autograd.Function):
         q, k, v, decay, beta, first, *kept = ctx.saved_tensors
         scan = Scan(q, k, v, decay, beta, True)
         if torch.is_grad_enabled():
-            return (*twice(scan, first, ctx.size, (d_out, d_state)), None)
+            return (*twice(scan, kept[0].select(-3, 0) if first is None else first, ctx.size, (d_out, d_state)), None)
         device = on_device(scan)
         if device is not None:
             return (*device.segment_back(scan, kept[0], ctx.size, d_out, d_state), None)

@@ -25,8 +25,8 @@ def tempered(s: Tensor, c: Tensor, alpha: Tensor) -> Tensor:
     base = torch.where(flat, 1 + t, t)
     on = base > 0
     safe = torch.where(on, base, one)
-    log = torch.log(safe) + torch.where(flat & on, (t - (base - 1)) / safe, 0.0 * one)  # what rounding 1 + t lost
-    near = flat & (torch.abs(t) < NEAR)
+    log = torch.log(safe) + torch.where(flat, (t - (base - 1)) / safe, 0.0 * one)  # what rounding 1 + t lost
+    near = torch.where(flat, torch.abs(t), one) < NEAR
     inside = torch.where(near, t, 0.0 * one)
     series = inside * (-1 / ORDER) + 1 / (ORDER - 1)
     for n in range(ORDER - 2, 0, -1):
