@@ -81,6 +81,18 @@ def test_float_masks_are_added(shape, executor):
         assert a.isfinite().all() and torch.allclose(a, b, atol=1e-4)
 
 
+def test_tensors_that_are_no_masks():
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(RegardError, match="mask holds NaN or inf"):
+            regard.attend(q, k, v, mask=torch.full((6, 6), number))
+    table = torch.ones(6, 6, dtype=torch.bool).triu(-2)
+    with pytest.raises(RegardError, match="Explicit"):
+        Causal() & table
+    joined = regard.attend(q, k, v, mask=Causal() & regard.algebra.Explicit(), visible=table[None, None])  # what the message says
+    assert torch.allclose(joined, regard.attend(q, k, v, mask=table.tril()), atol=1e-6)
+
+
 def test_float_masks_of_other_mechanisms():
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(3, 20, 20, dtype=torch.float64)

@@ -122,6 +122,7 @@ def changing():
         "table": (lambda b, h, i, j: (j <= i) & (i - j < size.expand(3)[h]), lambda n: size.fill_(n)),
         "global": (of_global, lambda n: globals().__setitem__("SIZE", n)),
         "inner": (lambda b, h, i, j: function(b, h, i, j), put),
+        "bound method": (lambda b, h, i, j, get=table.get: (j <= i) & (i - j < get("size")), lambda n: table.__setitem__("size", n)),
     }
 
 
@@ -214,6 +215,9 @@ def test_learned_captures_are_refused():
     declared = Weighted(position=Modified(lambda s, i, j, slope: s - slope * (i - j), inputs=(Input("slope", ""),)))
     (grad,) = torch.autograd.grad(regard.attend(q, k, v, declared, slope=slope).square().sum(), slope)
     assert grad.isfinite() and grad != 0
+    held = {"slope": slope}
+    with pytest.raises(RegardError, match="declare it with inputs"):
+        regard.attend(q, k, v, Weighted(position=lambda s, i, j: s - held["slope"] * (i - j)))
     with torch.no_grad():
         regard.attend(q, k, v, Weighted(position=lambda s, i, j: s - slope * (i - j)))
 

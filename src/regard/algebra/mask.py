@@ -92,6 +92,11 @@ def as_mask(mask: Mask | Function | None) -> Mask:
         return mask
     if callable(mask):
         return Where(mask)
+    if isinstance(mask, Tensor):
+        raise RegardError(
+            "a tensor stands alone as mask=tensor; to join it with other masks use regard.algebra.Explicit() in its place and pass "
+            "visible=tensor, bool, of shape (B or 1, H or 1, Lq or 1, Lk or 1)"
+        )
     raise RegardError(f"mask is {type(mask).__name__}; expected a regard mask, a function of (b, h, i, j), a bool tensor or None")
 
 

@@ -64,6 +64,11 @@ class Snapshot:
         return self is other or (isinstance(other, Snapshot) and self._hash == other._hash and self.content == other.content)
 
 
+def is_compiled(value: Any) -> bool:
+    """Whether a value is a C function of no object: a bound method (of a dict, a tensor) sees what its object holds, which may change."""
+    return isinstance(value, COMPILED) and isinstance(getattr(value, "__self__", None), (type(None), types.ModuleType, type))
+
+
 def home(value: Any) -> str:
     return str(getattr(value, "__module__", None) or getattr(value, "__name__", "")).partition(".")[0]
 
@@ -86,7 +91,7 @@ def written(value: Any, around: tuple[str, ...] = (), seen: tuple[int, ...] = ()
     if isinstance(value, (tuple, frozenset)):
         each = [written(item, around, seen) for item in value]
         return (kind, tuple(content for content, _ in each)), kind(copy for _, copy in each) if kind in (tuple, frozenset) else value
-    if isinstance(value, COMPILED):
+    if is_compiled(value):
         return ("compiled", id(value), getattr(value, "__qualname__", "")), value
     if isinstance(value, types.FunctionType):
         return of_function(value, seen)
@@ -168,7 +173,7 @@ def steady(function: Any) -> bool:
             return steady(function.function) and all(written(value) is not None for _, value in function.constants)
         except Live:
             return False
-    if isinstance(function, (Snapshot, *COMPILED)):
+    if isinstance(function, Snapshot) or is_compiled(function):
         return True
     if not isinstance(function, types.FunctionType) or function.__closure__ is not None:
         return False

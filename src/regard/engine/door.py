@@ -193,6 +193,8 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
         )
     biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
     seen = mask.detach() != float("-inf")
+    if not bool((mask.isfinite() | ~seen).all()):
+        raise RegardError("mask holds NaN or inf; expected finite numbers to add to scores, or -inf where a key is hidden")
     inputs = {**inputs, "position_bias": mask}
     if bool(seen.all()):
         return biased, None, inputs

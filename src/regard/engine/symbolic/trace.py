@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...algebra.part import Function, asks, show
@@ -64,6 +65,11 @@ def lift(x: Any) -> Expr:
     if isinstance(x, (bool, int, float)):
         return const(x)
     if isinstance(x, Tensor) and x.numel() == 1:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RegardError(
+                "a function uses a tensor that requires gradients, which would not reach it; declare it with inputs=(Input(name, shape),), "
+                "ask for it by name and pass it to attend (or detach it)"
+            )
         return const(x.item())
     raise Untraceable(f"a constant of type {type(x).__name__} cannot be written into an expression")
 
