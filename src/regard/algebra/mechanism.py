@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import field, replace
 
 import torch
@@ -60,7 +61,7 @@ class Recipe(Part):
 class Mechanism(Part):
     """Base of the shapes."""
 
-    @property
+    @functools.cached_property
     def declared(self) -> tuple[Input, ...]:
         """Every input the parts declare, each name once."""
         found: dict[str, Input] = {}
@@ -226,7 +227,7 @@ class Relayed(Mechanism):
     def can_be_causal(self) -> bool:
         return False
 
-    @property
+    @functools.cached_property
     def declared(self) -> tuple[Input, ...]:
         """Inputs of the two calls carry the prefixes `gather_` and `spread_`."""
         named = [

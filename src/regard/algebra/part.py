@@ -62,11 +62,17 @@ class Part:
     def parts(self) -> Iterator[Part]:
         """Every part inside this one, itself first."""
         yield self
+        yield from self._inside
+
+    @functools.cached_property
+    def _inside(self) -> tuple[Part, ...]:
+        found: list[Part] = []
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, Part):
-                    yield from item.parts()
+                    found += item.parts()
+        return tuple(found)
 
 
 def show(value: Any) -> str:
