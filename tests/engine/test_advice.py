@@ -18,7 +18,7 @@ def test_row_statistics_or_a_reason(name):
     except RegardError as why:
         assert "no row statistics" in str(why) and "executor" not in str(why)
     else:
-        assert out.shape == call.v.shape[:2] + (29, 6) and stats.total.shape[:3] == out.shape[:3]
+        assert out.shape == (*call.v.shape[:2], 29, 6) and stats.total.shape[:3] == out.shape[:3]
 
 
 @pytest.mark.parametrize("name", NAMES)
