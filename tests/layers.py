@@ -49,6 +49,12 @@ def flux(**options: Any) -> nn.Module:
     return FluxAttention(Attention(16, 2), **options)
 
 
+def minimax(**options: Any) -> nn.Module:
+    from regard.zoo.linear.minimax_01 import MiniMaxConfig, MiniMaxLike
+
+    return MiniMaxLike(MiniMaxConfig(vocab=20, dim=16, layers=2, heads=2, period=2, hidden=8, experts=2, **options))
+
+
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
 
@@ -89,12 +95,12 @@ LAYERS: dict[str, Layer] = {
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
     "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8)),
     "kernelized-attention-rpe": Layer({"heads": 2, "head_dim": 8, "features": 16, "reach": 16}, heads()),
-    "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 4}, causal=True),
+    "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 32}, causal=True),
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
     "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
-    "minimax-01": Layer({}, bytes_of, causal=True, shortest=2),
+    "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
@@ -110,7 +116,7 @@ LAYERS: dict[str, Layer] = {
     "superlinear-attention": Layer({**SMALL, "skip": 1}, causal=True),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
-    "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "sample"}, alignment),
+    "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "exact"}, alignment),
     "vig": Layer(SMALL, grid, shortest=4),
 }
 

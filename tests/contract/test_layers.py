@@ -12,9 +12,17 @@ from regard import RegardError
 
 CAUSAL = [name for name in MODULES if LAYERS[name].causal]
 STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
+WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}
+ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have none themselves
+    "lalte": "the router learns straight through its decisions",
+    "longvq": "keys learn straight through their codes",
+    "sea": "the estimated map learns through the values that were chosen by it",
+    "transformer-vq": "keys learn straight through their codes",
+}
 ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
 TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
     "seerattention": "the gate learns from its own alignment loss; attention itself is the model's",
+    "variational-attention": "the inference network learns where alignments are sampled",
     "sparsifiner": "the predicted mask learns from its own loss against the dense weights",
 }
 
@@ -101,7 +109,8 @@ def test_state_goes_round(name):
     other.load_state_dict(layer.state_dict())
     inputs = given(name)
     assert gap(layer(*inputs), other(*inputs)) == 0
-    assert gap(layer(*inputs), copy.deepcopy(layer)(*inputs)) == 0
+    layer.train()(*inputs)
+    assert gap(layer.eval()(*inputs), copy.deepcopy(layer)(*inputs)) == 0
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -113,7 +122,7 @@ def test_dtypes_follow(name):
     single = layer.float()(*inputs)
     assert gap(exact, single) < 1e-3 * scale
     half = layer.bfloat16()(*cast(inputs, torch.bfloat16))
-    assert all(x.isfinite().all() for x in tensors(half)) and tensors(half)[0].dtype == torch.bfloat16
+    assert all(x.isfinite().all() for x in tensors(half)) and tensors(half)[0].dtype == (torch.float32 if name in WIDE else torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -132,8 +141,10 @@ def test_autocast(name):
     layer, inputs = make(name), given(name)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(*inputs)
-    loss_of(out).backward()
     assert all(x.isfinite().all() for x in tensors(out))
+    if name in TRAINED_APART and not tensors(out)[0].requires_grad:
+        return
+    loss_of(out).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
@@ -144,29 +155,21 @@ def test_compiles(name):
     assert gap(compiled(*inputs), layer(*inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(ESTIMATED) - {"minimax-01"}))
 def test_second_derivatives_or_a_reason(name):
     layer, inputs = make(name).double().eval(), cast(given(name, 1), torch.float64)
-    at = next(i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()) if name != "minimax-01" else None
-    if at is None:
-        return
-    x = inputs[at].requires_grad_()
+    x = inputs[0].requires_grad_()
     direction = torch.randn_like(x)
 
-    def slope(x):
-        return torch.autograd.grad(loss_of(layer(*inputs[:at], x, *inputs[at + 1 :])), x, create_graph=True)[0]
+    def slope(x, again=False):
+        return torch.autograd.grad(loss_of(layer(x, *inputs[1:])), x, create_graph=again)[0]
 
-    first = slope(x)
-    if not first.requires_grad:
-        return
     try:
-        curved = torch.autograd.grad((first * direction).sum(), x)[0]
-    except (RegardError, NotImplementedError):
-        return
-    except RuntimeError as why:
-        assert "derivative" in str(why) or "not implemented" in str(why)
+        curved = torch.autograd.grad((slope(x, True) * direction).sum(), x)[0]
+    except (RegardError, RuntimeError) as why:
+        assert isinstance(why, RegardError) or "derivative" in str(why) or "does not require grad" in str(why)
         return
     step = 1e-5
     ahead, behind = (slope((x + sign * step * direction).detach().requires_grad_()) for sign in (1, -1))
-    truth = ((ahead - behind) / (2 * step)).detach()
+    truth = (ahead - behind) / (2 * step)
     assert float((curved - truth).abs().max()) < 1e-4 * max(1.0, float(truth.abs().max()))

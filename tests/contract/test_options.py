@@ -7,12 +7,8 @@ import inspect
 import pytest
 import torch
 from layers import LAYERS, MODULES, given, make, tensors
-from samples import NAMES, SMALL, sample
 
-import regard
-from regard import RegardError, nn
 from regard.catalog.registry import entry
-from regard.nn.mixers import mixer_names
 
 # (row, option) -> another value, and what else both layers are made with.
 OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
@@ -100,8 +96,10 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("transformer-vq", "value_dim"): (8, {}),
     ("transformer-vq", "reach"): (1, {}),
     ("transformer-vq", "memory"): (2, {}),
-    ("variational-attention", "mode"): ("exact", {}),
+    ("variational-attention", "mode"): ("sample", {}),
     ("variational-attention", "score"): ("bilinear", {}),
+    ("variational-attention", "baseline"): (False, {"mode": "sample"}),
+    ("variational-attention", "samples"): (3, {"mode": "sample"}),
     ("variational-attention", "temperature"): (2.0, {"mode": "gumbel"}),
     ("variational-attention", "floor"): (0.4, {"mode": "dirichlet"}),
     ("variational-attention", "leave_one_out"): (True, {"samples": 3, "mode": "wake_sleep"}),

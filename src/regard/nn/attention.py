@@ -18,7 +18,7 @@ from ..engine.door import attend
 from ..engine.given import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, ShortConv, documents_of, head_norm, whole
+from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, whole
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -46,7 +46,7 @@ class LayerState:
         return (self.inner.bytes if self.inner is not None else 0) + sum(x.numel() * x.element_size() for x in self.conv)
 
 
-class Attention(nn.Module):
+class Attention(Momentary):
     """Multi-head attention by any mechanism: x (B, L, dim) -> (B, L, dim).
 
     mechanism: a name or a description. kv_heads: key and value heads (None: the mechanism's, else heads). head_dim: channels a head

@@ -40,16 +40,15 @@ class MultiHeadEMA(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """keep (B, N) bool: what is no padding, which no average counts."""
-        n = x.shape[1]
-        kernel = self.kernel(n)
-        spectrum = torch.fft.rfft(kernel, n=2 * n)
-        counted = x if keep is None else torch.where(keep[..., None], x, 0.0)
+        n, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)  # there are no half-precision transforms on a CPU
+        spectrum = torch.fft.rfft(self.kernel(n).to(wide), n=2 * n)
+        counted = (x if keep is None else torch.where(keep[..., None], x, 0.0)).to(wide)
         signal = torch.fft.rfft(counted.transpose(1, 2), n=2 * n)
         y = torch.fft.irfft(signal * spectrum[0], n=2 * n)[..., :n]
         if self.bidirectional:
             back = torch.fft.rfft(counted.flip(1).transpose(1, 2), n=2 * n)
             y = y + torch.fft.irfft(back * spectrum[1], n=2 * n)[..., :n].flip(-1)
-        return self.close(y.transpose(1, 2), x)
+        return self.close(y.transpose(1, 2).to(x.dtype), x)
 
     def close(self, y: Tensor, x: Tensor) -> Tensor:
         y = y + self.omega * x

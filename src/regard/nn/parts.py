@@ -36,6 +36,27 @@ def whole(method: Method) -> Method:
     return run  # type: ignore[return-value]
 
 
+def one_by_one(step: Method) -> Method:
+    """A step of one token, (B, 1, dim) -> (y, state), as a step of any number of them."""
+
+    @functools.wraps(step)
+    def run(self: nn.Module, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        outs = []
+        for t in range(x.shape[1]):
+            y, state = step(self, x[:, t : t + 1], state)
+            outs.append(y)
+        return (torch.cat(outs, 1) if outs else torch.zeros_like(x)), state
+
+    return run  # type: ignore[return-value]
+
+
+class Momentary(nn.Module):
+    """A layer that keeps, as attributes, what its last pass found. Copies leave out what hangs on that pass's graph."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: x for key, x in vars(self).items() if not (isinstance(x, Tensor) and x.grad_fn is not None)}
+
+
 class UnitNorm(nn.Module):
     """x / |x| over the last dimension; with eps x / sqrt(|x|^2 + eps)."""
 

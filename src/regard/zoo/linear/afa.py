@@ -128,7 +128,7 @@ def adaptive_filter(
     flat_q, flat_k, flat_v = (torch.cat((x.real, x.imag), -1) for x in (a, b, c))
     mechanism, full = description(robust), Causal() if mask is None else mask
     out = attend(flat_q, flat_k, flat_v, mechanism, mask=full, scale=1.0, **sides)
-    output = rotated(torch.complex(*out.chunk(2, -1)), times, omega, 1.0)
+    output = rotated(torch.complex(*out.to(times.dtype).chunk(2, -1)), times, omega, 1.0)
     if not diagnostics:
         return FilterResult(output, None, None)
     at = weights(flat_q, flat_k, mechanism, mask=full, scale=1.0, **sides)
@@ -216,9 +216,11 @@ class AdaptiveFilterAttention(nn.Module):
         return turns * (10 * 2 * math.pi / (2 * self.context_len)) if self.scaled else turns
 
     def filtered(self, x: Tensor, times: Tensor | None = None, diagnostics: bool = True) -> FilterResult:
-        times = torch.arange(x.shape[1], device=x.device, dtype=x.dtype) if times is None else times
+        wide = torch.promote_types(x.dtype, torch.float32)  # there are no complex numbers of half precision
+        times = torch.arange(x.shape[1], device=x.device, dtype=wide) if times is None else times
         q, k, v = (
-            torch.complex(*y.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(2, -1)) for y in (self.q(x), self.k(x), self.v(x))
+            torch.complex(*y.to(wide).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(2, -1))
+            for y in (self.q(x), self.k(x), self.v(x))
         )
         return adaptive_filter(
             q,
@@ -237,7 +239,8 @@ class AdaptiveFilterAttention(nn.Module):
         )
 
     def close(self, o: Tensor) -> Tensor:
-        return self.out(torch.cat((o.real, o.imag), -1).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        flat = torch.cat((o.real, o.imag), -1).transpose(1, 2).flatten(-2)
+        return self.out(flat.to(self.out.weight.dtype))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
         found = self.filtered(x, times, self.gated)

@@ -61,16 +61,17 @@ class SpectralMixer(nn.Module):
         return scale, shift
 
     def mix(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        scale, shift = (y[..., None] for y in self.filters(x))
-        spectrum = torch.fft.rfft(x.unflatten(-1, (self.heads, -1)).transpose(1, 2), dim=-2, norm="ortho") * scale
+        n, given = x.shape[1], x.dtype
+        wide = torch.promote_types(given, torch.float32)  # there are no half-precision transforms on a CPU
+        scale, shift = (y[..., None].to(wide) for y in self.filters(x))
+        spectrum = torch.fft.rfft(x.to(wide).unflatten(-1, (self.heads, -1)).transpose(1, 2), dim=-2, norm="ortho") * scale
         if self.activation == "modrelu":
             spectrum = modrelu(spectrum, shift, self.eps)
         elif self.activation == "gelu":
             spectrum = spectrum + shift
             size = spectrum.abs()
             spectrum = spectrum * (F.gelu(size) / size.clamp_min(self.eps))
-        return torch.fft.irfft(spectrum, n=n, dim=-2, norm="ortho").transpose(1, 2).flatten(-2)
+        return torch.fft.irfft(spectrum, n=n, dim=-2, norm="ortho").transpose(1, 2).flatten(-2).to(given)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.mix(self.norm(x)))  # type: ignore[no-any-return]

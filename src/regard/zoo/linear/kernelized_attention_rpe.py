@@ -36,12 +36,13 @@ def toeplitz(kernel: Tensor, x: Tensor, grid: Sequence[int]) -> Tensor:
     axes = list(range(2, 2 + len(grid)))
     sizes = [fast_length(2 * n - 1) for n in grid]
     # y_i takes x_j at offset j - i: a correlation, which is a convolution with the flipped kernel.
-    flipped = torch.fft.rfftn(kernel.flip([axis - 1 for axis in axes]), s=sizes, dim=[axis - 1 for axis in axes])
-    spectrum = torch.fft.rfftn(x, s=sizes, dim=axes) * flipped[None, ..., None]
+    wide = torch.promote_types(x.dtype, torch.float32)  # there are no half-precision transforms on a CPU
+    flipped = torch.fft.rfftn(kernel.to(wide).flip([axis - 1 for axis in axes]), s=sizes, dim=[axis - 1 for axis in axes])
+    spectrum = torch.fft.rfftn(x.to(wide), s=sizes, dim=axes) * flipped[None, ..., None]
     full = torch.fft.irfftn(spectrum, s=sizes, dim=axes)
     for axis, n in zip(axes, grid, strict=True):
         full = full.narrow(axis, n - 1, n)
-    return full
+    return full.to(x.dtype)
 
 
 def kernel_attention_rpe(

@@ -19,6 +19,7 @@ from regard.engine.door import attend
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
 from regard.nn.attention import Attention
+from regard.nn.parts import Momentary
 from regard.zoo.linear.deltanet import gated_deltanet
 
 MARGIN = 6  # tokens on either side that a decision reads: three convolutions of width 3, dilated by 2
@@ -87,7 +88,7 @@ class EvictionState:
 
 
 @register("lalte", kind="module")
-class LTEAttention(nn.Module):
+class LTEAttention(Momentary):
     """x (B, N, dim) -> (B, N, dim), causal, with rotary positions. After a pass `scores` (B, Hkv, N) and `kept` hold the decisions.
 
     window: w, at least 6, which is how far ahead a decision looks. sinks: first tokens that always stay. budget: places for kept tokens when

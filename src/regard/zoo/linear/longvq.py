@@ -16,6 +16,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
 from regard.nn.ema import MultiHeadEMA
+from regard.nn.parts import Momentary
 
 
 @dataclass
@@ -35,7 +36,7 @@ class LongVQState:
 
 
 @register("longvq", kind="module")
-class LongVQBlock(nn.Module):
+class LongVQBlock(Momentary):
     """x (B, N, dim) -> (B, N, dim): y = x + u (silu(x' W_h + (r o) U_h) - x), x' = EMA(norm x), o softmax attention over quantised keys.
 
     zdim: width of the shared z that q and k are read from; hdim: of v. codes: S. window: distances with a learned bias (causal only), block:

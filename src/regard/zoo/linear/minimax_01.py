@@ -17,7 +17,7 @@ from regard.algebra import Mask, Padding, Recipe, Rope, Weighted
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
-from regard.nn.parts import SwiGLU
+from regard.nn.parts import Momentary, SwiGLU
 from regard.zoo.linear.lightning_attention_2 import lightning, lightning_blocks
 
 
@@ -54,7 +54,7 @@ def layer_factor(layer: int, layers: int) -> float:
     return 1 - layer / (layers - 1 + 1e-5) + 1e-5
 
 
-class Experts(nn.Module):
+class Experts(Momentary):
     """x (..., dim) -> the same: the `top_k` experts of a softmax router, their outputs weighed by its probabilities summing to one.
 
     After a forward pass `balance` holds experts * sum_e (share of tokens)_e (mean probability)_e, 1 when even: the loss that evens them.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
+from regard.nn.parts import Momentary
 
 
 def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -22,7 +23,7 @@ def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) 
 
 
 @register("transformer-vq", kind="module")
-class VQAttention(nn.Module):
+class VQAttention(Momentary):
     """x (B, N, dim) -> (B, N, dim): causal softmax attention over quantised keys with Transformer-XL positions near by, gated.
 
     heads: of width key_dim each (None: dim / heads); values are value_dim wide over all heads (None: 2 dim). codes: S a head. block: L.

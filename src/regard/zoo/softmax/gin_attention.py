@@ -5,6 +5,8 @@ GIN: y^h = MLP_h(eps X^h + A^h X^h),   PNA: y^h = MLP_h([sum, mean, max, varianc
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class Adjacency(nn.Module):
         self.q, self.k = nn.Linear(dim, maps * dim, bias=False), nn.Linear(dim, maps * dim, bias=False)
         width = dim // heads
         self.pair = nn.Parameter(torch.randn(heads, width) / width**0.5) if kind == "mlp" else None
-        start = 0.8 - 0.6 * float(torch.exp(torch.tensor(-0.3 * depth)))
+        start = 0.8 - 0.6 * math.exp(-0.3 * depth)
         self.lam = nn.Parameter(torch.full((heads, 1, 1), start)) if differential else None
 
     def one(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 from regard.nn.decoder import Decoder
+from regard.nn.parts import Momentary
 
 
 class LayerRouter(nn.Module):
@@ -58,7 +59,7 @@ class RoutedState:
 
 
 @register("flux-attention", kind="module")
-class FluxAttention(nn.Module):
+class FluxAttention(Momentary):
     """A routed `Attention`: x (B, L, dim) -> (B, L, dim), causal. inner: the pretrained layer (softmax, causal).
 
     sinks, window: the sparse path's first and last tokens; sparse: another mechanism for it, in prompts (decoding keeps sinks and window

@@ -88,7 +88,7 @@ class MoSA(nn.Module):
         seen = place[..., :, None] >= place[..., None, :]
         o = attend(q, k, v, Weighted(), mask=Explicit(), visible=seen) * r.gather(2, place)[..., None]
         y = torch.einsum("bekh,ehd->bekd", o, self.out)
-        out = torch.zeros_like(x).index_put((torch.arange(x.shape[0], device=x.device)[:, None, None], place), y, accumulate=True)
+        out = y.new_zeros(x.shape).index_put((torch.arange(x.shape[0], device=x.device)[:, None, None], place), y, accumulate=True)
         if self.dense_qkv is None or self.dense_out is None:
             return out
         q, k, v = self.dense_qkv(x).unflatten(-1, (3, self.dense, -1)).permute(2, 0, 3, 1, 4)

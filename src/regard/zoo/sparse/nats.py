@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regard.algebra import Causal, Lifetime, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
+from regard.nn.parts import one_by_one
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
 MASKED = Weighted(mask=Causal() & Lifetime())
@@ -130,8 +131,9 @@ class NAtSAttention(nn.Module):
             o = attend(q, k, v, MASKED, until=until)
         return self.out(o.transpose(1, 2).flatten(-2)), expected_size(y, self.window)
 
+    @one_by_one
     def step(self, x: Tensor, cache: NAtSCache | None = None) -> tuple[Tensor, NAtSCache]:
-        """One new token (B, 1, dim), types by argmax."""
+        """New tokens (B, n, dim), types by argmax."""
         cache = cache or NAtSCache([], [], [], [])
         q, k, v, logits = self.heads_of(x)
         o = cache.step(q, k, v, logits.argmax(-1), self.window)

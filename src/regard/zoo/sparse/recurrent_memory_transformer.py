@@ -15,6 +15,7 @@ from regard.algebra import Causal, Input, Rope, Sinks, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import one_by_one
 
 
 def biased(s: Tensor, slot_bias: Tensor) -> Tensor:
@@ -115,8 +116,9 @@ class RecurrentMemoryBlock(nn.Module):
         y = self.join(torch.cat(outs, 2), q, k, v)
         return (y, memory) if return_memory else y
 
+    @one_by_one
     def step(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        """One new token (B, 1, dim); the state does not grow unless there is a global branch."""
+        """New tokens (B, n, dim), one after the other; the state does not grow unless there is a global branch."""
         first = 0 if state is None else state.length
         q, k, v, plain = self.split(x, first)
         if state is None:

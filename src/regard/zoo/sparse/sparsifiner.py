@@ -15,10 +15,11 @@ from regard.algebra.blocks import top_k
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import Momentary
 
 
 @register("sparsifiner", kind="module")
-class SparsifinerAttention(nn.Module):
+class SparsifinerAttention(Momentary):
     """x (B, N, dim), the class token first -> (B, N, dim). After a pass `mask` (B, H, N, N) and `estimate` (B, H, N - 1, N) hold the prediction.
 
     tokens: N. rank: r of the predictor (None: N / 8). reduction: head_dim over the predictor's width. bias: of the predictor's two maps.
