@@ -120,7 +120,7 @@ def _() -> tuple[float, float]:
     tight = torch.nn.functional.normalize(base, dim=-1)[None, :, None].expand(1, 2, 30, 8) * 5 + 0.01 * torch.randn(1, 2, 30, 8, dtype=F64)
     mu[:, 0] = unit(standard(tight))[0, :, 0]
     new = update_centroids(mu, tight, tight, 0.9)
-    return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0]) 
+    return naive.gap(new[:, 2], mu[:, 2]), naive.gap(new[:, 0], mu[:, 0])
 
 
 @check(

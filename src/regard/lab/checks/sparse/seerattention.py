@@ -155,7 +155,9 @@ def _() -> tuple[float, float]:
         return total / (2 * (8 - first) * 8)
 
     found = float(layer.distil(q, k))
-    return max(abs(found - loss(2)), abs(float(gate_loss(layer.gate(q, k), torch.tensor([tops], dtype=q.dtype))) - loss(2))), abs(found - loss(0))
+    return max(abs(found - loss(2)), abs(float(gate_loss(layer.gate(q, k), torch.tensor([tops], dtype=q.dtype))) - loss(2))), abs(
+        found - loss(0)
+    )
 
 
 @check(
