@@ -191,7 +191,7 @@ def _() -> tuple[float, float]:
 )
 @torch.no_grad()
 def _() -> tuple[float, float]:
-    model, cache, groups, _ = demonstrations(selected=2)
+    _, cache, groups, _ = demonstrations(selected=2)
     labels = torch.tensor([3, 17, 29, 31])
     queries = [(torch.randint(40, (5,)), f"group {n % 5 + 1}", n % 4) for n in range(20)]
     found = cache.evaluate(queries, labels)

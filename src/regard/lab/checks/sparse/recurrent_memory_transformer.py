@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def memory_loop(layer: RecurrentMemoryBlock, x: Tensor, slot_bias: bool = True) 
                     edges, fresh = [first], []
                     for r in range(layer.written):
                         edges.append(edges[-1] + per + (r < more))
-                    for a, c in zip(edges, edges[1:], strict=False):
+                    for a, c in pairwise(edges):
                         z = k[b, h, a:c].mean(0), v[b, h, a:c].mean(0)
                         g = torch.sigmoid(torch.cat((*z, *slots[-1])) @ layer.gate.weight[0] + layer.gate.bias[0])
                         fresh.append(tuple(g * new + (1 - g) * old for new, old in zip(z, slots[-1], strict=True)))

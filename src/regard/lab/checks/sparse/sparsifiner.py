@@ -87,14 +87,16 @@ def _() -> tuple[float, float]:
     layer = SparsifinerAttention(32, 4, 17, coefficient_threshold=0.2).double()
     q, k, _ = layer.split(torch.randn(2, 17, 32, dtype=F64))
     teacher = torch.rand(2, 4, 16, 17, dtype=F64).softmax(-1)
-    off = [((predicted(layer, q, k, flag) - teacher).detach().square().sum() for flag in (False, True)]
+    off = [(predicted(layer, q, k, flag) - teacher).detach().square().sum() for flag in (False, True)]
     found = layer.reconstruction(q, k, teacher).detach()
     student, master = torch.randn(5, 7, dtype=F64), torch.randn(5, 7, dtype=F64)
     tokens = torch.randn(2, 5, 3, 4, dtype=F64)
     p, s = (y.softmax(-1).tolist() for y in (master, student))
     kl = sum(a * math.log(a / b) for row, other in zip(p, s, strict=True) for a, b in zip(row, other, strict=True)) / 5
     loss = kl + float(((tokens[0] - tokens[1]) ** 2).sum()) / 60
-    return max(float(abs(found - off[0])), abs(float(distillation(student, master, tokens[0], tokens[1])) - loss)), float(abs(found - off[1]))
+    return max(float(abs(found - off[0])), abs(float(distillation(student, master, tokens[0], tokens[1])) - loss)), float(
+        abs(found - off[1])
+    )
 
 
 @check(
