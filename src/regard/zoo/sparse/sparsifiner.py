@@ -1,6 +1,7 @@
 """Sparsifiner: a low-rank predictor says which tokens each token attends to (Wei et al., 2023).
 
 c = softmax(scale (q W_q) (P_down^T k W_k)^T);  A_hat = c |P_up|^T;  row i keeps its ceil(keep N) largest A_hat; the class token all
+Not built: a ViT around the layer, and its schedule of training.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.selected import masked_softmax
 from regard.lab.planted import relative_error
 from regard.lab.verification import check
+from regard.zoo.sparse.draftattention import schedule
 
 
 @check(
@@ -105,3 +106,24 @@ def _() -> tuple[float, float]:
         random.append(relative_error(attend(q, k, v, mask=keep.repeat_interleave(16, 0).repeat_interleave(16, 1)), truth))
     bar = min(sum(raster), 0.6 * sum(random))
     return sum(own) / bar, sum(random) / bar
+
+
+@check(
+    "draftattention",
+    "the schedule over steps and layers: (step, layer) pairs of 4 x 4 whose output is not dense where it should be, or is where it should not",
+    below=0,
+    control="a schedule without dense steps",
+)
+def _() -> tuple[float, float]:
+    q, k, v = (torch.randn(1, 1, 64, 8, dtype=F64) for _ in range(3))
+    truth = attend(q, k, v)
+
+    def off(steps: int) -> float:
+        wrong = 0
+        for step in range(4):
+            for layer in range(4):
+                mechanism = schedule(step, layer, dense_steps=steps, dense_layers=1, grid=(1, 8, 8), pool=(4, 4))
+                wrong += (naive.gap(attend(q, k, v, mechanism), truth) < 1e-12) != (step < 2 or layer < 1)
+        return float(wrong)
+
+    return off(2), off(0)

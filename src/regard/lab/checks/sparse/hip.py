@@ -13,10 +13,10 @@ from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
-from regard.lab.checks.shared.selected import qkv, s_attend
+from regard.lab.checks.shared.selected import masked_softmax, qkv, s_attend
 from regard.lab.planted import autoregressive
 from regard.lab.verification import check
-from regard.zoo.sparse.hip import tree
+from regard.zoo.sparse.hip import CachedHip, tree
 
 
 def descent(q: Tensor, k: Tensor, searched: int, kept: int, block_k: int, middle: bool = False) -> tuple[list[int], set[int]]:
@@ -160,3 +160,30 @@ def _() -> tuple[float, float]:
         return abs(float(get("hip", mask_k=128, query_stride=stride).select.flops(sizes)) - truth)  # type: ignore[attr-defined]
 
     return off(2), off(1)
+
+
+@check(
+    "hip",
+    "decoding that descends every third token equals a loop that keeps the blocks found last, sinks and the present window; refresh = 1 decodes as ever",
+    below=1e-10,
+    control="a descent every token",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(80, 8, 4, 2)
+    sizes: dict[str, int] = {"mask_k": 16, "block_k": 2, "sinks": 4, "window": 7}
+    outs: dict[int, list[Tensor]] = {1: [], 3: []}
+    caches = {refresh: CachedHip(refresh, **sizes) for refresh in outs}
+    truth, plain, kept = [], [], torch.zeros(0)
+    for t in range(60, 80):
+        now = [x[:, :, : t + 1] for x in (k, v)]
+        for refresh, cache in caches.items():
+            outs[refresh].append(cache.step(q[:, :, t : t + 1], *now))
+        if (t - 60) % 3 == 0:
+            kept = hip_pairs(q[:, :, t : t + 1], now[0], **sizes, block_q=1, stride=1)
+        near = (torch.arange(t + 1) // 2 + 1) * 2 > t + 1 - 7
+        pairs = torch.nn.functional.pad(kept, (0, t + 1 - kept.shape[-1])) | near
+        truth.append(masked_softmax(q[:, :, t : t + 1], *now, pairs))
+        plain.append(attend(q[:, :, t : t + 1], *now, get("hip", **sizes)))
+    own = max(naive.gap(torch.cat(outs[3], 2), torch.cat(truth, 2)), naive.gap(torch.cat(outs[1], 2), torch.cat(plain, 2)))
+    count = abs(caches[3].descents - 7) + abs(caches[1].descents - 20)
+    return own + count, naive.gap(torch.cat(outs[1], 2), torch.cat(truth, 2))

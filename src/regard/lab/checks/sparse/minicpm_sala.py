@@ -26,6 +26,8 @@ from regard.zoo.sparse.minicpm_sala import (
     importance,
     infllm,
     infllm_scores,
+    next_token_loss,
+    reading_all,
     sala_lightning,
     softmax_layers,
     train_stages,
@@ -326,3 +328,38 @@ def _() -> tuple[float, float]:
     off = max(abs(a - r / t) for a, r, t in zip(found, recall, text, strict=True))
     kept = [softmax_layers(5, 0.6, one) for one in (found, recall)]
     return off + (kept[0] != (0, 3, 4)), float(kept[1] != (0, 3, 4))
+
+
+@check(
+    "minicpm-sala",
+    "stage 3: longer sequences with the sparse layers choosing blocks: next-token loss after 30 steps over before",
+    below=0.7,
+    control="stage 2 again on short sequences",
+)
+def _() -> tuple[float, float]:
+    torch.manual_seed(0)
+    config = SALAConfig(vocab=12, dim=32, layers=3, heads=4, kv_heads=2, block_size=4, top_k=2, window=4, dense_len=0, kernel=4, stride=2)
+    dense = Decoder("softmax", vocab=12, dim=32, layers=3, heads=4, kv_heads=2)
+
+    def text(step: int, length: int) -> Tensor:
+        first = torch.randint(12, (4, 1), generator=torch.Generator().manual_seed(step))
+        return (first + 5 * torch.arange(length)) % 12
+
+    ratios, chosen = [], []
+    for steps in ((0, 0, 30), (0, 30)):
+        model = convert(dense, config)
+        with torch.no_grad():
+            with reading_all(model):
+                whole = model(text(1, 48))
+            chosen.append(naive.gap(whole, model(text(1, 48))) > 1e-4 and model.blocks[0].mixer.mechanism.select is not None)  # type: ignore[union-attr]
+            before = float(next_token_loss(model, dense, text(999, 48)))
+        log = train_stages(
+            model, dense, lambda step: text(step, 12), steps, 3e-3, (lambda step: text(step, 48)) if len(steps) == 3 else None
+        )
+        with torch.no_grad():
+            ratios.append(float(next_token_loss(model, dense, text(999, 48))) / before)
+    tokens = text(999, 48)
+    with torch.no_grad():
+        guess = model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        same = abs(float(next_token_loss(model, dense, tokens)) + float(guess.mean())) < 1e-5
+    return ratios[0] if all(chosen) and same and len(log["distil"]) == 30 else math.inf, ratios[1]
