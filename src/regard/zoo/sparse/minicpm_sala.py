@@ -184,7 +184,8 @@ def reading_all(model: Decoder) -> Iterator[None]:
     layers = [b.mixer for b in model.blocks if isinstance(b.mixer, Attention) and isinstance(b.mixer.mechanism, Weighted)]
     held = [layer.mechanism for layer in layers]
     for layer in layers:
-        layer.mechanism = replace(layer.mechanism, select=None)  # type: ignore[arg-type]
+        assert isinstance(layer.mechanism, Weighted)
+        layer.mechanism = replace(layer.mechanism, select=None)
     try:
         yield
     finally:

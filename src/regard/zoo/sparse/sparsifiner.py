@@ -132,8 +132,8 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         x[:, :, None].expand(-1, -1, places.shape[2], -1, -1).gather(3, places[..., None].expand(*places.shape, x.shape[-1])) for x in (k, v)
     )
     real = torch.arange(most, device=q.device) < counts
-    rows = [x.flatten(0, 2)[:, None] for x in (q[..., 1:, None, :], keys, values)]
-    rest = attend(*rows, mask=real.flatten(0, 2)[:, None, None]).reshape(*q.shape[:2], -1, v.shape[-1])
+    one, keys, values = (x.flatten(0, 2)[:, None] for x in (q[..., 1:, None, :], keys, values))
+    rest = attend(one, keys, values, mask=real.flatten(0, 2)[:, None, None]).reshape(*q.shape[:2], -1, v.shape[-1])
     return torch.cat((first, rest), -2)
 
 

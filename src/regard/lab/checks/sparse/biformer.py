@@ -107,7 +107,7 @@ def _() -> tuple[float, float]:
             size = merge.kernel_size[0]  # type: ignore[index, union-attr]
             patches = y.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(0, 1, 3, 5, 2, 4).flatten(3)
             y = patches @ merge.weight.flatten(1).T + merge.bias  # type: ignore[union-attr, operator]
-            for block in stage:  # type: ignore[union-attr]
+            for block in stage:  # type: ignore[attr-defined]
                 around = F.pad(y, (0, 0, 1, 1, 1, 1))
                 near = torch.stack([around[:, a : a + y.shape[1], b : b + y.shape[2]] for a in range(3) for b in range(3)], -1)
                 y = y + placed * ((near * block.place.weight.flatten(1)).sum(-1) + block.place.bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -137,10 +136,46 @@ def _() -> tuple[float, float]:
     marks = torch.zeros(2, 23, dtype=torch.bool)
     marks[0, [2, 3, 9, 17]], marks[1, [0, 11, 22]] = True, True
     regular = (torch.arange(23) % 5 == 4).expand(2, -1)
-    own = max(naive.gap(layer(x, marks), by_hand(marks)), naive.gap(layer(x), by_hand(regular)), naive.gap(layer(x, regular), by_hand(regular)))
+    own = max(
+        naive.gap(layer(x, marks), by_hand(marks)), naive.gap(layer(x), by_hand(regular)), naive.gap(layer(x, regular), by_hand(regular))
+    )
     fewer = marks.clone()
     fewer[0, 9] = False
     return own, naive.gap(layer(x, marks), by_hand(fewer))
+
+
+def turn(y: Tensor, place: int) -> Tensor:
+    return rotary(y[None], torch.tensor([place]))[0]
+
+
+def opened_loop(layer: LandmarkAttention, x: Tensor, selection: str) -> Tensor:
+    """Tokens 26, 27, 28 of x (1, 29, dim), blocks of 4 + 1, two of them opened by `selection`, placed as the layer says."""
+    size, top, places = 5, 2, layer.places
+    q, k, v = (split_heads(y, 2)[0] for y in (x @ layer.qkv.weight.T).chunk(3, -1))
+    probabilities, heads = torch.zeros(2, 3, 5, dtype=F64), torch.zeros(2, 3, 8, dtype=F64)
+    for h in range(2):
+        for n in range(3):
+            home = min(5, top + 1) * size + 1 + n if places == "front" else 26 + n
+            slots = [max(0, b - 3 + 1) if places == "front" else b for b in range(5)]
+            s = [turn(q[h, 26 + n], home) @ turn(k[h, b * size + 4], slots[b] * size + 4) / math.sqrt(8) for b in range(5)]
+            probabilities[h, n] = torch.stack(s).softmax(0)
+    for h in range(2):
+        for n in range(3):
+            p = {"token_and_head": probabilities[h, n], "heads": probabilities.amax(0)[n], "tokens": probabilities.amax(1)[h]}[selection]
+            best = sorted(p.argsort(descending=True)[:top].tolist())
+            slots = {"near": [3, 4], "true": best, "front": [r + (b >= 3) for r, b in enumerate(best)]}[places]
+            home = min(5, top + 1) * size if places == "front" else 25
+            query = turn(q[h, 26 + n], home + 1 + n) / math.sqrt(8)
+            near = [query @ turn(k[h, 25 + m], home + m) for m in range(n + 2)]
+            inside = [
+                torch.stack([query @ turn(k[h, b * size + m], c * size + m) for m in range(5)]) for b, c in zip(best, slots, strict=True)
+            ]
+            p0 = torch.stack([*near, *(y[4] for y in inside)]).softmax(0)
+            o = p0[: n + 2] @ v[h, 25 : 25 + n + 2]
+            for w, b, y in zip(p0[n + 2 :], best, inside, strict=True):
+                o = o + w * (y[:4].softmax(0) @ v[h, b * size : b * size + 4])
+            heads[h, n] = o
+    return torch.cat(list(heads), -1) @ layer.out.weight.T
 
 
 @check(
@@ -151,40 +186,11 @@ def _() -> tuple[float, float]:
 )
 @torch.no_grad()
 def _() -> tuple[float, float]:
-    x, own, other, size, top = torch.randn(1, 29, 16, dtype=F64), 0.0, math.inf, 5, 2
+    x, own, other = torch.randn(1, 29, 16, dtype=F64), 0.0, math.inf
     for selection, places in (("token_and_head", "near"), ("heads", "true"), ("tokens", "front"), ("token_and_head", "front")):
-        layer = LandmarkAttention(16, 2, block=4, top_blocks=top, selection=selection, places=places).double()
+        layer = LandmarkAttention(16, 2, block=4, top_blocks=2, selection=selection, places=places).double()
         _, cache = layer.step(x[:, :26])
         out, _ = layer.step(x[:, 26:], cache)
-        q, k, v = (split_heads(y, 2)[0] for y in (x @ layer.qkv.weight.T).chunk(3, -1))
-
-        def turn(y: Tensor, place: int) -> Tensor:
-            return rotary(y[None], torch.tensor([place]))[0]
-
-        def loop(selection: str, places: str = places, q: Tensor = q, k: Tensor = k, v: Tensor = v, turn: Callable[[Tensor, int], Tensor] = turn) -> Tensor:
-            probabilities, heads = torch.zeros(2, 3, 5, dtype=F64), torch.zeros(2, 3, 8, dtype=F64)
-            for h in range(2):
-                for n in range(3):
-                    home = min(5, top + 1) * size + 1 + n if places == "front" else 26 + n
-                    slots = [max(0, b - 3 + 1) if places == "front" else b for b in range(5)]
-                    s = [turn(q[h, 26 + n], home) @ turn(k[h, b * size + 4], slots[b] * size + 4) / math.sqrt(8) for b in range(5)]
-                    probabilities[h, n] = torch.stack(s).softmax(0)
-            for h in range(2):
-                for n in range(3):
-                    p = {"token_and_head": probabilities[h, n], "heads": probabilities.amax(0)[n], "tokens": probabilities.amax(1)[h]}[selection]
-                    best = sorted(p.argsort(descending=True)[:top].tolist())
-                    slots = {"near": [3, 4], "true": best, "front": [r + (b >= 3) for r, b in enumerate(best)]}[places]
-                    home = min(5, top + 1) * size if places == "front" else 25
-                    query = turn(q[h, 26 + n], home + 1 + n) / math.sqrt(8)
-                    near = [query @ turn(k[h, 25 + m], home + m) for m in range(n + 2)]
-                    inside = [torch.stack([query @ turn(k[h, b * size + m], c * size + m) for m in range(5)]) for b, c in zip(best, slots, strict=True)]
-                    p0 = torch.stack([*near, *(y[4] for y in inside)]).softmax(0)
-                    o = p0[: n + 2] @ v[h, 25 : 25 + n + 2]
-                    for w, b, y in zip(p0[n + 2 :], best, inside, strict=True):
-                        o = o + w * (y[:4].softmax(0) @ v[h, b * size : b * size + 4])
-                    heads[h, n] = o
-            return torch.cat(list(heads), -1) @ layer.out.weight.T
-
-        own = max(own, naive.gap(out[0], loop(selection)))
-        other = min(other, naive.gap(out[0], loop("heads" if selection != "heads" else "token_and_head")))
+        own = max(own, naive.gap(out[0], opened_loop(layer, x, selection)))
+        other = min(other, naive.gap(out[0], opened_loop(layer, x, "heads" if selection != "heads" else "token_and_head")))
     return own, other

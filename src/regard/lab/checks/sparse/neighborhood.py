@@ -134,7 +134,11 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     wrong = 0.0
     shape, kernel = (10, 9), (4, 3)
-    for stride, q_tile, kv_tile, causal in (((1, 1), (4, 2), (3, 4), False), ((2, 3), (4, 3), (4, 3), False), ((4, 2), (2, 2), (4, 4), True)):
+    for stride, q_tile, kv_tile, causal in (
+        ((1, 1), (4, 2), (3, 4), False),
+        ((2, 3), (4, 3), (4, 3), False),
+        ((4, 2), (2, 2), (4, 4), True),
+    ):
         counts, perfect = [], True
         for n, k, s, tq, tk in zip(shape, kernel, stride, q_tile, kv_tile, strict=True):
             seen = brute(n, k, s, 1, causal)

@@ -123,10 +123,10 @@ def memory_loop(layer: RecurrentMemoryBlock, x: Tensor, slot_bias: bool = True) 
                     edges, fresh = [first], []
                     for r in range(layer.written):
                         edges.append(edges[-1] + per + (r < more))
-                    for a, c in pairwise(edges):
-                        z = k[b, h, a:c].mean(0), v[b, h, a:c].mean(0)
+                    for low, high in pairwise(edges):
+                        z = k[b, h, low:high].mean(0), v[b, h, low:high].mean(0)
                         g = torch.sigmoid(torch.cat((*z, *slots[-1])) @ layer.gate.weight[0] + layer.gate.bias[0])
-                        fresh.append(tuple(g * new + (1 - g) * old for new, old in zip(z, slots[-1], strict=True)))
+                        fresh.append((g * z[0] + (1 - g) * slots[-1][0], g * z[1] + (1 - g) * slots[-1][1]))
                     slots = [*slots, *fresh][layer.written :]
             for n in range(2):
                 memories[n, b, h] = torch.stack([slot[n] for slot in slots])

@@ -133,7 +133,7 @@ def _() -> tuple[float, float]:
     for norm in (block.norm1, block.norm2):
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
-    mask = spelled(get("sparse-transformer", stride=6, count=2).mask, 30)
+    mask = spelled(get("sparse-transformer", stride=6, count=2).mask, 30)  # type: ignore[attr-defined]
     layer = block.attention
     n = standard(x) * block.norm1.weight + block.norm1.bias
     q, k, v = (split_heads(n @ m.weight.T, 2) for m in (layer.q, layer.k, layer.v))
