@@ -27,6 +27,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "auto_pad": False, "param_routing": False, "padded": "hidden", "layout": "nhwc",
         },
         "BiFormerBlock": {"regions": 7, "top_k": 4, "ratio": 3},
+        "BiFormer": {
+            "channels": 3, "widths": (16, 32), "depths": (1, 1), "top_ks": (1, 4), "regions": 2, "head_dim": 8, "ratio": 3, "stem": 4,
+        },
     },
     "dbsa": {
         "BM25": {"k1": 1.5, "b": 0.75},
@@ -51,7 +54,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "norm_eps": 1e-6, "dt_bias": True,
         }
     },
-    "draftattention": {"draft": {"pool": (8, 16), "sparsity": 0.75, "every_row": True, "text": 0}},
+    "draftattention": {"draft": {"pool": (8, 16), "sparsity": 0.75, "every_row": True, "text": 0}, "schedule": {"dense_steps": 10, "dense_layers": 0}},
     "flash-window-attention": {
         "window_attention": {"scale": None, "chunk": 16},
         "SwinWindowAttention": {"window": 7, "shift": 0, "flash": True, "chunk": 16},
@@ -90,7 +93,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "hip": {
         "hip": {
             "mask_k": 512, "block_q": 32, "block_k": 2, "sinks": 4, "window": 64, "query_stride": 2, "representative": "first",
-        }
+        },
+        "CachedHip": {"refresh": 8, "mask_k": 512, "block_k": 2, "sinks": 4, "window": 64, "representative": "first"},
     },
     "hylra": {
         "largest": {"first": 0},
@@ -131,7 +135,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "sala_lightning": {"layer": 0, "layers": 1},
         "softmax_layers": {"share": 0.25, "scores": None},
-        "train_stages": {"steps": (60, 60), "lr": 1e-3},
+        "train_stages": {"steps": (60, 60), "lr": 1e-3, "long": None},
     },
     "moba": {"moba": {"block_size": 512, "top_k": 3}},
     "mosa": {
@@ -145,6 +149,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "powerattention": {
         "power": {"block_size": 256, "window_blocks": 5, "sink_blocks": 1},
         "blocks_read": {"window_blocks": 0, "sink_blocks": 0},
+        "longnet": {"segments": (2048, 4096, 8192), "rates": (1, 2, 4)},
     },
     "proxyattn": {"proxyattn": {"groups": None, "gamma": 0.95, "block_size": 128, "stride": 8, "min_blocks": 1}},
     "psa": {
