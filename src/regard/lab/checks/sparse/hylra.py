@@ -132,6 +132,7 @@ def _() -> tuple[float, float]:
         runs = []
         for modes in ((None, 0, None, 2), (None, 0, None, 0)):
             policy = ReuseLayers(ReusePlan(modes, 0.0), count, block=block, sinks=sinks, recent=recent)
+            own += policy.reads != [0, 0, 0, 0]
             runs.append([policy.prompt(n, *x) for n, x in enumerate(layers)])
         truth = reused_loop(layers, (None, 0, None, 2), count, block, sinks, recent)  # type: ignore[arg-type]
         own = max(own, *(naive.gap(a, b) for a, b in zip(runs[0], truth, strict=True)))
@@ -168,5 +169,5 @@ def _() -> tuple[float, float]:
     own += float((found.sensitivity != found.error.diagonal()).sum())
     policy = ReuseLayers(None, 5, weight=0.02)
     policy.calibrate(layers)  # type: ignore[arg-type]
-    own += policy.modes != plan(found.error, found.sensitivity, weight=0.02).modes
+    own += policy.modes != plan(found.error, found.sensitivity, weight=0.02).modes or policy.reads != [0, 0, 0]
     return own, float((found.overlap - found.mass).abs().max())
