@@ -165,13 +165,14 @@ def clustered(
     seen = torch.ones(*q_at.shape, k_at.shape[-1], dtype=torch.bool, device=q.device)
     if isinstance(mask, Causal):
         seen = q_place[..., :, None] >= k_place[..., None, :]
-    if mechanism.hide_self:  # a token sees itself only where it would see nothing else
+    recalls = "memory_k" in inputs or "memory_v" in inputs
+    if mechanism.hide_self:  # a token sees itself only where it would see nothing else, a memory included
         own = q_place[..., :, None] == k_place[..., None, :]
         others = seen & ~own
-        seen = others | (own & ~others.any(-1, keepdim=True))
+        seen = others if recalls else others | (own & ~others.any(-1, keepdim=True))
     scale = (sizes.head_dim**-0.5 if mechanism.scaled else 1.0) if scale is None else scale
     keys, values, seen = take(k, k_at), take(v, k_at), seen.flatten(1, 2)
-    if "memory_k" in inputs or "memory_v" in inputs:
+    if recalls:
         keys, values, seen = remembered(inputs, keys, values, seen)
     out = attend(take(q, q_at), keys, values, mechanism.inner, mask=Explicit(), scale=scale, visible=seen)
     out = out.unflatten(1, (sizes.heads, -1)).flatten(2, 3)

@@ -75,6 +75,7 @@ ROWS = {
     "GlobalLatentAttention": "sparse.alternating_sparse_attention",
     "LocalLatentAttention": "sparse.alternating_sparse_attention",
     "asa_layers": "sparse.alternating_sparse_attention",
+    "BiFormer": "sparse.biformer",
     "BiFormerBlock": "sparse.biformer",
     "BiLevelRoutingAttention": "sparse.biformer",
     "DemonstrationCache": "sparse.dbsa",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +78,14 @@ def train(net: SuperNet, batches: Batch, steps: int, choose: Callable[[], Arch],
 @register("attention-nas", kind="function")
 def attention_search(
     space: Space, batches: Batch, vocab: int, outputs: int, length: int, budget: float, *, steps: int = 300, scored: int = 24,
-    final_steps: int = 300, seed: int = 0,
+    final_steps: int = 300, seed: int = 0, lr: float = 3e-3,
 ) -> SearchResult:  # fmt: skip
     """Trains a super-net on `batches`, learns to rank `scored` architectures by held-out accuracy with inherited weights, searches under the
-    budget, and trains the winner and its single-kind versions from scratch."""
+    budget, and trains the winner and its single-kind versions from scratch. lr: of all trainings."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
     net = SuperNet(space, vocab, outputs, length)
-    train(net, batches, steps, lambda: space.sample(draw))
+    train(net, batches, steps, lambda: space.sample(draw), lr)
     held_out = batches(-1)
     archs = [space.sample(draw) for _ in range(scored)]
     values = [accuracy(net, one, held_out) for one in archs]
@@ -105,10 +105,8 @@ def attention_search(
         torch.manual_seed(seed)
         own = net.standalone(arch)
         fresh = SuperNet(own.space, vocab, outputs, length)
-        train(fresh, batches, final_steps, lambda: arch)
+        train(fresh, batches, final_steps, lambda: arch, lr)
         return accuracy(fresh, arch, held_out)
-
-    from dataclasses import replace
 
     single = {kind: Arch(best.dim, tuple(replace(one, attention=kind) for one in best.layers)) for kind in space.attentions}
     return SearchResult(best, flops(best, length), scratch(best), {kind: scratch(arch) for kind, arch in single.items()})

@@ -153,3 +153,44 @@ class BiFormerBlock(nn.Module):
         x = x + self.place(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = x + self.mixer(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class BiFormer(nn.Module):
+    """x (N, H, W, channels) -> logits (N, classes): stages of `BiFormerBlock`s at widths[n] channels, `stem` pixels a token in the first and a
+    quarter of the tokens in each next; mean over tokens, normed, at the end. The defaults are a tiny net; the paper's first has widths
+    64, 128, 256, 512, depths 2, 2, 8, 2, regions 7 and top_ks 1, 4, 16, 49."""
+
+    def __init__(
+        self, classes: int, *, channels: int = 3, widths: tuple[int, ...] = (16, 32), depths: tuple[int, ...] = (1, 1),
+        top_ks: tuple[int, ...] = (1, 4), regions: int = 2, head_dim: int = 8, ratio: int = 3, stem: int = 4,
+    ):  # fmt: skip
+        super().__init__()
+        if not len(widths) == len(depths) == len(top_ks) or not widths or any(width % head_dim for width in widths):
+            raise RegardError(
+                f"widths={widths}, depths={depths}, top_ks={top_ks}, head_dim={head_dim}: expected one of each a stage, widths multiples of head_dim"
+            )
+        self.merges, self.stages = nn.ModuleList(), nn.ModuleList()
+        for n, (width, depth, top) in enumerate(zip(widths, depths, top_ks, strict=True)):
+            size = stem if n == 0 else 2
+            self.merges.append(nn.Conv2d(widths[n - 1] if n else channels, width, size, size))
+            blocks = [BiFormerBlock(width, width // head_dim, regions=regions, top_k=top, ratio=ratio) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+        self.norm, self.head = nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for merge, stage in zip(self.merges, self.stages, strict=True):
+            x = stage(merge(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.head(self.norm(x.mean((1, 2))))  # type: ignore[no-any-return]
+
+
+def region_routes(q: Tensor, k: Tensor, regions: int, top_k: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Routing alone, for maps q and k (N, H, W, C) of any attention: (routes (N, S^2, top_k), logits (N, S^2, S^2)) of region means."""
+    height, width = q.shape[1:3]
+    if q.shape != k.shape or height % regions or width % regions or not 1 <= top_k <= regions * regions:
+        raise RegardError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, regions={regions}, top_k={top_k}: expected equal shapes, heights and widths multiples of "
+            f"regions, and 1 <= top_k <= {regions**2}"
+        )
+    means = [y.unflatten(2, (regions, -1)).unflatten(1, (regions, -1)).mean((2, 4)).flatten(1, 2) for y in (q, k)]
+    logits = means[0] @ means[1].transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return logits.topk(top_k, -1).indices, logits

@@ -32,7 +32,7 @@ class BM25:
         self.counts = [Counter(self.words(text)) for text in texts]
         self.k1, self.b = k1, b
         self.sizes = [sum(count.values()) for count in self.counts]
-        self.mean = sum(self.sizes) / max(1, len(texts))
+        self.mean = sum(self.sizes) / max(1, len(texts)) or 1.0  # texts without a word score nothing anyway
         self.holding = Counter(word for count in self.counts for word in count)
 
     @staticmethod
@@ -81,6 +81,8 @@ class DemonstrationCache:
         layers = [block.mixer for block in model.blocks]
         if any(getattr(layer, "rope", None) is None or type(layer).__name__ != "Attention" for layer in layers):
             raise RegardError("the model has layers other than Attention with rotary positions (Decoder('softmax', rope=True))")
+        if min(anchors, previous) < 0 or (selected is not None and selected < 1):
+            raise RegardError(f"anchors={anchors}, previous={previous}, selected={selected}; expected 0 or more, and at least 1 or None")
         self.model, self.anchors, self.previous, self.selected, self.reposition = model, anchors, previous, selected, reposition
         self.rope, self.account = Rope(), Account()
         self.groups: list[list[tuple[Tensor, Tensor]]] = []  # by layer, by group: unrotated k and v (1, Hkv, n, D)
@@ -131,6 +133,8 @@ class DemonstrationCache:
         if self.index is None:
             raise RegardError("no demonstrations are cached; call encode_once first")
         chosen = self.retrieve(text) if chosen is None else list(chosen)
+        if not chosen or not all(0 <= n < len(self.starts) for n in chosen):
+            raise RegardError(f"chosen={chosen}; expected ids of the {len(self.starts)} encoded groups, at least one")
         past = [(torch.cat([layer[n][0] for n in chosen], 2), torch.cat([layer[n][1] for n in chosen], 2)) for layer in self.groups]
         read = past[0][0].shape[2]
         sizes = [self.groups[0][n][0].shape[2] for n in chosen]
@@ -153,4 +157,29 @@ class DemonstrationCache:
         return int(self.answer(tokens, text)[-1, labels].argmax())
 
 
-__all__ = ["BM25", "Account", "DemonstrationCache", "group_mask"]
+@dataclass(frozen=True)
+class ManyShot:
+    """A classification task: groups of demonstrations "word ... word label", each with its text, and queries as `evaluate` takes them."""
+
+    groups: list[Tensor]
+    texts: list[str]
+    queries: list[tuple[Tensor, str, int]]
+    labels: Tensor
+
+
+def many_shot_task(
+    groups: int = 16, per_group: int = 6, words: int = 2, labels: int = 8, queries: int = 32, *, generator: torch.Generator
+) -> ManyShot:
+    """Every demonstration has `words` words of its own and a label drawn by coin; a query repeats one's words and asks for its label, so it
+    can be answered from that demonstration alone. Tokens: labels first, then words; a group's text spells its words."""
+    count = groups * per_group
+    answers = torch.randint(labels, (count,), generator=generator)
+    spelled = labels + torch.randperm(count * words, generator=generator).view(count, words)
+    rows = torch.cat((spelled, answers[:, None]), 1).view(groups, -1)
+    texts = [" ".join(f"w{x}" for x in part.flatten().tolist()) for part in spelled.view(groups, per_group, words)]
+    asked = torch.randint(count, (queries,), generator=generator).tolist()
+    found = [(spelled[n], " ".join(f"w{x}" for x in spelled[n].tolist()), int(answers[n])) for n in asked]
+    return ManyShot(list(rows), texts, found, torch.arange(labels))
+
+
+__all__ = ["BM25", "Account", "DemonstrationCache", "ManyShot", "group_mask", "many_shot_task"]

@@ -7,11 +7,12 @@ tokens are re-listed patch by patch, so that kept entries are blocks; exact soft
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.algebra import Chosen, Program, Selection, View, Weighted, bind
+from regard.algebra import Chosen, Mechanism, Program, Selection, View, Weighted, bind
 from regard.algebra.blocks import heads_of, pooled
 from regard.algebra.permute import tiles
 from regard.catalog.registry import register
@@ -67,3 +68,11 @@ def drafted(
         return call.attend(q, k, v, Weighted(), scale=call.scale)
     plan = Chosen(bind(draft_plan, size=size, visual=visual, sparsity=sparsity, every_row=every_row), ahead=True)
     return order.invert(call.attend(*(order.apply(x) for x in (q, k, v)), Weighted(select=plan), scale=call.scale))
+
+
+def schedule(step: int, layer: int, *, dense_steps: int = 10, dense_layers: int = 0, **settings: Any) -> Mechanism:
+    """What layer `layer` runs at denoising step `step`, both from 0: dense attention in the first `dense_steps` steps and `dense_layers` layers,
+    `draft(**settings)` after them."""
+    if min(step, layer, dense_steps, dense_layers) < 0:
+        raise RegardError(f"step={step}, layer={layer}, dense_steps={dense_steps}, dense_layers={dense_layers}; expected 0 or more")
+    return Weighted() if step < dense_steps or layer < dense_layers else draft(**settings)

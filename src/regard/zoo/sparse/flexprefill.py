@@ -57,6 +57,14 @@ def distance_sums(mass: Tensor, size: int) -> Tensor:
     return block_sums(mass.flip(-1), size).flip(-1)
 
 
+def patterns(q: Tensor, k: Tensor, *, tau: float = 0.1, block_size: int = 128, scale: float | None = None) -> list[list[str]]:
+    """The pattern of each head of each prompt, "query-aware" or "vertical-slash": q (B, H, L, D), k (B, Hkv, L, D)."""
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    means = heads_of(pooled(k, block_size), q.shape[1])
+    aware = distance(q, means, last_mass(q, k, block_size)[0], block_size) < tau
+    return [["query-aware" if one else "vertical-slash" for one in row] for row in aware.tolist()]
+
+
 def flex_plan(
     q: Tensor, k: Tensor, view: View, *, gamma: float, tau: float, min_budget: int | None, max_budget: int | None, block_size: int,
     count_size: int,

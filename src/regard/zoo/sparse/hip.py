@@ -16,6 +16,8 @@ from regard.algebra import Causal, Chosen, Selection, Sizes, View, Weighted, bin
 from regard.algebra.blocks import heads_of
 from regard.algebra.select import scoring
 from regard.catalog.registry import register
+from regard.engine.door import attend
+from regard.errors import RegardError
 
 
 @register("hip")
@@ -110,3 +112,32 @@ def tree(
         rows.append(keep)
     empty = torch.zeros(*q.shape[:2], 0, total, dtype=torch.bool, device=q.device)
     return Selection(torch.stack(rows, -2) if rows else empty, block_q, block_k), reads
+
+
+class CachedHip:
+    """Decoding that descends the tree once in `refresh` tokens and reads the blocks found last in between, beside sinks and window as they
+    stand; tokens that have left the window since are read too. The other arguments are `hip`'s; refresh=1 is its own decoding.
+
+    `step(q, k, v)`: q (B, H, 1, D), the newest token's; k, v (B, Hkv, L, D), all so far -> (B, H, 1, Dv). `descents`: how many there were.
+    """
+
+    def __init__(
+        self, refresh: int = 8, *, mask_k: int = 512, block_k: int = 2, sinks: int = 4, window: int = 64, representative: str = "first"
+    ):
+        if refresh < 1:
+            raise RegardError(f"refresh={refresh}; expected at least 1 token")
+        self.refresh, self.block_k, self.sinks, self.window = refresh, block_k, sinks, window
+        self.rest = {"mask_k": mask_k, "block_q": 1, "query_stride": 1, "representative": representative}
+        self.found: Tensor | None = None  # (B, H, blocks) at the last descent
+        self.last, self.descents = 0, 0
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = k.shape[-2]
+        if self.found is None or not self.last <= length < self.last + self.refresh:
+            mine: dict[str, Any] = {**self.rest, "block_k": self.block_k, "sinks": self.sinks, "window": self.window}
+            self.found, self.last = tree(q, k, length - 1, **mine)[0].keep[:, :, 0], length
+            self.descents += 1
+        total = -(-length // self.block_k)
+        near = torch.arange(total, device=q.device) * self.block_k + self.block_k > length - max(self.window, 1)
+        keep = torch.nn.functional.pad(self.found, (0, total - self.found.shape[-1])) | near
+        return attend(q, k, v, mask=keep.repeat_interleave(self.block_k, -1)[..., None, :length])

@@ -2,11 +2,13 @@
 
 block score = max over the key windows touching it of their softmax mass, summed over a group; read: first block, local blocks, best blocks
 linear layer: o = W_o(sigmoid(W_z x) RMS(S q)), S = lam S + k v^T
+Not built: pages for the sparse layers' cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -176,19 +178,46 @@ def distil_loss(model: Decoder, dense: Decoder, tokens: Tensor) -> Tensor:
     return F.kl_div(model(tokens).log_softmax(-1).flatten(0, 1), truth.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
+@contextmanager
+def reading_all(model: Decoder) -> Iterator[None]:
+    """Inside the block the sparse layers read everything, as while training on short sequences."""
+    layers = [b.mixer for b in model.blocks if isinstance(b.mixer, Attention) and isinstance(b.mixer.mechanism, Weighted)]
+    held = [layer.mechanism for layer in layers]
+    for layer in layers:
+        assert isinstance(layer.mechanism, Weighted)
+        layer.mechanism = replace(layer.mechanism, select=None)
+    try:
+        yield
+    finally:
+        for layer, mechanism in zip(layers, held, strict=True):
+            layer.mechanism = mechanism
+
+
+def next_token_loss(model: Decoder, dense: Decoder, tokens: Tensor) -> Tensor:
+    """Stage 3: cross-entropy of each next token."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
 def train_stages(
-    model: Decoder, dense: Decoder, batches: Callable[[int], Tensor], steps: tuple[int, int] = (60, 60), lr: float = 1e-3
-) -> dict[str, list[float]]:
-    """Linear layers towards the dense ones with the rest held, then everything by distillation; batches(step) -> tokens (B, L)."""
+    model: Decoder, dense: Decoder, batches: Callable[[int], Tensor], steps: Sequence[int] = (60, 60), lr: float = 1e-3,
+    long: Callable[[int], Tensor] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Linear layers towards the dense ones with the rest held, then everything by distillation, the sparse layers reading all; and, where
+    steps has a third number, on `long` batches, next tokens with the sparse layers choosing. batches(step), long(step) -> tokens (B, L)."""
+    if len(steps) not in (2, 3) or (len(steps) == 3) != (long is not None):
+        raise RegardError(f"steps={tuple(steps)}, long={'None' if long is None else 'given'}; expected two numbers, or three and long batches")
     log: dict[str, list[float]] = {}
     linear = [p for b in model.blocks if isinstance(b.mixer.mechanism, Recurrent) for p in b.mixer.parameters()]  # type: ignore[union-attr]
-    stages = (("align", linear, align_loss, steps[0]), ("distil", list(model.parameters()), distil_loss, steps[1]))
-    for name, parameters, loss_of, count in stages:
+    every = list(model.parameters())
+    stages = [("align", linear, align_loss, batches), ("distil", every, distil_loss, batches)]
+    stages += [("long", every, next_token_loss, long)] if long is not None else []
+    for (name, parameters, loss_of, tokens), count in zip(stages, steps, strict=True):
         optimizer = torch.optim.AdamW(parameters, lr)
         log[name] = []
         for step in range(count):
             optimizer.zero_grad()
-            loss = loss_of(model, dense, batches(step))
+            with nullcontext() if name == "long" else reading_all(model):
+                loss = loss_of(model, dense, tokens(step))
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             log[name].append(loss.item())

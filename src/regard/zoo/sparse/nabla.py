@@ -30,6 +30,8 @@ def nabla(
     """grid: frames, height, width, frame-major, `patch` dividing the last two (None: blocks of patch^2 tokens in a line). thr: pooled mass a
     row keeps (1: dense). tile_window: blocks an axis of the sliding tile, or None. text: tokens after the grid, read by all and reading all.
     Input `docs` (B, L), optional: videos packed in one sequence, whole patches each."""
+    if tile_window is not None and (len(tile_window) != 3 or min(tile_window) < 1):
+        raise RegardError(f"tile_window={tile_window}; expected three positive numbers of blocks: frames, height, width")
     docs = Input("docs", "bf", default="pool", dtype="int")
     return Program(bind(nabla_program, grid=grid, patch=patch, thr=thr, tile_window=tile_window, text=text), inputs=(docs,))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regard.algebra import Causal, Lifetime, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
+from regard.errors import RegardError
 from regard.nn.parts import one_by_one
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
@@ -109,6 +110,10 @@ class NAtSAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, kv_heads: int | None = None, *, window: int = 64, tau: float = 1.0):
         super().__init__()
+        if dim % heads or heads % (kv_heads or heads) or window < 0 or tau <= 0:
+            raise RegardError(
+                f"dim={dim}, heads={heads}, kv_heads={kv_heads}, window={window}, tau={tau}: expected multiples, a window of 0 or more, tau > 0"
+            )
         self.heads, self.kv_heads, self.width, self.window, self.tau = heads, kv_heads or heads, dim // heads, window, tau
         self.q, self.out = nn.Linear(dim, dim, False), nn.Linear(dim, dim, False)
         self.k, self.v = (nn.Linear(dim, self.kv_heads * self.width, False) for _ in range(2))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regard.algebra import BlockPowers, Causal, Mask, Sizes, Weighted
+from regard.algebra import BlockPowers, Causal, Mask, Sizes, Weighted, Where, bind
 from regard.catalog.registry import register
+from regard.errors import RegardError
 
 
 @register("powerattention")
@@ -22,6 +23,21 @@ def blocks_read(position: int, block_size: int, window_blocks: int = 0, sink_blo
     """The key blocks that decoding at `position` reads: O(log L) of them."""
     u = position // block_size
     return [w for w in range(u + 1) if (u - w) & (u - w - 1) == 0 or u - w < window_blocks or w < sink_blocks]
+
+
+def shares_segment(b: Tensor, h: Tensor, i: Tensor, j: Tensor, segments: tuple[int, ...], rates: tuple[int, ...]) -> Tensor:
+    seen = (i // segments[0] == j // segments[0]) & (i % rates[0] == h % rates[0]) & (j % rates[0] == h % rates[0])
+    for size, rate in zip(segments[1:], rates[1:], strict=True):
+        seen = seen | ((i // size == j // size) & (i % rate == h % rate) & (j % rate == h % rate))
+    return seen
+
+
+def longnet(segments: tuple[int, ...] = (2048, 4096, 8192), rates: tuple[int, ...] = (1, 2, 4)) -> Mask:
+    """LongNet's pairs (Ding et al., 2023), a baseline: both tokens in one segment and, from head h on, every rate-th of it, of any of the
+    patterns. Each rate divides its segment. LongNet weighs a softmax a pattern; as a mask the patterns are one softmax."""
+    if len(segments) != len(rates) or not segments or any(rate < 1 or size % rate for size, rate in zip(segments, rates, strict=True)):
+        raise RegardError(f"segments={segments}, rates={rates}; expected as many of both, each rate a divisor of its segment")
+    return Causal() & Where(bind(shares_segment, segments=segments, rates=rates))
 
 
 def receptive_field(mask: Mask, length: int, layers: int) -> Tensor:

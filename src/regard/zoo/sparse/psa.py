@@ -1,6 +1,7 @@
 """PSA: blocks read at full, half, quarter or eighth resolution, or not at all (id 264; Li et al., 2025).
 
 level p in {1, 2, 4, 8} of a (query block, key block) pair: the keys are means of p tokens, weigh exp(s + log p); 0: skipped
+Not built: orders of tokens (Gilbert curve, tiles, clusters) before blocks are cut; `regard.algebra.permute.tiles` gives the tiles.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class MemoryState:
 
 @register("recurrent-memory-transformer", kind="module")
 class RecurrentMemoryBlock(nn.Module):
-    """x (B, L, dim) -> y (B, L, dim); `memory` may be passed in and `return_memory` hands it on, (keys, values) (B, H, M, D).
+    """x (B, L, dim) -> y (B, L, dim); `memory` may be passed in and `return_memory` hands it on, (keys, values) (B, H, M, D), with `first`, the
+    position of x's first token, which starts a chunk (a global branch would miss what came before: such layers go on by `step`).
 
     chunk: C. slots: M. written: r slots written a chunk (means of its r parts). use_global: a branch of causal attention over everything.
     bptt: chunks that gradients flow back through the memory (None: all). rope_bases: first and last of the heads' rotary bases, spread
@@ -102,9 +103,14 @@ class RecurrentMemoryBlock(nn.Module):
         return self.out(local.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, return_memory: bool = False
+        self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, return_memory: bool = False, first: int = 0
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v, plain = self.split(x, 0)
+        if first < 0 or first % self.chunk or (self.mix is not None and (memory is not None or first)):
+            raise RegardError(
+                f"first={first}, memory={'None' if memory is None else 'given'}, use_global={self.mix is not None}: expected the start of a chunk "
+                f"of {self.chunk} tokens, and neither where there is a global branch; use step to go on there"
+            )
+        q, k, v, plain = self.split(x, first)
         memory, outs = memory or self.empty(x), []
         for number, start in enumerate(range(0, x.shape[1], self.chunk)):
             rows = slice(start, start + self.chunk)
@@ -119,11 +125,11 @@ class RecurrentMemoryBlock(nn.Module):
     @one_by_one
     def step(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """New tokens (B, n, dim), one after the other; the state does not grow unless there is a global branch."""
-        first = 0 if state is None else state.length
-        q, k, v, plain = self.split(x, first)
         if state is None:
-            none = k[:, :, :0]
+            none = x.new_zeros(x.shape[0], self.heads, 0, x.shape[-1] // self.heads)
             state = MemoryState(self.empty(x), (none, none), (none, none) if self.mix is not None else None, 0)
+        first = state.length
+        q, k, v, plain = self.split(x, first)
         chunk = torch.cat((state.chunk[0], plain), 2), torch.cat((state.chunk[1], v), 2)
         at = torch.arange(first + 1 - chunk[0].shape[2], first + 1, device=x.device)
         turned = torch.cat([rope.rotate(chunk[0][:, h : h + 1], at) for h, rope in enumerate(self.ropes)], 1)

@@ -2,6 +2,7 @@
 
     cluster c takes its w nearest queries and keys; o = softmax(q k^T / sqrt(D)) v inside it; mean over a token's clusters
 The layer with local heads and centroids that follow the data: `regard.nn.RoutingAttention`.
+Not built: decoding by the new token's centroid against stored members.
 """
 
 from __future__ import annotations

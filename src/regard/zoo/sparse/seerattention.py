@@ -1,6 +1,7 @@
 """SeerAttention: a small gate learns from the dense attention which blocks matter (Gao et al., 2024).
 
 G = rope(W_q avg(Q_u)) . rope(W_k [max; min; avg](K_w)) / sqrt(d_g);  trained: KL(GT || softmax G), GT_uw = max of the probabilities in (u, w)
+Not built: the gate's variant for decoding (which runs dense), and joint training of gate and model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SLA: critical blocks by softmax, the rest by linear attention through one learned map (Zhang et al., 2025).
 
 o = softmax over critical blocks + W_l [phi(Q_u) H_u / (phi(Q_u) Z_u)] + b_l, H_u, Z_u sums of phi(K_w)^T V_w over marginal blocks w
+Not built: the recipe that swaps the layer into a diffusion transformer and fine-tunes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Sparsifiner: a low-rank predictor says which tokens each token attends to (Wei et al., 2023).
 
 c = softmax(scale (q W_q) (P_down^T k W_k)^T);  A_hat = c |P_up|^T;  row i keeps its ceil(keep N) largest A_hat; the class token all
+Not built: a ViT around the layer, and its schedule of training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class SparsifinerAttention(Momentary):
     tokens: N. rank: r of the predictor (None: N / 8). reduction: head_dim over the predictor's width. bias: of the predictor's two maps.
     keep: share of keys a row keeps; or estimate_threshold: keys whose estimate is above it. basis_threshold, coefficient_threshold: smaller
     entries are zero, coefficient_top: so many coefficients of a row are left (0: all), which makes the estimate a product of sparse matrices.
-    scale: of the predictor (None: heads^-0.5, as released). exclude_class: whether the class token's row is full. sparse=False runs dense attention, as in the phase that trains the predictor (`reconstruction`).
+    scale: of the predictor (None: heads^-0.5, as released). exclude_class: whether the class token's row is full. `sparse` = False runs dense
+    attention, as in the phase that trains the predictor (`reconstruction`); `gather` = True fetches each row's kept keys and values instead
+    of masking the others.
     """
 
     mask: Tensor
@@ -51,7 +54,7 @@ class SparsifinerAttention(Momentary):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.reduce_q, self.reduce_k = (nn.Linear(width, width // reduction, bias) for _ in range(2))  # shared by the heads
         self.down, self.up = (nn.Parameter(torch.randn(tokens, rank) * tokens**-0.5) for _ in range(2))
-        self.sparse = True
+        self.sparse, self.gather = True, False
 
     def predict(self, q: Tensor, k: Tensor, thresholds: bool = True, real: Tensor | None = None) -> Tensor:
         """The estimate (B, H, N - 1 or N, N) of the attention rows; without thresholds and |.| of P_up while it is being trained.
@@ -108,7 +111,10 @@ class SparsifinerAttention(Momentary):
             q, k, v = (y * real[:, None, :, None].to(y.dtype) for y in (q, k, v))
         self.estimate = self.predict(q, k, real=real)
         self.mask = self.connectivity(self.estimate, real)
-        o = attend(q, k, v, mask=self.mask) if self.sparse or real is not None else attend(q, k, v)
+        if self.gather and self.sparse:
+            o = gathered(q, k, v, self.mask)
+        else:
+            o = attend(q, k, v, mask=self.mask) if self.sparse or real is not None else attend(q, k, v)
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def reconstruction(self, q: Tensor, k: Tensor, teacher: Tensor) -> Tensor:
@@ -116,8 +122,24 @@ class SparsifinerAttention(Momentary):
         return (self.predict(q, k, thresholds=False) - teacher).square().sum()
 
 
+def gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention under a mask (B, H, N, N) row by row over the kept keys alone: the first row, which reads all, and the others padded to the
+    most keys one of them keeps."""
+    first = attend(q[..., :1, :], k, v, mask=mask[..., :1, :])
+    counts = mask[..., 1:, :].sum(-1, keepdim=True)
+    most = int(counts.max()) if counts.numel() else 0
+    places = mask[..., 1:, :].to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    keys, values = (
+        x[:, :, None].expand(-1, -1, places.shape[2], -1, -1).gather(3, places[..., None].expand(*places.shape, x.shape[-1])) for x in (k, v)
+    )
+    real = torch.arange(most, device=q.device) < counts
+    one, keys, values = (x.flatten(0, 2)[:, None] for x in (q[..., 1:, None, :], keys, values))
+    rest = attend(one, keys, values, mask=real.flatten(0, 2)[:, None, None]).reshape(*q.shape[:2], -1, v.shape[-1])
+    return torch.cat((first, rest), -2)
+
+
 def distillation(student: Tensor, teacher: Tensor, tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
-    """KL(student || teacher) of logits plus the mean squared difference of the last layer's tokens."""
+    """KL(teacher || student) of logits, a sample's mean, plus the mean squared difference of the last layer's tokens."""
     return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), log_target=True, reduction="batchmean") + F.mse_loss(
         tokens, teacher_tokens
     )
@@ -131,9 +153,10 @@ def prune_tokens(x: Tensor, attention: Tensor, keep: float) -> Tensor:
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def mhsa_flops(tokens: int, dim: int, keep: float | None, rank: int | None = None, active: float = 1.0) -> float:
-    """Of one layer's products over tokens: dense 2 N^2 d; sparse: predictor N r d / 2 twice and its product (share `active`), 2 k N d kept."""
+def mhsa_flops(tokens: int, dim: int, heads: int, keep: float | None, rank: int | None = None, active: float = 1.0) -> float:
+    """Of one layer's products over tokens: dense 2 N^2 d multiply-adds; sparse: the predictor's N r d / 2 twice (half the width), a product of
+    N^2 r a head of which the share `active` is not zero, and 2 k N d over kept pairs, k = ceil(keep N). Two FLOP each."""
     if keep is None:
         return 2 * 2 * tokens**2 * dim
     rank = rank or tokens // 8
-    return 2 * (2 * tokens * rank * dim / 2 + active * tokens**2 * rank + 2 * math.ceil(keep * tokens) * tokens * dim)
+    return 2 * (2 * tokens * rank * dim / 2 + active * heads * tokens**2 * rank + 2 * math.ceil(keep * tokens) * tokens * dim)

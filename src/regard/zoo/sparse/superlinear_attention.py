@@ -137,6 +137,8 @@ class SuperlinearAttention(nn.Module):
                 f"top={top}, skip={skip}, backward={backward}, forward={forward}, power={power}: expected top >= 1, power >= 1, the others >= 0"
             )
         kv_heads = kv_heads or heads
+        if dim % heads or heads % kv_heads:
+            raise RegardError(f"dim={dim}, heads={heads}, kv_heads={kv_heads}: expected multiples")
         self.heads, self.kv_heads, self.top, self.skip, self.power = heads, kv_heads, top, skip, power
         self.spans = (backward, forward, span_power)
         width = dim // heads

@@ -44,3 +44,9 @@ def s_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             heads.append(v.new_zeros(v.shape[-1]) if p is None else p @ v[0, h, at])
         rows.append(torch.stack(heads))
     return torch.stack(rows, 1)[None]
+
+
+def masked_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention with every weight written out; grouped heads; mask (H, Lq, Lk) or what broadcasts to it, no row empty."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf).softmax(-1) @ v

@@ -11,7 +11,7 @@ from regard.algebra import Rope
 from regard.lab import naive
 from regard.lab.verification import check
 from regard.nn.decoder import Decoder
-from regard.zoo.sparse.dbsa import BM25, DemonstrationCache, group_mask
+from regard.zoo.sparse.dbsa import BM25, DemonstrationCache, group_mask, many_shot_task
 
 
 def demonstrations(layers: int = 3, **options: int | None) -> tuple[Decoder, DemonstrationCache, list[Tensor], Tensor]:
@@ -142,3 +142,66 @@ def _() -> tuple[float, float]:
 
     first = max(range(20), key=lambda n: found.scores("zebra")[n])
     return gap(found.scores(query)) + (first != 13), gap(BM25(texts, b=0.0).scores(query))
+
+
+@check(
+    "dbsa",
+    "a query reads group 0 and the best others by BM25, in their order: logits against those of the groups chosen by hand",
+    below=0,
+    control="a text that speaks of another group",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    _, cache, groups, query = demonstrations(selected=3)
+    cache.encode_once(groups, ["a b", "c zebra", "zebra zebra d", "e f", "gnu", "b b zebra x y z"])
+    truth = cache.answer(query, chosen=[0, 1, 2])  # a short text and two mentions beat one mention in a long text
+    read = cache.account.read[-1]
+    own = naive.gap(cache.answer(query, "Zebra"), truth) + (cache.account.read[-1] != read) + (read != 7 + 5 + 9)
+    equal = cache.retrieve("nothing known") != [0, 1, 2]  # equal scores: the first groups
+    return own + equal, naive.gap(cache.answer(query, "gnu e"), truth)
+
+
+@check(
+    "dbsa",
+    "the many-shot task: share of queries whose own demonstration is in the 5 groups of 16 that are read",
+    above=1.0,
+    control="texts that say nothing",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    task = many_shot_task(generator=torch.Generator().manual_seed(1))
+    model = Decoder("softmax", vocab=8 + 16 * 6 * 2, dim=8, layers=1, heads=2)
+    shares = []
+    for texts in (task.texts, [""] * 16):
+        cache = DemonstrationCache(model)
+        cache.encode_once(task.groups, texts)
+        held = 0
+        for tokens, text, answer in task.queries:
+            seen = torch.cat([task.groups[n] for n in cache.retrieve(text)]).view(-1, 3)
+            held += bool((seen == torch.cat((tokens, torch.tensor([answer])))).all(-1).any())
+        shares.append(held / len(task.queries))
+    return shares[0], shares[1]
+
+
+@check(
+    "dbsa",
+    "evaluation and accounts equal counts by hand: accuracy over the label tokens alone, tokens read, bytes, tokens run",
+    below=0,
+    control="accuracy over the whole vocabulary",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    _, cache, groups, _ = demonstrations(selected=2)
+    labels = torch.tensor([3, 17, 29, 31])
+    queries = [(torch.randint(40, (5,)), f"group {n % 5 + 1}", n % 4) for n in range(20)]
+    found = cache.evaluate(queries, labels)
+    right = anywhere = 0
+    for tokens, text, truth in queries:
+        logits = cache.answer(tokens, text)[-1].tolist()
+        right += max(range(4), key=lambda n: logits[int(labels[n])]) == truth
+        anywhere += max(range(40), key=lambda n: logits[n]) == int(labels[truth])
+    read = sum(7 + len(groups[n % 5 + 1]) for n in range(20)) / 20
+    held = 39 * 3 * 2 * 2 * 8 * 8  # tokens, layers, keys and values, kv heads, channels, bytes
+    off = abs(found["accuracy"] - right / 20) + abs(found["read"] - read) + abs(found["bytes"] - held)
+    off += abs(cache.account.encoded - 39) + abs(cache.account.tokens - 2 * 20 * 5) + (found["seconds"] <= 0)
+    return off, abs(found["accuracy"] - anywhere / 20)

@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.algebra import Causal, Window
 from regard.engine.door import attend
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import join_heads, rms, rotary, split_heads
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.selected import qkv
 from regard.lab.verification import check
@@ -101,3 +102,50 @@ def _() -> tuple[float, float]:
             slope = (values[0] - values[1]) / 2e-6
             worst, least = max(worst, abs(slope - float(grad[at]))), max(least, abs(slope))
     return worst, least
+
+
+def dma_loop(layer: DynamicMaskAttention, x: Tensor, of_keys: bool = False) -> Tensor:
+    """The layer from its weights, row by row; of_keys: the bias read off keys, not values."""
+    heads, share, n, at = layer.heads, layer.heads // layer.kv_heads, x.shape[1], torch.arange(x.shape[1])
+    q = rotary(rms(split_heads(x @ layer.q.weight.T, heads), layer.q_norm.weight, 1e-6), at)
+    k = rotary(rms(split_heads(x @ layer.k.weight.T, layer.kv_heads), layer.k_norm.weight, 1e-6), at)
+    v = x @ layer.v.weight.T
+    read = join_heads(k) if of_keys else v
+    bias = layer.strength * torch.log1p(torch.exp(read @ layer.dt.weight.T + layer.dt.bias))  # (B, L, Hkv)
+    bias = torch.exp(bias) if layer.form == "exp" else bias
+    v, out = split_heads(v, layer.kv_heads), torch.zeros(*x.shape[:2], heads * layer.width, dtype=x.dtype)
+    for b in range(x.shape[0]):
+        for h in range(heads):
+            g, rows = h // share, []
+            for i in range(n):
+                one = bias[b, : i + 1, g]
+                if layer.kind == "relu":
+                    kept = [j for j in range(i + 1) if one[j] > 0]
+                else:
+                    kept = sorted(range(i + 1), key=lambda j, one=one: -float(one[j]))[: layer.window]
+                if layer.smooth:
+                    sizes = {w: min(layer.smooth, n - w * layer.smooth) for w in range(-(-n // layer.smooth))}
+                    most = {w for w, size in sizes.items() if sum(j // layer.smooth == w for j in kept) > size / 2}
+                    kept = [j for j in range(i + 1) if j // layer.smooth in most]
+                s = k[b, g, kept] @ q[b, h, i] / math.sqrt(layer.width) + one[kept]
+                rows.append(s.softmax(0) @ v[b, g, kept] if kept else torch.zeros(layer.width, dtype=x.dtype))
+            out[b, :, h * layer.width : (h + 1) * layer.width] = torch.stack(rows)
+    return out @ layer.out.weight.T
+
+
+@check(
+    "dma",
+    "the layer equals its formula by hand: bias A softplus(W v) or its exponential, norms and rotary of q and k, top w, bias > 0, blocks by majority",
+    below=1e-10,
+    control="the bias read off the keys",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    x, own = torch.randn(1, 30, 24, dtype=F64), 0.0
+    for options in ({"bias": "exp"}, {"mask": "relu"}, {"smooth": 4}, {"smooth": 4, "mask": "relu", "bias": "exp"}, {"head_dim": 10}, {}):
+        layer = DynamicMaskAttention(24, 4, 2, window=9, **options).double()  # type: ignore[arg-type]
+        for p in (layer.strength, layer.q_norm.weight, layer.k_norm.weight):
+            torch.nn.init.normal_(p)
+        torch.nn.init.normal_(layer.dt.weight)
+        own = max(own, naive.gap(layer(x), dma_loop(layer, x)))
+    return own, naive.gap(layer(x), dma_loop(layer, x, True))

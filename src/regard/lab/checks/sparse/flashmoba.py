@@ -93,3 +93,18 @@ def _() -> tuple[float, float]:
     moved[:, :, 10:] += 1
     ahead = naive.gap(conv(moved)[:, :, :10], conv(k)[:, :, :10])
     return max(zero, ahead, naive.gap(conv(k), loop(1))), naive.gap(conv(k), loop(2))
+
+
+@check(
+    "flashmoba",
+    "the SNR with related keys equals (gap + (m - 1)(cluster - noise)) sqrt(d / 2B); trials are unit directions, repeatable by their seed",
+    below=1e-9,
+    control="a single related key",
+)
+def _() -> tuple[float, float]:
+    snr, failure = moba_snr(64, 128, 0.5, related=3, cluster=0.4, noise=0.1)
+    truth = (0.5 + 2 * 0.3) * math.sqrt(128 / 128)
+    phi = math.erfc(truth / math.sqrt(2)) / 2
+    first, second, third = (routing_trial(16, 8, 0.5, trials=2000, seed=seed) for seed in (1, 1, 2))
+    again = float(first != second) + float(first == third)
+    return abs(snr - truth) + abs(failure - phi) + again, abs(moba_snr(64, 128, 0.5)[0] - truth)

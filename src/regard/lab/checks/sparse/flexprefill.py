@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from regard.algebra import Causal
-from regard.algebra.blocks import pooled
 from regard.algebra.probes import last_mass, probed
 from regard.catalog import get
 from regard.engine.door import attend
@@ -18,7 +17,7 @@ from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.policies import plan_of
 from regard.lab.checks.shared.selected import qkv
 from regard.lab.verification import check
-from regard.zoo.sparse.flexprefill import distance
+from regard.zoo.sparse.flexprefill import patterns
 
 
 @check("flexprefill", "gamma > 1 is dense causal attention", below=1e-10, control="gamma = 0.5")
@@ -112,13 +111,14 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     q, k = flex_heads()
     mass, _ = last_mass(q / 4, k, 16)
-    d = distance(q / 4, pooled(k, 16), mass, 16)[0]
     strong = mass[0, 10:].topk(5, -1).indices // 16
     keep = plan_of("flexprefill", q, k, min_budget=16, block_size=16, count_size=16).keep[0, 10:, -1]
     read = keep.gather(-1, strong).all()
 
     def right(tau: float) -> float:
-        return float(((d < tau) == (torch.arange(20) < 10)).sum()) * float(read)
+        names = patterns(q, k, tau=tau, block_size=16)[0]
+        told = ["query-aware" if flex_loop(q[0, h], k[0, h], 16, 0.85, tau, 16)[0] else "vertical-slash" for h in range(20)]
+        return float(sum((name == "query-aware") == (h < 10) for h, name in enumerate(names))) * float(read) * (names == told)
 
     return right(0.1), right(2.0)
 

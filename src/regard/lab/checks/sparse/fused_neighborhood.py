@@ -88,3 +88,37 @@ def _() -> tuple[float, float]:
         return layer.out(o.transpose(1, 2).flatten(-2)).unflatten(1, (5, 6))  # type: ignore[no-any-return]
 
     return naive.gap(layer(x), dense(bias)), naive.gap(layer(x), dense(0 * bias))
+
+
+@check(
+    "fused-neighborhood",
+    "log-sum-exps equal a loop over windows; a dilated causal layer's relative bias a table read by steps of its dilation",
+    below=1e-10,
+    control="a scale left out of the log-sum-exps",
+)
+def _() -> tuple[float, float]:
+    q, k, v = (torch.randn(1, 6, 7, 2, 4, dtype=F64) for _ in range(3))
+    kernel, dilation, causal = (3, 2), (2, 1), (False, True)
+    out, lse = neighborhood_attention(q, k, v, 2, kernel, dilation, causal, scale=0.7, return_lse=True)
+    mask = product_mask((6, 7), kernel, dilation, causal)
+    flat = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
+    logits = (0.7 * flat[0] @ flat[1].transpose(-1, -2)).masked_fill(~mask, -math.inf)
+    truth = logits.exp().sum(-1).log().transpose(1, 2).unflatten(1, (6, 7))
+    own = max(naive.gap(lse, truth), naive.gap(out, (logits.softmax(-1) @ flat[2]).transpose(1, 2).unflatten(1, (6, 7))))
+
+    layer, x = (
+        NeighborhoodAttention2D(8, 2, kernel, dilation=dilation, causal=causal, bias=True).double(),
+        torch.randn(1, 6, 7, 8, dtype=F64),
+    )
+    assert layer.bias is not None
+    torch.nn.init.normal_(layer.bias)
+    a, b, c = (y.flatten(1, 2).unflatten(-1, (2, 4)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
+    s = (a @ b.transpose(-1, -2) / 2).masked_fill(~mask, -math.inf)
+    table = torch.zeros(2, 42, 42, dtype=F64)
+    for i, j in itertools.product(range(42), range(42)):
+        if mask[i, j]:
+            down, right = (j // 7 - i // 7) // 2, j % 7 - i % 7  # in steps of the dilation
+            table[:, i, j] = layer.bias[:, (down + 2) * 3 + right + 1].detach()
+    biased = ((s + table).softmax(-1) @ c).transpose(1, 2).flatten(-2)
+    own = max(own, naive.gap(layer(x), layer.out(biased).unflatten(1, (6, 7))))
+    return own, naive.gap(lse, (logits / 0.7).exp().sum(-1).log().transpose(1, 2).unflatten(1, (6, 7)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.verification import check
-from regard.zoo.sparse.halonet import HaloAttention2d
+from regard.zoo.sparse.halonet import HaloAttention2d, HaloNet
 
 
 def halo_loop(layer: HaloAttention2d, x: Tensor) -> Tensor:
@@ -32,7 +34,10 @@ def halo_loop(layer: HaloAttention2d, x: Tensor) -> Tensor:
                         if inside
                         else (torch.zeros(n, layer.heads, d, dtype=x.dtype), torch.zeros(n, layer.heads, e, dtype=x.dtype))
                     )
-                    relative = layer.rel_h[a - i + p - 1] + layer.rel_w[c - j + p - 1]
+                    # by pixels, or by the place of the query in the down-sampled block
+                    down, right = ((y // b * b + y % b // layer.stride) if layer.step_of_query == 1 else y for y in (i, j))
+                    relative = layer.rel_h[a - down + p - 1] + layer.rel_w[c - right + p - 1]
+                    relative = relative * {"unscaled": 1.0, "scaled": d**-0.5, "none": 0.0}[layer.relative]
                     logits.append((q[..., i, j] * (d**-0.5 * kk + relative)).sum(-1))
                     values.append(vv)
             w = torch.stack(logits, -1).softmax(-1)
@@ -79,3 +84,78 @@ def _() -> tuple[float, float]:
     layer, x = HaloAttention2d(6, 6, 3, block=4, halo=1, head_dim=4).double(), torch.randn(1, 6, 24, 24, dtype=F64)
     out = layer(x)
     return tuple(naive.gap(layer(x.roll(step, -1))[..., 8:16, 12:16], out.roll(step, -1)[..., 8:16, 12:16]) for step in (4, 1))  # type: ignore[return-value]
+
+
+@check(
+    "halonet",
+    "options equal the loop: scaled relative logits, biases, another width of values, places of down-sampled queries, pooled strides",
+    below=1e-10,
+    control="places by pixels",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    x, own = torch.randn(2, 6, 8, 8, dtype=F64), 0.0
+    sizes: dict[str, Any] = {"block": 4, "halo": 1, "head_dim": 4}
+    for options in (
+        {"relative": "scaled", "bias": True, "masked": False},
+        {"value_dim": 5, "project": True},
+        {"out": 9},
+        {"stride": 2, "steps": "queries"},
+    ):
+        layer = HaloAttention2d(6, heads=3, **{**sizes, **options}).double()
+        own = max(own, naive.gap(layer(x), halo_loop(layer, x)))
+    truth, layer.step_of_query = halo_loop(layer, x), 2
+    other = naive.gap(layer(x), truth)
+    pooled = HaloAttention2d(6, heads=3, stride=2, pool=True, **sizes).double()
+    plain = halo_loop(pooled, x)
+    mean = (plain[..., ::2, ::2] + plain[..., 1::2, ::2] + plain[..., ::2, 1::2] + plain[..., 1::2, 1::2]) / 4
+    return max(own, naive.gap(pooled(x), mean)), other
+
+
+@check(
+    "halonet",
+    "a bottleneck and a net of two stages equal their parts put together by hand, in evaluation",
+    below=1e-10,
+    control="without the skip's batch norm",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    net, x = HaloNet(5, widths=(8, 16), block=4, halo=1).double(), torch.randn(2, 3, 16, 16, dtype=F64)
+    net(x)  # running statistics that are not the initial ones
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+
+    def point(y: Tensor, conv: Any, step: int = 1) -> Tensor:
+        return torch.einsum("bchw,dc->bdhw", y[..., ::step, ::step], conv.weight[..., 0, 0])
+
+    def norm(y: Tensor, m: Any) -> Tensor:
+        mean, spread, weight, bias = (z[:, None, None] for z in (m.running_mean, m.running_var, m.weight, m.bias))
+        return (y - mean) / (spread + 1e-5).sqrt() * weight + bias
+
+    def silu(y: Tensor) -> Tensor:
+        return y / (1 + torch.exp(-y))
+
+    def by_hand(skip_norm: bool) -> Tensor:
+        around = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        y = sum(
+            torch.einsum("bchw,dc->bdhw", around[..., a : a + 16, b : b + 16], net.stem.weight[..., a, b])
+            for a in range(3)
+            for b in range(3)
+        )
+        for n, stage in enumerate(net.stages):
+            body: Any = stage.body
+            inner = silu(norm(point(y, body[0]), body[1]))
+            assert body[3].stride == n + 1
+            inner = silu(norm(halo_loop(body[3], inner), body[4]))
+            inner = norm(point(inner, body[6]), body[7])
+            if n:
+                side = point(y, stage.skip[0], 2)  # type: ignore[index]
+                y = silu(inner + (norm(side, stage.skip[1]) if skip_norm else side))  # type: ignore[index]
+            else:
+                y = silu(inner + y)
+        return y.mean((2, 3)) @ net.head.weight.T + net.head.bias  # type: ignore[union-attr]
+
+    return naive.gap(net(x), by_hand(True)), naive.gap(net(x), by_hand(False))

@@ -12,7 +12,7 @@ from regard.algebra import Rope
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.verification import check
-from regard.zoo.sparse.ltri_llm import LtriStream, Span, SpanIndex, find_spans, triangle_mass
+from regard.zoo.sparse.ltri_llm import LtriStream, Span, SpanIndex, compactness, find_spans, leaks, triangle_mass
 
 
 @check("ltri-llm", "triangle mass of every span equals the double sum", below=1e-12, control="the square's mass, future included")
@@ -128,3 +128,90 @@ def _() -> tuple[float, float]:
             gaps.append(naive.gap(out, s.masked_fill(~seen, -math.inf).softmax(-1) @ values.repeat_interleave(2, 1)))
         own, other = max(own, gaps[0]), max(other, gaps[1])
     return own + max(0, stream.resident - (2 + 32 + 40 + 16)), other
+
+
+@check(
+    "ltri-llm",
+    "leaks and scores equal double sums; the best span of a map comes first and no span overlaps an earlier one by more than a tenth",
+    below=1e-10,
+    control="leaks of every later row",
+)
+def _() -> tuple[float, float]:
+    a = torch.rand(26, 26, dtype=F64).tril()
+    a = a / a.sum(-1, keepdim=True)
+
+    def leak(s: int, e: int, rows: int) -> float:
+        after = range(e + 1, min(26, e + 1 + rows))
+        return sum(float(a[t, s : e + 1].sum()) for t in after) / len(after) if after else 0.0
+
+    own = other = 0.0
+    found, value = leaks(a), {}
+    for s in range(26):
+        for e in range(s, 26):
+            own, other = max(own, abs(float(found[s, e]) - leak(s, e, 8))), max(other, abs(float(found[s, e]) - leak(s, e, 26)))
+            size, mass = e - s + 1, sum(float(a[t, c]) for t in range(s, e + 1) for c in range(s, t + 1))
+            value[s, e] = mass / size - leak(s, e, 8) - 0.004 * size
+            told = compactness(torch.tensor(mass), torch.tensor(leak(s, e, 8)), torch.tensor(size))
+            own = max(own, abs(float(told) - value[s, e]) if abs(float(told) - value[s, e]) > 1e-6 else 0.0)
+    allowed = {span: x for span, x in value.items() if 4 <= span[1] - span[0] + 1 <= 10}
+    taken: list[Span] = []
+    for span in sorted(allowed, key=lambda span: -allowed[span]):
+        free = [t for t in range(span[0], span[1] + 1) if not any(s <= t <= e for s, e in taken)]
+        inter = [len(set(range(span[0], span[1] + 1)) & set(range(s, e + 1))) for s, e in taken]
+        union = [max(span[1], e) - min(span[0], s) + 1 for s, e in taken]
+        if free and all(x <= 0.1 * y for x, y in zip(inter, union, strict=True)):
+            taken.append((free[0], free[-1]))
+    return own + float(not set(taken) <= set(find_spans(a, 4, 10))), other
+
+
+@check(
+    "ltri-llm",
+    "an index by hand: vectors weighted by received attention and moved by the queries that hit, votes of heads, budgets, residents",
+    below=1e-10,
+    control="votes of all heads",
+)
+def _() -> tuple[float, float]:
+    q, k, v, a = torch.randn(2, 4, 5, 8, dtype=F64), *torch.randn(2, 2, 2, 30, 8, dtype=F64), torch.rand(30, 30, dtype=F64).tril()
+    spans = [(0, 5), (6, 9), (10, 19), (20, 29)]
+    index = SpanIndex(heads=[1, 2], resident_after=2)
+    index.add(a, spans, k, v, first=100)
+    vectors = []
+    for s, e in spans:
+        weight = torch.stack([a[s : e + 1, c].sum() for c in range(s, e + 1)])
+        vectors.append((k[:, :, s : e + 1] * (weight / weight.sum())[:, None]).sum(2))
+    hits, sums, own = [0] * 4, [torch.zeros(2, 2, 8, dtype=F64) for _ in spans], 0.0
+
+    def votes(heads: list[int]) -> list[float]:
+        found = []
+        for n, vector in enumerate(vectors):
+            moved = vector + sums[n] / max(1, hits[n])
+            tops = [float((q[b, h] @ moved[b, h // 2]).max()) for b in range(2) for h in heads]
+            found.append(sum(tops) / len(tops))
+        return found
+
+    other = max(abs(x - y) for x, y in zip(index.scores(q).tolist(), votes([0, 1, 2, 3]), strict=True))
+    for step in range(5):
+        q = torch.randn(2, 4, 5, 8, dtype=F64)
+        mine = votes([1, 2])
+        own = max(own, *(abs(x - y) for x, y in zip(index.scores(q).tolist(), mine, strict=True)))
+        order = sorted(range(4), key=lambda n, mine=mine: -mine[n])
+        resident = [n for n in order if hits[n] >= 2]
+        room, chosen = 18, []
+        for n in [*resident, *[n for n in order if n not in resident][: 1 + step % 2]]:
+            if spans[n][1] - spans[n][0] + 1 <= room:
+                chosen.append(n)
+                room -= spans[n][1] - spans[n][0] + 1
+        got = index.retrieve(q, 1 + step % 2, 18)
+        own += [one.span for one in got] != [(spans[n][0] + 100, spans[n][1] + 100) for n in sorted(chosen)]
+        own = max(
+            own,
+            *(
+                naive.gap(one.k, k[:, :, s : e + 1]) + naive.gap(one.v, v[:, :, s : e + 1])
+                for one in got
+                for s, e in [(one.span[0] - 100, one.span[1] - 100)]
+            ),
+        )
+        mean = torch.stack([q[:, 2 * g : 2 * g + 2].mean((1, 2)) for g in range(2)], 1)
+        for n in chosen:
+            hits[n], sums[n] = hits[n] + 1, sums[n] + mean
+    return own, other

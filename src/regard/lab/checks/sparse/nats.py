@@ -11,8 +11,9 @@ from torch import Tensor
 from regard.algebra import Causal, Window
 from regard.engine.door import attend
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import join_heads, split_heads
 from regard.lab.checks.shared.comparing import F64
-from regard.lab.checks.shared.selected import qkv
+from regard.lab.checks.shared.selected import masked_softmax, qkv
 from regard.lab.verification import check
 from regard.zoo.sparse.nats import GLOBAL, LOCAL, MASKED, SLIDING, NAtSAttention, NAtSCache, cache_size, surrogate, type_lifetimes
 
@@ -92,3 +93,70 @@ def _() -> tuple[float, float]:
         bump = bump.reshape(grad.shape)
         slopes.view(-1)[at] = (loss(logits + bump) - loss(logits - bump)).detach() / 2e-6
     return naive.gap(grad, slopes), float(slopes.abs().max())
+
+
+def expected_share(y: list[list[float]], window: int) -> float:
+    """The regulariser of one head's types (L, 3): global tokens stay for good, local ones a segment, sliding ones a window; over L."""
+    n = len(y)
+    segment = 1 / max(sum(row[GLOBAL] for row in y) / n, 1 / n)
+    return sum(row[GLOBAL] + row[LOCAL] * segment / n + row[SLIDING] * min(window, n) / n for row in y) / n
+
+
+@check(
+    "nats",
+    "the layer from its weights: types by argmax, or drawn by Gumbel noise with straight-through gradients in training; the expected share; cache sizes",
+    below=1e-10,
+    control="types of the other phase",
+)
+def _() -> tuple[float, float]:
+    layer, x = NAtSAttention(24, 4, 2, window=5, tau=0.7).double(), torch.randn(1, 40, 24, dtype=F64)
+    q = split_heads(x @ layer.q.weight.T, 4)
+    k, v = (split_heads(x @ m.weight.T, 2).repeat_interleave(2, 1) for m in (layer.k, layer.v))
+    logits = torch.stack((x @ layer.types.weight.T + layer.types.bias).chunk(2, -1), 1)  # (B, Hkv, L, 3)
+
+    def by_hand(types: Tensor) -> Tensor:
+        keep = torch.zeros(2, 40, 40, dtype=torch.bool)
+        for h in range(2):
+            for j in range(40):
+                kind = int(types[0, h, j])
+                last = {GLOBAL: 40, LOCAL: next((g for g in range(j, 40) if types[0, h, g] == GLOBAL), 40), SLIDING: j + 5}[kind]
+                keep[h, j : last + 1, j] = True
+        return join_heads(masked_softmax(q, k, v, keep.repeat_interleave(2, 0))) @ layer.out.weight.T
+
+    best = logits.argmax(-1)
+    y, share = layer.eval()(x)
+    shares = [expected_share(F.one_hot(best[0, h], 3).tolist(), 5) for h in range(2)]
+    own = max(naive.gap(y, by_hand(best)), abs(float(share) - sum(shares) / 2))
+    long = NAtSAttention(24, 4, 2, window=90).double().eval()  # a window longer than the sequence counts as its length
+    own = max(own, abs(float(long(x)[1].detach()) - sum(expected_share(F.one_hot(t, 3).tolist(), 90) for t in types_of(long, x)) / 2))
+
+    torch.manual_seed(5)
+    y, share = layer.train()(x)
+    torch.manual_seed(5)
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / 0.7).softmax(-1)
+    drawn = soft.argmax(-1)
+    own = max(own, naive.gap(y, by_hand(drawn)))
+    through = F.one_hot(drawn, 3).to(F64) - soft.detach() + soft
+    grads = [torch.autograd.grad(z, layer.types.weight, retain_graph=True)[0] for z in (share, share_of(through, 5))]
+    own = max(own, naive.gap(*grads))
+    for n in range(40):
+        held = [sum(stays(best[0, h], j, n, 5) for j in range(n + 1)) for h in range(2)]
+        own += float(cache_size(best, 5)[0, :, n].tolist() != held)
+    return own, naive.gap(y, by_hand(best))
+
+
+def types_of(layer: NAtSAttention, x: Tensor) -> list[Tensor]:
+    return [one.argmax(-1)[0] for one in (x @ layer.types.weight.T + layer.types.bias).chunk(2, -1)]
+
+
+def share_of(y: Tensor, window: int) -> Tensor:
+    n = y.shape[-2]
+    segment = 1 / y[..., GLOBAL].mean(-1, keepdim=True)
+    return (y[..., GLOBAL] + y[..., LOCAL] * segment / n + y[..., SLIDING] * window / n).mean()
+
+
+def stays(types: Tensor, j: int, n: int, window: int) -> bool:
+    """Whether token j may be read after step n."""
+    kind = int(types[j])
+    return kind == GLOBAL or (kind == LOCAL and GLOBAL not in types[j : n + 1].tolist()) or (kind == SLIDING and n + 1 <= j + window)

@@ -13,7 +13,7 @@ from regard.lab import naive
 from regard.lab.checks.shared.neighborhood import brute
 from regard.lab.checks.shared.selected import qkv, s_attend, spelled
 from regard.lab.verification import check
-from regard.zoo.sparse.neighborhood import simulate
+from regard.zoo.sparse.neighborhood import perfect_settings, simulate
 
 
 def sampled_settings(count: int = 300) -> list[tuple[int, int, int, int, bool]]:
@@ -123,3 +123,42 @@ def _() -> tuple[float, float]:
     near = attend_with_stats(q, k[:, :, :36], v[:, :, :36], grid)
     far = attend_with_stats(q, k[:, :, 36:], v[:, :, 36:], softmax)
     return naive.gap(merge(softmax, [near, far])[0], whole), naive.gap(near[0], whole)
+
+
+@check(
+    "neighborhood",
+    "the simulator on ragged grids, causal too, and its list of perfect strides equal brute force over pairs and tiles: differences",
+    below=0,
+    control="the strides that are not perfect",
+)
+def _() -> tuple[float, float]:
+    wrong = 0.0
+    shape, kernel = (10, 9), (4, 3)
+    for stride, q_tile, kv_tile, causal in (
+        ((1, 1), (4, 2), (3, 4), False),
+        ((2, 3), (4, 3), (4, 3), False),
+        ((4, 2), (2, 2), (4, 4), True),
+    ):
+        counts, perfect = [], True
+        for n, k, s, tq, tk in zip(shape, kernel, stride, q_tile, kv_tile, strict=True):
+            seen = brute(n, k, s, 1, causal)
+            visited = 0
+            for a in range(0, n, tq):
+                for b in range(0, n, tk):
+                    part = seen[a : a + tq, b : b + tk]
+                    visited += bool(part.any())
+                    perfect &= bool(part.all()) or not bool(part.any())
+            counts.append((visited, -(-n // tq) * -(-n // tk)))
+        found = simulate(shape, kernel, stride, q_tile, kv_tile, causal)
+        visited, total = counts[0][0] * counts[1][0], counts[0][1] * counts[1][1]
+        wrong += abs(found.visited - visited) + abs(found.total - total) + (found.perfect != perfect)
+        wrong += abs(found.tile_speedup - total / visited) + abs(found.flop_speedup - 90 / 12)
+
+    def whole(stride: tuple[int, ...]) -> bool:
+        axes = [brute(n, k, s, 1, False).reshape(n // t, t, n // t, t) for n, k, s, t in zip((8, 12), (4, 6), stride, (2, 3), strict=True)]
+        return all(bool((x.any(3).any(1) == x.all(3).all(1)).all()) for x in axes)
+
+    strides = [(a, b) for a in range(1, 5) for b in range(1, 7)]
+    found_strides = perfect_settings((8, 12), (2, 3), (2, 3), (4, 6))
+    wrong += float(set(found_strides) != {s for s in strides if whole(s)})
+    return wrong, float(set(found_strides) != {s for s in strides if not whole(s)})

@@ -14,7 +14,7 @@ from regard.lab import naive
 from regard.lab.checks.shared.selected import s_attend
 from regard.lab.planted import local_and_columns, relative_error
 from regard.lab.verification import check
-from regard.zoo.sparse.sampleattention import column_set, cra
+from regard.zoo.sparse.sampleattention import column_set, cra, tune
 
 
 @check(
@@ -93,4 +93,30 @@ def _() -> tuple[float, float]:
         return s_attend(q, k, v, (keep & (at <= at[:, None]))[None])
 
     own = attend(q, k, v, get("sampleattention"))
+    wide = [torch.cat((x, 0.5 * x.flip(2), 0.1 * x, x.roll(3, 2)), 1) for x in (q, k, v)]  # heads that call for more, and for fewer columns
+    together = attend(wide[0], wide[1][:, ::2], wide[2][:, ::2], get("sampleattention"))
+    for h in range(4):
+        alone = attend(wide[0][:, h : h + 1], *(x[:, h // 2 * 2 : h // 2 * 2 + 1] for x in wide[1:]), get("sampleattention"))
+        own = torch.where(torch.tensor(naive.gap(together[:, h : h + 1], alone) < 1e-10), own, torch.full_like(own, math.inf))
     return naive.gap(own, output(columns(rows))), naive.gap(own, output(columns(list(range(285, 300)))))
+
+
+@check(
+    "sampleattention",
+    "residual attention equals a loop over rows, and the tuner takes the smallest alpha whose mean reaches the target: off",
+    below=1e-12,
+    control="the largest alpha",
+)
+def _() -> tuple[float, float]:
+    q, k, _ = local_and_columns(256, 8)
+    keep = torch.rand(1, 1, 256, 256) < 0.3
+    rows = [(k[0, 0, : i + 1] @ q[0, 0, i] / math.sqrt(40)).softmax(0)[keep[0, 0, i, : i + 1]].sum() for i in range(256)]
+    own = naive.gap(cra(q, k, keep)[0, 0], torch.stack(rows))
+    scores, at = {}, torch.arange(256)
+    for alpha in (0.5, 0.8, 0.9, 0.98):
+        kept = column_set(q * 40**-0.5, k, alpha, 0.05, 20)[..., None, :] | (at[:, None] - at < 20)
+        scores[alpha] = float(cra(q, k, kept).mean())
+    between = (scores[0.8] + scores[0.9]) / 2  # only the last two reach it
+    picked = [tune(q, k, (0.98, 0.8, 0.5, 0.9), target) for target in (between, 2.0)]
+    exact = tune(q, k, (0.8, 0.9), scores[0.8])
+    return own + abs(picked[0] - 0.9) + abs(picked[1] - 0.98) + abs(exact - 0.8), abs(picked[1] - picked[0])

@@ -11,10 +11,11 @@ from regard.algebra import Causal
 from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import join_heads, split_heads, standard
 from regard.lab.checks.shared.comparing import F64
-from regard.lab.checks.shared.selected import qkv, s_attend, spelled
+from regard.lab.checks.shared.selected import masked_softmax, qkv, s_attend, spelled
 from regard.lab.verification import check
-from regard.zoo.sparse.sparse_transformer import SparseBlock, patterns
+from regard.zoo.sparse.sparse_transformer import SparseBlock, patterns, position_embedding
 
 
 @check(
@@ -118,3 +119,32 @@ def _() -> tuple[float, float]:
 
     own = growth(64)
     return own if own >= 0.5 else math.inf, growth(1)
+
+
+@check(
+    "sparse-transformer",
+    "a block equals a + mlp(norm(x + a)) added to x by hand, x sigmoid(1.702 x) inside; positions' embeddings and their spread",
+    below=1e-9,
+    control="the MLP fed without the attention",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    block, x = SparseBlock(16, 2, get("sparse-transformer", stride=6, count=2)).double(), torch.randn(2, 30, 16, dtype=F64)
+    for norm in (block.norm1, block.norm2):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    mask = spelled(get("sparse-transformer", stride=6, count=2).mask, 30)  # type: ignore[attr-defined]
+    layer = block.attention
+    n = standard(x) * block.norm1.weight + block.norm1.bias
+    q, k, v = (split_heads(n @ m.weight.T, 2) for m in (layer.q, layer.k, layer.v))
+    a = join_heads(masked_softmax(q, k, v, mask)) @ layer.out.weight.T
+
+    def whole(into: Tensor) -> Tensor:
+        h = (standard(into) * block.norm2.weight + block.norm2.bias) @ block.mlp[0].weight.T + block.mlp[0].bias  # type: ignore[operator, union-attr]
+        return x + a + h / (1 + torch.exp(-1.702 * h)) @ block.mlp[2].weight.T + block.mlp[2].bias  # type: ignore[operator, union-attr]
+
+    rows, columns = position_embedding(900, 40, 64)
+    sizes = (tuple(rows.weight.shape), tuple(columns.weight.shape)) != ((23, 64), (40, 64))  # type: ignore[arg-type]
+    spread = max(abs(float(table.weight.std()) / (0.125 / 8) - 1) for table in (rows, columns))  # type: ignore[arg-type, operator]
+    own = naive.gap(block(x), whole(x + a)) + sizes + (spread > 0.1)
+    return own, naive.gap(block(x), whole(x))
