@@ -39,8 +39,8 @@ def studied(name: str) -> Mechanism:
         "softmax": Weighted(),
         "sigmoid": get("sigmoid"),
         "sigmoid-normalised": Weighted(normalizer=RowLocal(torch.sigmoid, torch.sigmoid)),
-        "elu": Recurrent(FeatureMap(elu_plus_one)),
-        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum"),
+        "elu": Recurrent(FeatureMap(elu_plus_one), scaled=False),
+        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum", scaled=False),
         "linear-normalised": Weighted(normalizer=RowLocal(identity, torch.abs)),
         "k-bias": Weighted(normalizer=RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=(sink,))),
     }
