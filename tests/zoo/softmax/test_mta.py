@@ -129,6 +129,8 @@ def test_the_toy_task() -> None:
         blocks, asked = [row[4 * n : 4 * n + 3] for n in range(4)], row[16:]
         assert all(row[4 * n + 3] == 9 for n in range(4)) and len(set(asked)) == 2
         assert [n for n in range(4) if set(asked) <= set(blocks[n])] == [answer]
+    plain, wanted = find_block(4), find_block(4, blocks=6, size=5, asked=2, letters=26, seed=0)
+    assert torch.equal(plain[0], wanted[0]) and torch.equal(plain[1], wanted[1])
     assert not torch.equal(find_block(40, seed=1)[0], find_block(40)[0])
 
 
