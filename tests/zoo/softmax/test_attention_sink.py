@@ -97,13 +97,25 @@ def test_one_more_key(value: bool, kv_heads: int) -> None:
 def test_the_chain_and_its_text() -> None:
     table = sinks.bigrams()
     torch.testing.assert_close(table.sum(-1), torch.ones(32))
-    assert bool((table[:, 0] == 0).all()) and all(torch.equal(table[n], table[0]) for n in (1, 2, 3)) and torch.equal(table, sinks.bigrams())
+    assert (
+        bool((table[:, 0] == 0).all()) and all(torch.equal(table[n], table[0]) for n in (1, 2, 3)) and torch.equal(table, sinks.bigrams())
+    )
     for n in (0, 5, 9):
-        assert float(table[n, 1]) == float(table[n, 2]) == float(table[n, 3]) == pytest.approx(0.1 / 3 / (0.1 + float(1 - table[n, 1:4].sum()) * (0.1 / float(table[n, 1:4].sum()))))
+        assert (
+            float(table[n, 1])
+            == float(table[n, 2])
+            == float(table[n, 3])
+            == pytest.approx(0.1 / 3 / (0.1 + float(1 - table[n, 1:4].sum()) * (0.1 / float(table[n, 1:4].sum()))))
+        )
     drawn = torch.softmax(2.5 * torch.randn(32, 32, generator=torch.Generator().manual_seed(7)), -1)
     torch.testing.assert_close(table[9, 4:] / table[9, 4], drawn[9, 4:] / drawn[9, 4])
     tokens, copied = sinks.text(4000, 12, torch.Generator().manual_seed(0))
-    assert tokens.shape == (4000, 13) and copied.shape == (4000, 12) and bool((tokens[:, 0] == 0).all()) and not bool(copied[:, :2].any() and copied[:, 0].any())
+    assert (
+        tokens.shape == (4000, 13)
+        and copied.shape == (4000, 12)
+        and bool((tokens[:, 0] == 0).all())
+        and not bool(copied[:, :2].any() and copied[:, 0].any())
+    )
     trigger = torch.isin(tokens, torch.tensor([1, 2, 3]))
     for t in range(1, 12):
         asked = trigger[:, t] & (tokens[:, t - 1] != 0)
@@ -153,5 +165,3 @@ def test_the_range_of_logits() -> None:
 def test_says_what_is_wrong() -> None:
     with pytest.raises(regard.RegardError, match="k-bias"):
         sinks.studied("kbias")
-
-

@@ -50,7 +50,9 @@ def test_named_constructors(k_len: int) -> None:
     q, k, v = drawn(2, 5, 4), drawn(2, k_len, 4), drawn(2, k_len, 3)
     s = torch.tensor([[[float(a @ b) / 2 for b in keys] for a in queries] for queries, keys in zip(q, k, strict=True)], dtype=torch.float64)
     bias = drawn(7)
-    near = torch.tensor([[float(bias[min(max(i + k_len - 5 - j, -3), 3) + 3]) for j in range(k_len)] for i in range(5)], dtype=torch.float64)
+    near = torch.tensor(
+        [[float(bias[min(max(i + k_len - 5 - j, -3), 3) + 3]) for j in range(k_len)] for i in range(5)], dtype=torch.float64
+    )
     edges = torch.rand(5, k_len) > 0.5
     edges[:, 0] = True
     torch.testing.assert_close(view.softmax_attention(q, k, v), torch.exp(s) / torch.exp(s).sum(-1, keepdim=True) @ v)

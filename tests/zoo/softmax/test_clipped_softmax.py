@@ -19,7 +19,13 @@ def row(s: Tensor, gamma: float, zeta: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("options", "gamma", "zeta"),
-    [({}, -4 / 9, 1.0), ({"alpha": 1.0}, -1 / 9, 1.0), ({"gamma": -0.03}, -0.03, 1.0), ({"gamma": 0.0, "zeta": 1.2}, 0.0, 1.2), ({"zeta": 3.0}, -4 / 9, 3.0)],
+    [
+        ({}, -4 / 9, 1.0),
+        ({"alpha": 1.0}, -1 / 9, 1.0),
+        ({"gamma": -0.03}, -0.03, 1.0),
+        ({"gamma": 0.0, "zeta": 1.2}, 0.0, 1.2),
+        ({"zeta": 3.0}, -4 / 9, 3.0),
+    ],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_weights(options: dict[str, float], gamma: float, zeta: float, causal: bool) -> None:

@@ -138,7 +138,9 @@ def test_symbols() -> None:
         assert (layer.q.bias is not None) == bias
     assert SymbolicAttention(8).templates.shape == (32, 8) and SymbolicAttention(8).heads == 4 and SymbolicAttention(8).q.bias is None
     places = PositionalSymbols(8)
-    assert places.library.shape == (1024, 8) and torch.equal(places(3, 2), places.library[2:5]) and torch.equal(places(3), places.library[:3])
+    assert (
+        places.library.shape == (1024, 8) and torch.equal(places(3, 2), places.library[2:5]) and torch.equal(places(3), places.library[:3])
+    )
     pairs = RelativeSymbols(8)
     assert pairs.library.shape == (129, 8) and pairs(2, 5).shape == (2, 5, 8)
     assert torch.equal(pairs(2, 5)[0, 0], pairs.library[64 + 3]) and torch.equal(pairs(2, 5)[1, 4], pairs.library[64])
@@ -171,7 +173,10 @@ def test_games(kind: str) -> None:
     [
         (lambda: RelationalAttention(12, 4, 4, kv_heads=3), "kv_heads=3 to divide heads"),
         (lambda: RelationalAttention(12, 4, 4, relations=3), "relations=3"),
-        (lambda: RelationalAttention(12, 2, 4, activation=torch.relu).step(torch.ones(1, 1, 12), torch.ones(1, 1, 12), None, 0), "activation=None"),
+        (
+            lambda: RelationalAttention(12, 2, 4, activation=torch.relu).step(torch.ones(1, 1, 12), torch.ones(1, 1, 12), None, 0),
+            "activation=None",
+        ),
         (lambda: RelationalCrossAttention(10, 4), "heads to divide dim"),
         (lambda: RelationalCrossAttention(12, 4, kv_heads=3), "kv_heads to divide heads"),
         (lambda: DualAttention(10, 2, 2), "whose sum divides dim"),

@@ -98,7 +98,9 @@ def network(mlp: HeadMLP, y: Tensor) -> Tensor:
 @torch.no_grad()
 def test_gin(paper: bool) -> None:
     layer, x = GINAttention(8, 2, paper=paper, process="relu").double(), torch.randn(1, 6, 8, dtype=torch.float64)
-    assert float(layer.eps) == 0 and isinstance(layer.mlp, HeadMLP) and layer.mlp.up.shape == (2, 4, 8) and layer.mlp.down.shape == (2, 8, 4)
+    assert (
+        float(layer.eps) == 0 and isinstance(layer.mlp, HeadMLP) and layer.mlp.up.shape == (2, 4, 8) and layer.mlp.down.shape == (2, 8, 4)
+    )
     layer.eps.fill_(0.3)
     nn.init.normal_(layer.mlp.norm.weight)
     a, own = layer.adjacency(x)[0], x[0].view(6, 2, 4).transpose(0, 1)
@@ -127,7 +129,9 @@ def test_pna(kind: str) -> None:
 
 def test_networks_of_heads_start_at_unit_scale_and_drop_in_training() -> None:
     mlp = HeadMLP(2, 64, 256, 32, dropout=0.5)
-    assert float(mlp.up.detach().std()) == pytest.approx(1 / 8, rel=0.05) and float(mlp.down.detach().std()) == pytest.approx(1 / 16, rel=0.05)
+    assert float(mlp.up.detach().std()) == pytest.approx(1 / 8, rel=0.05) and float(mlp.down.detach().std()) == pytest.approx(
+        1 / 16, rel=0.05
+    )
     x = torch.randn(1, 2, 3, 64)
     assert not torch.equal(mlp(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x)) and HeadMLP(2, 4, 4, 4).dropout.p == 0
 

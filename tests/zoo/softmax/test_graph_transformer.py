@@ -24,7 +24,9 @@ def test_positions() -> None:
     for i, j in edges.T.tolist():
         a[i, j] = a[j, i] = 1
     degree = [max(1.0, float(row.sum())) for row in a]
-    laplacian = torch.tensor([[float(i == j) - float(a[i, j]) / math.sqrt(degree[i] * degree[j]) for j in range(8)] for i in range(8)], dtype=torch.float64)
+    laplacian = torch.tensor(
+        [[float(i == j) - float(a[i, j]) / math.sqrt(degree[i] * degree[j]) for j in range(8)] for i in range(8)], dtype=torch.float64
+    )
     values = torch.linalg.eigvalsh(laplacian)
     found = laplacian_positions(edges, 8, 5)
     assert found.shape == (8, 5)
@@ -113,7 +115,9 @@ def test_block_models() -> None:
     off = ~torch.eye(400, dtype=torch.bool)
     same = label[:, None] == label
     assert float(a[same & off].mean()) == pytest.approx(0.6, abs=0.03) and float(a[~same].mean()) == pytest.approx(0.1, abs=0.02)
-    assert torch.equal(block_model(50)[1], block_model(50, 3, 0.6, 0.1, 0.2, 0)[1]) and torch.equal(block_model(50)[0], block_model(50, hint=0.2)[0])
+    assert torch.equal(block_model(50)[1], block_model(50, 3, 0.6, 0.1, 0.2, 0)[1]) and torch.equal(
+        block_model(50)[0], block_model(50, hint=0.2)[0]
+    )
     other = block_model(300, blocks=2, inside=0.9, across=0.5, hint=1.0)
     assert other[0].shape == (300, 2) and bool((other[0].sum(-1) == 1).all())
 

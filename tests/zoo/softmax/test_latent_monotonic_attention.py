@@ -31,7 +31,9 @@ def made(context: str, **options: int) -> tuple[MonotonicDecoder, Tensor, Tensor
 
 def context_of(model: MonotonicDecoder, h: Tensor, before: int, at: int) -> Tensor:
     width = model.width
-    span = {"hard": (at, at + 1), "window": (at - width, at + width + 1), "segment": (before + 1, at + 1), "global": (0, FRAMES)}[model.context]
+    span = {"hard": (at, at + 1), "window": (at - width, at + width + 1), "segment": (before + 1, at + 1), "global": (0, FRAMES)}[
+        model.context
+    ]
     near = h[max(span[0], 0) : min(span[1], FRAMES)]
     return (near @ model.energy.weight[0]).softmax(0) @ near
 
@@ -91,7 +93,9 @@ def test_sums_and_best_paths_of_given_scores() -> None:
             scores[path] = total
         torch.testing.assert_close(full_sum(jumps, labels)[b], torch.logsumexp(torch.tensor(list(scores.values()), dtype=torch.float64), 0))
         path, value = viterbi(jumps, labels)
-        assert tuple(path[b].tolist()) == max(scores, key=lambda one: scores[one]) and float(value[b]) == pytest.approx(max(scores.values()))
+        assert tuple(path[b].tolist()) == max(scores, key=lambda one: scores[one]) and float(value[b]) == pytest.approx(
+            max(scores.values())
+        )
     leaf = u.clone().requires_grad_()
     full_sum(jump_scores(leaf), labels[:, :, 0]).sum().backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
@@ -124,7 +128,11 @@ def test_decoding_by_a_wide_beam_is_exhaustive(context: str) -> None:
     labels, places = model.decode(x, 2, beam=1000)
     for b in range(2):
         best = max(
-            ((float(path_of(model, h[b], u[b], list(y), path).detach()), y, path) for path in itertools.combinations(range(FRAMES), 2) for y in itertools.product(range(5), repeat=2)),
+            (
+                (float(path_of(model, h[b], u[b], list(y), path).detach()), y, path)
+                for path in itertools.combinations(range(FRAMES), 2)
+                for y in itertools.product(range(5), repeat=2)
+            ),
         )
         assert tuple(labels[b].tolist()) == best[1] and tuple(places[b].tolist()) == best[2]
     narrow = model.decode(x, 4)
@@ -150,7 +158,11 @@ def test_the_stretched_task() -> None:
     noisy, *_ = stretched(200, symbols=4, labels=3, least=2, most=4)
     assert float((noisy - x).std()) == pytest.approx(0.2, rel=0.05)
     assert stretched(3)[0].shape == (3, 20, 6) and torch.equal(stretched(3)[0], stretched(3, seed=0)[0])
-    assert not torch.equal(stretched(3)[0], stretched(3, seed=1)[0]) and int(stretched(300)[2][:, 0].min()) == 1 and int(stretched(300)[2][:, 0].max()) == 4
+    assert (
+        not torch.equal(stretched(3)[0], stretched(3, seed=1)[0])
+        and int(stretched(300)[2][:, 0].min()) == 1
+        and int(stretched(300)[2][:, 0].max()) == 4
+    )
 
 
 def test_defaults_and_refusals() -> None:

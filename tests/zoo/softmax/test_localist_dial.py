@@ -33,7 +33,9 @@ def test_penalties_and_their_proximal_step() -> None:
     groups = [torch.tensor([[3.0, 4.0]]), torch.tensor([0.3, 0.0, 0.4]), torch.zeros(4)]
     assert float(localist.group_penalty(groups)) == pytest.approx(math.sqrt(2) * 5 + math.sqrt(3) * 0.5)
     localist.proximal_step(groups, 0.5, 0.8)  # each norm falls by 0.4 sqrt(size)
-    assert float(groups[0].norm()) == pytest.approx(5 - 0.4 * math.sqrt(2)) and float(groups[0][0, 0] / groups[0][0, 1]) == pytest.approx(0.75)
+    assert float(groups[0].norm()) == pytest.approx(5 - 0.4 * math.sqrt(2)) and float(groups[0][0, 0] / groups[0][0, 1]) == pytest.approx(
+        0.75
+    )
     assert bool((groups[1] == 0).all()) and bool((groups[2] == 0).all())
     assert localist.critical_strength(torch.full((2, 8), 0.5)) == pytest.approx(0.5)
 
@@ -60,12 +62,16 @@ def test_measures_and_bounds() -> None:
     inside = torch.tensor([[True, True, False, False], [False, False, False, True]])
     torch.testing.assert_close(localist.leak(w, inside), torch.tensor([0.3, 0.3], dtype=torch.float64))
     torch.testing.assert_close(localist.leak_bound(inside, 2.0), torch.tensor([math.exp(-2.0), 3 * math.exp(-2.0)], dtype=torch.float64))
-    torch.testing.assert_close(localist.leak_bound(inside, 2.0, 4.0), torch.tensor([math.exp(-0.5), 3 * math.exp(-0.5)], dtype=torch.float64))
+    torch.testing.assert_close(
+        localist.leak_bound(inside, 2.0, 4.0), torch.tensor([math.exp(-0.5), 3 * math.exp(-0.5)], dtype=torch.float64)
+    )
     leaked = torch.tensor([0.3, 0.0], dtype=torch.float64)
     h2 = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
     want = torch.tensor([math.log(2) + h2 + 0.3 * math.log(2), 0.0], dtype=torch.float64)
     torch.testing.assert_close(localist.entropy_bound(inside, leaked), want)
     whole = torch.ones(1, 4, dtype=torch.bool)
-    torch.testing.assert_close(localist.entropy_bound(whole, torch.zeros(1, dtype=torch.float64)), torch.tensor([math.log(4)], dtype=torch.float64))
+    torch.testing.assert_close(
+        localist.entropy_bound(whole, torch.zeros(1, dtype=torch.float64)), torch.tensor([math.log(4)], dtype=torch.float64)
+    )
     with pytest.raises(regard.RegardError, match="at least one in every row"):
         localist.leak_bound(torch.tensor([[True], [False]]), 1.0)

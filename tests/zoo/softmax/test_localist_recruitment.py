@@ -60,7 +60,9 @@ def test_every_decision_is_accounted_for_in_bits() -> None:
         last = one.length
     assert found.accepted == [one for one in found.trace if one.accepted] and len(found.accepted) == 2
     first = found.trace[0]
-    assert (first.what, first.block) == ("recruit", 0) and first.cost == pytest.approx(2 * recruitment.block_cost(300, 2, 9) - recruitment.block_cost(300, 1, 9))
+    assert (first.what, first.block) == ("recruit", 0) and first.cost == pytest.approx(
+        2 * recruitment.block_cost(300, 2, 9) - recruitment.block_cost(300, 1, 9)
+    )
     assert {one.what for one in found.trace if not one.accepted} == {"recruit", "prune"}
     torch.testing.assert_close(found.anchors, found.means / found.means.norm(dim=-1, keepdim=True))
     assert found.plot().startswith("<svg")

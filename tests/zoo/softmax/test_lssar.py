@@ -58,7 +58,9 @@ def test_padding(options: dict[str, object]) -> None:
     mechanism = regard.get("lssar", **options)
     found = regard.attend(q, k, v, mechanism, mask=regard.Padding(), keep=keep)
     at = keep[0].nonzero()[:, 0]
-    want = [torch.tensor(row(q[0, 0, i], k[0, 0, at], None if options else 15.0, 1e-8), dtype=torch.float64) @ v[0, 0, at] for i in range(9)]
+    want = [
+        torch.tensor(row(q[0, 0, i], k[0, 0, at], None if options else 15.0, 1e-8), dtype=torch.float64) @ v[0, 0, at] for i in range(9)
+    ]
     torch.testing.assert_close(found[0, 0], torch.stack(want), atol=1e-11, rtol=1e-9)
 
 

@@ -37,7 +37,11 @@ def test_masks(mask: str) -> None:
 @pytest.mark.parametrize("shape", [(), (3, 2)])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_one_query_over_a_stream(shape: tuple[int, ...], scale: float | None) -> None:
-    q, k, v = torch.randn(*shape, 4, dtype=torch.float64), torch.randn(9, *shape, 4, dtype=torch.float64), torch.randn(9, *shape, 5, dtype=torch.float64)
+    q, k, v = (
+        torch.randn(*shape, 4, dtype=torch.float64),
+        torch.randn(9, *shape, 4, dtype=torch.float64),
+        torch.randn(9, *shape, 5, dtype=torch.float64),
+    )
     lazy = LazySoftmax(q) if scale is None else LazySoftmax(q, scale)
     for n in range(9):
         lazy.update(k[n], v[n])

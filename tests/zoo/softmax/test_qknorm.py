@@ -14,7 +14,10 @@ from regard.zoo.softmax.qknorm import g0_from_lengths
 
 @pytest.mark.parametrize("init", [None, 3.0])
 def test_the_layer(init: float | None) -> None:
-    layer, x = regard.nn.Attention(8, 2, regard.get("qknorm", init=init), context_len=20).double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    layer, x = (
+        regard.nn.Attention(8, 2, regard.get("qknorm", init=init), context_len=20).double(),
+        torch.randn(1, 5, 8, dtype=torch.float64),
+    )
     g = layer.inputs.learned["temperature"]
     torch.testing.assert_close(g, torch.full((2,), init or math.log2(20 * 20 - 20), dtype=torch.float64), atol=1e-5, rtol=0)
     nn.init.uniform_(g, 1.0, 5.0)

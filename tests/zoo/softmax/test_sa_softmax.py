@@ -26,8 +26,12 @@ def test_attention(options: dict[str, object], variant: str, c_num: float, c_den
     s, v = 2 * torch.randn(6, 6, dtype=torch.float64) + shift, torch.randn(1, 1, 6, 3, dtype=torch.float64)
     eye = torch.eye(6, dtype=torch.float64)[None, None]
     for causal in (False, True):
-        want = torch.stack([row(s[i, : i + 1 if causal else 6], variant, c_num, c_den) @ v[0, 0, : i + 1 if causal else 6] for i in range(6)])
-        found = regard.attend(s[None, None], eye, v, regard.get("sa-softmax", **options), scale=1.0, mask=regard.Causal() if causal else None)
+        want = torch.stack(
+            [row(s[i, : i + 1 if causal else 6], variant, c_num, c_den) @ v[0, 0, : i + 1 if causal else 6] for i in range(6)]
+        )
+        found = regard.attend(
+            s[None, None], eye, v, regard.get("sa-softmax", **options), scale=1.0, mask=regard.Causal() if causal else None
+        )
         torch.testing.assert_close(found[0, 0], want)
 
 

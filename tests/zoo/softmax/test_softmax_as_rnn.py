@@ -55,14 +55,22 @@ def test_stand_ins_for_the_denominator(kind: str) -> None:
 
 
 def test_small_sums_are_divided_by_one() -> None:
-    q, k, v = torch.full((1, 1, 3, 4), 2.0, dtype=torch.float64), torch.full((1, 1, 3, 4), -1.0, dtype=torch.float64), torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    q, k, v = (
+        torch.full((1, 1, 3, 4), 2.0, dtype=torch.float64),
+        torch.full((1, 1, 3, 4), -1.0, dtype=torch.float64),
+        torch.randn(1, 1, 3, 4, dtype=torch.float64),
+    )
     torch.testing.assert_close(regard.attend(q, k, v, stabilised("clamp"))[0, 0], math.exp(-4) * v[0, 0].sum(0).expand(3, -1))
 
 
 def test_the_ablation() -> None:
     found = ablation(("softmax", "l2", "order 1"), steps=3)
     assert list(found) == ["softmax", "l2", "order 1"] and all(math.isfinite(x) and x > 0 for x in found.values())
-    assert found == ablation(("softmax", "l2", "order 1"), steps=3, length=32, dim=32, seed=0) != ablation(("softmax", "l2", "order 1"), steps=3, seed=1)
+    assert (
+        found
+        == ablation(("softmax", "l2", "order 1"), steps=3, length=32, dim=32, seed=0)
+        != ablation(("softmax", "l2", "order 1"), steps=3, seed=1)
+    )
     kinds = ablation(steps=1, length=8, dim=8)
     assert list(kinds) == ["softmax", "length", "clamp", "detach", "gate", "l2", "rms", "layer", "length_rms", "order 1", "order 2"]
     with pytest.raises(regard.RegardError, match="order 1"):

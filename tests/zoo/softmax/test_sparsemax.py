@@ -49,7 +49,9 @@ def test_losses() -> None:
     for target, dense in ((labels, torch.nn.functional.one_hot(labels, 5).double()), (several, several)):
         leaf = z.clone().requires_grad_()
         found = sparsemax_loss(leaf, target)
-        torch.testing.assert_close(found, torch.tensor([loss_of(a, b) for a, b in zip(z.tolist(), dense.tolist(), strict=True)], dtype=torch.float64))
+        torch.testing.assert_close(
+            found, torch.tensor([loss_of(a, b) for a, b in zip(z.tolist(), dense.tolist(), strict=True)], dtype=torch.float64)
+        )
         (grad,) = torch.autograd.grad(found.sum(), leaf)
         torch.testing.assert_close(grad, torch.tensor([projected(a) for a in z.tolist()], dtype=torch.float64) - dense)
         assert bool((found >= -1e-12).all())

@@ -106,7 +106,10 @@ def test_starts() -> None:
         (lambda: FrugalAttention(12, 3, "optimised", mix_bias=True), "mixes no positions"),
         (lambda: FrugalAttention(12, 3, "efficient").step(torch.ones(1, 1, 12)), "causal=True"),
         (lambda: FrugalAttention(12, 3, length=4)(torch.ones(1, 5, 12)), "mixes length=4"),
-        (lambda: FrugalAttention(12, 3, "efficient")(torch.ones(1, 5, 12), torch.ones(1, 4, 12), value=torch.ones(1, 3, 12)), "value has shape"),
+        (
+            lambda: FrugalAttention(12, 3, "efficient")(torch.ones(1, 5, 12), torch.ones(1, 4, 12), value=torch.ones(1, 3, 12)),
+            "value has shape",
+        ),
     ],
 )
 def test_says_what_is_wrong(make: object, words: str) -> None:

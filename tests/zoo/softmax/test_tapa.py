@@ -10,7 +10,9 @@ import torch
 import regard
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.6}, {"theta": 0.25}, {"phase": "linear"}, {"phase": "linear", "theta": 0.75, "alpha": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 0.6}, {"theta": 0.25}, {"phase": "linear"}, {"phase": "linear", "theta": 0.75, "alpha": 0.3}]
+)
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention(options: dict[str, object], causal: bool) -> None:
     q, k, v = (torch.randn(1, 1, 7, 8, dtype=torch.float64) for _ in range(3))

@@ -69,7 +69,9 @@ def test_the_layer(options: dict[str, bool], masked: bool) -> None:
         merged = torch.zeros(5, 6, dtype=torch.float64)
         for h in range(2):
             own = slice(3 * h, 3 * h + 3)
-            q, k, v = (product(u[:, own], w.weight.T) if options.get("tropical_proj", True) else u[:, own] for w in (layer.q, layer.k, layer.v))
+            q, k, v = (
+                product(u[:, own], w.weight.T) if options.get("tropical_proj", True) else u[:, own] for w in (layer.q, layer.k, layer.v)
+            )
             s = scores(q, k, options.get("symmetric", True))
             seen = torch.ones(5, 5, dtype=torch.bool).tril() if options.get("causal") else torch.ones(5, 5, dtype=torch.bool)
             seen = seen & mask[b, 0] if masked else seen

@@ -168,9 +168,19 @@ def test_prediction(top: int | None) -> None:
 
 def test_defaults_and_refusals() -> None:
     model = LatentAlignment(4, 5)
-    assert (model.mode, model.samples, model.temperature, model.floor, model.baseline, model.leave_one_out) == ("sample", 1, 0.5, 0.1, True, False)
+    assert (model.mode, model.samples, model.temperature, model.floor, model.baseline, model.leave_one_out) == (
+        "sample",
+        1,
+        0.5,
+        0.1,
+        True,
+        False,
+    )
     assert model.prior.u is not None and LatentAlignment(4, 5, score="bilinear").prior.u is None
     assert isinstance(model.infer.read, nn.GRU) and model.infer.read.batch_first
-    for make, words in ((lambda: LatentAlignment(4, 5, "viterbi"), "soft, exact"), (lambda: AlignmentScore(4, "dot"), "additive or bilinear")):
+    for make, words in (
+        (lambda: LatentAlignment(4, 5, "viterbi"), "soft, exact"),
+        (lambda: AlignmentScore(4, "dot"), "additive or bilinear"),
+    ):
         with pytest.raises(RegardError, match=words):
             make()

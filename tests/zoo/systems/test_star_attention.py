@@ -79,8 +79,14 @@ def test_parts_are_joined_by_their_log_sums() -> None:
         (lambda: star_prefill(small(), torch.zeros(1, 4, dtype=torch.long), 2, -1), "0 <= anchor"),
         (lambda: star_prefill(small(), torch.zeros(4, dtype=torch.long), 2), r"ids \(B, L\)"),
         (lambda: star_prefill(small(), torch.zeros(1, 0, dtype=torch.long), 2), r"ids \(B, L\)"),
-        (lambda: star_prefill(Decoder("sigmoid", vocab=20, dim=16, layers=1), torch.zeros(1, 4, dtype=torch.long), 2), "full softmax attention"),
-        (lambda: star_prefill(Decoder("mega", vocab=20, dim=16, layers=1), torch.zeros(1, 4, dtype=torch.long), 2), "full softmax attention"),
+        (
+            lambda: star_prefill(Decoder("sigmoid", vocab=20, dim=16, layers=1), torch.zeros(1, 4, dtype=torch.long), 2),
+            "full softmax attention",
+        ),
+        (
+            lambda: star_prefill(Decoder("mega", vocab=20, dim=16, layers=1), torch.zeros(1, 4, dtype=torch.long), 2),
+            "full softmax attention",
+        ),
     ],
 )
 def test_says_what_is_wrong(make: object, words: str) -> None:

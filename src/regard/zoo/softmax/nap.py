@@ -77,7 +77,9 @@ class PooledValues(nn.Module):
         return self.out(self.norm(pooled)).expand_as(x)  # type: ignore[no-any-return]
 
 
-def token_spread(variant: str, lengths: Sequence[int] = (16, 64, 256, 1024), std: float = 0.1, width: int = 64, seed: int = 0) -> list[float]:
+def token_spread(
+    variant: str, lengths: Sequence[int] = (16, 64, 256, 1024), std: float = 0.1, width: int = 64, seed: int = 0
+) -> list[float]:
     """The study of initialisation: for each length n the deviation between tokens of what heads read (mean over channels), at random logits of
     deviation `std` and standard normal values. variant: of `nap`, or "softmax", whose tokens draw together as n^-1/2; "nap" and "mte" are seen
     behind their LayerNorm."""

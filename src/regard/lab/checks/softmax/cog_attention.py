@@ -53,7 +53,12 @@ def nowhere_zero(s: Tensor, c: Tensor) -> Tensor:
     return torch.where(s >= 0, 1.0, -1.0) * torch.exp(torch.abs(s) - c)
 
 
-@check("cog-attention", "a score of exactly 0 weighs 0 and counts in the sum; a row of zeros weighs nothing", below=1e-12, control="sign(0) = 1")
+@check(
+    "cog-attention",
+    "a score of exactly 0 weighs 0 and counts in the sum; a row of zeros weighs nothing",
+    below=1e-12,
+    control="sign(0) = 1",
+)
 def _() -> tuple[float, float]:
     rows = [[0.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, -1.0, 0.5]]
     truth = [[(x > 0) - (x < 0) and math.copysign(math.exp(abs(x)), x) / sum(math.exp(abs(y)) for y in row) for x in row] for row in rows]

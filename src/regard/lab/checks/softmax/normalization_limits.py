@@ -28,7 +28,9 @@ def _() -> tuple[float, float]:
             s[0] = 1.0  # the largest possible logit, so that luck has no part in small samples
             one = limits.attention_limits(s, torch.ones(length, 1, dtype=F64), name, tops=(1,), draws=1, jacobian=False)
             low, high = 1 / (1 + (length - 1) * math.exp(2)), 1 / (1 + (length - 1) * math.exp(-2))
-            if name == "softmax" and not (low <= one.smallest and one.largest <= high and naive.gap(torch.tensor(one.bounds), torch.tensor((low, high))) < 1e-7):
+            if name == "softmax" and not (
+                low <= one.smallest and one.largest <= high and naive.gap(torch.tensor(one.bounds), torch.tensor((low, high))) < 1e-7
+            ):
                 return math.inf
             found.append(length * one.largest)
         return max(found) / min(found)

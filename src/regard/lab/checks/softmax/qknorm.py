@@ -38,7 +38,9 @@ def _() -> tuple[float, float]:
     return max(naive.gap(own, truth), turned), naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth)
 
 
-@check("qknorm", "g0 is log2(L^2 - L), L the 97.5th percentile of lengths: 100 alone, and 1..401", below=1e-9, control="the longest of them")
+@check(
+    "qknorm", "g0 is log2(L^2 - L), L the 97.5th percentile of lengths: 100 alone, and 1..401", below=1e-9, control="the longest of them"
+)
 def _() -> tuple[float, float]:
     truth = math.log2(391 * 391 - 391)  # of 1..401, 390 lie below 391 and 10 above
     constant = abs(g0_from_lengths([100] * 50) - math.log2(9900))

@@ -82,7 +82,12 @@ def _() -> tuple[float, float]:
     return max(own, naive.gap(found, truth)), naive.gap(layer(x), layer.out(soft.transpose(1, 2).flatten(-2)))
 
 
-@check("softmax-as-rnn", "150 steps on recalled pairs: loss with an L2 norm for the denominator", below=1.75, control="linear attention: order 1")
+@check(
+    "softmax-as-rnn",
+    "150 steps on recalled pairs: loss with an L2 norm for the denominator",
+    below=1.75,
+    control="linear attention: order 1",
+)
 def _() -> tuple[float, float]:
     found = ablation(("l2", "order 1"), seed=1)
     return found["l2"], found["order 1"]

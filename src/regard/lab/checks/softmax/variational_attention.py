@@ -73,7 +73,12 @@ def _() -> tuple[float, float]:
     return float((own - truth).norm() / truth.norm()), float((other - truth).norm() / truth.norm())
 
 
-@check("variational-attention", "40 single-sample gradients: their variance over that without a baseline", below=0.5, control="no baseline again")
+@check(
+    "variational-attention",
+    "40 single-sample gradients: their variance over that without a baseline",
+    below=0.5,
+    control="no baseline again",
+)
 def _() -> tuple[float, float]:
     def variance(baseline: bool, first: int) -> float:
         model, h, memory, y = aligned("sample", baseline=baseline)
@@ -90,7 +95,8 @@ def _() -> tuple[float, float]:
 def joint_of(model: LatentAlignment, h: Tensor, memory: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p(z), log p(y | x_z) and log q(z), (N, S) each, an alignment at a time."""
     emitted = torch.stack(
-        [model.out(torch.tanh(model.join(torch.cat((h, memory[:, z]), -1)))).log_softmax(-1).gather(1, y[:, None])[:, 0] for z in range(7)], 1
+        [model.out(torch.tanh(model.join(torch.cat((h, memory[:, z]), -1)))).log_softmax(-1).gather(1, y[:, None])[:, 0] for z in range(7)],
+        1,
     )
     return model.prior(h, memory).log_softmax(-1), emitted, model.infer(h, memory, y).log_softmax(-1)
 
