@@ -1,6 +1,8 @@
 """Do sinks appear? One tiny layer learns bigrams and three tokens that ask for a copy of the token before them.
 
 Where nothing is asked of attention, rows that must sum to one park their weight on the first token (Gu et al., 2024; Guo et al., 2024).
+
+Not built: prefix, windowed and post-norm variants; probes of massive activations and of key and value norms.
 """
 
 from __future__ import annotations

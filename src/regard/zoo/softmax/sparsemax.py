@@ -1,6 +1,8 @@
 """Sparsemax: the projection of scores onto the simplex, with exact zeros (id 5; Martins & Astudillo, 2016).
 
 p_i = argmin_{p in simplex} |p - s_i|^2 = relu(s_i - tau_i),   tau_i such that the row sums to one
+
+Not built: the demonstration on entailment or retrieval.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def _() -> tuple[float, float]:
 @torch.no_grad()
 def _() -> tuple[float, float]:
     h, edges, e = torch.randn(7, 16, dtype=F64), ring(7), torch.randn(14, 16, dtype=F64)
-    own, other = [], []
+    own: list[float] = []
+    other: list[float] = []
     for norm in ("batch", "layer"):
         layer = GraphTransformerLayer(16, 2, True, norm=norm).double()
         outs = layer(h, edges, e)
