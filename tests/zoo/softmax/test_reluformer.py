@@ -32,6 +32,10 @@ def test_mass_of_rows() -> None:
     some = [abs(math.log(mass)) for mass in masses if mass > 1.5]
     assert float(row_mass_loss(w, eps=1.5)) == pytest.approx(sum(some) / len(some), rel=1e-12)
     assert float(row_mass_loss(torch.zeros(2, 3))) == 0.0
+    one = torch.tensor([[0.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    assert float(row_mass_loss(one)) == pytest.approx(math.log(1.5))
+    faint = torch.tensor([[1.5e-8, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert float(row_mass_loss(faint)) == pytest.approx(-math.log(1.5e-8) / 2)
     leaf = w.clone().requires_grad_()
     row_mass_loss(leaf).backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
@@ -49,6 +53,8 @@ def test_entropy_above_a_margin(margin: float) -> None:
     rows = [(row.tolist(), 3 + i) for one in masked.flatten(0, 1) for i, row in enumerate(one)]
     want = sum(max(0.0, entropy(row) - margin * math.log(n)) for row, n in rows) / len(rows)
     assert float(entropy_margin_loss(masked, margin, seen)) == pytest.approx(want, rel=1e-9)
+    faint = torch.full((1, 4), 1.5e-8 / 4, dtype=torch.float64)
+    assert float(entropy_margin_loss(faint)) == pytest.approx(0.3 * math.log(4))
     leaf = w.clone().requires_grad_()
     entropy_margin_loss(leaf).backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
