@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard import RegardError
-from regard.zoo.softmax.gin_attention import Adjacency, GINAttention, HeadMLP, PNAAttention, SparseGINAdapter
+from regard.zoo.softmax.gin_attention import Adjacency, GINAttention, HeadMLP, PNAAttention, SparseGINAdapter, aggregated
 
 PROCESS = {
     "none": lambda a, t, b: a,
@@ -125,6 +125,11 @@ def test_pna(kind: str) -> None:
             largest = torch.stack([v[h, j] for j in near]).amax(0) if near else torch.zeros(4)
             gathered[h, i] = torch.cat((total, total / degree, largest, (squares / degree - (total / degree) ** 2).clamp_min(0)))
     torch.testing.assert_close(layer(x)[0], layer.out(network(layer.mlp, gathered).transpose(0, 1).flatten(1)))
+
+
+def test_signed_weights_that_cancel_divide_by_one() -> None:
+    a, v = torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor([[3.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(aggregated(a, v), torch.tensor([[2.0, 2.0, 3.0, 4.0]], dtype=torch.float64))
 
 
 def test_networks_of_heads_start_at_unit_scale_and_drop_in_training() -> None:
