@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algebra.mask import Causal, Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
+from ..algebra.rows import RowWise
 from ..algebra.snapshot import fixed
 from ..errors import RegardError
 from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
@@ -174,12 +175,17 @@ def attend_with_stats(
     q, k, v = under_autocast(q, k, v)
     if isinstance(mask, Tensor):
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
+    description = resolved(mechanism)
+    rule = getattr(description, "normalizer", None)
+    if rule is None or not rule.row_local or isinstance(rule, RowWise):
+        name = mechanism if isinstance(mechanism, str) else type(description).__name__
+        raise RegardError(f"{name} has no row statistics; expected a mechanism whose weights are those of scores, row by row")
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if executor is None and chosen.executor not in WITH_STATS:
         chosen = planned(q, k, v, mechanism, mask, inputs, "tiled")
     out, stats = execute(chosen, q, k, v, scale, inputs, True)
     if stats is None:
-        raise RegardError(f"executor {chosen.executor!r} of {type(chosen.mechanism).__name__} has no row statistics; use executor='tiled'")
+        raise RegardError(f"executor={chosen.executor!r} gives no row statistics; expected one of {', '.join(WITH_STATS)}, or None")
     return out, stats
 
 

@@ -28,7 +28,8 @@ def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any])
     description = resolved(mechanism)
     if not isinstance(description, Weighted):
         raise RegardError(
-            f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; pass mask > -inf, or no mask"
+            f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; expected no mask, a mask of "
+            "regard.algebra that says the same, such as Causal() or Padding(), or a mechanism with scores, such as softmax"
         )
     biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
     seen = mask.detach() != float("-inf")

@@ -56,9 +56,10 @@ def dropped(
     if not 0 <= rate < 1:
         raise RegardError(f"dropout_p is {rate}; expected at least 0 and less than 1")
     if q.dim() == 3:
-        lifted = mask.unsqueeze(-3) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
-        out, p = dropped(*(x.unsqueeze(1) for x in (q, k, v)), mechanism, rate, mask=lifted, scale=scale, **inputs)
-        return out.squeeze(1), p.squeeze(1)
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        mask = mask.unsqueeze(-3) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
+        out, kept = dropped(q, k, v, mechanism, rate, mask=mask, scale=scale, **inputs)
+        return out.squeeze(1), kept.squeeze(1)
     sizes_of(q, k, v)
     p = weights(q, k, mechanism, mask=mask, scale=scale, **inputs)
     description = resolved(mechanism)
