@@ -1,0 +1,172 @@
+"""What every layer must do, written once and run over the registry."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layers import LAYERS, MODULES, given, make, tensors
+
+from regard import RegardError
+
+CAUSAL = [name for name in MODULES if LAYERS[name].causal]
+STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
+ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
+TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
+    "seerattention": "the gate learns from its own alignment loss; attention itself is the model's",
+    "sparsifiner": "the predicted mask learns from its own loss against the dense weights",
+}
+
+
+def cast(inputs, dtype):
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def loss_of(out):
+    return sum((x.double() * torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)).sum() for x in tensors(out))
+
+
+def gap(a, b):
+    return max(float((x.double() - y.double()).abs().max()) if x.numel() else 0.0 for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_every_layer_is_here():
+    assert set(MODULES) == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(TRAINED_APART)))
+def test_every_parameter_learns(name):
+    layer = make(name)
+    for p in layer.parameters():  # away from first values of zero, which stop gradients on their way
+        p.data.add_(0.1 * torch.randn_like(p))
+    loss_of(layer(*given(name))).backward()
+    idle = [key for key, p in layer.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    assert not idle
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ONE_SAMPLE])
+def test_rows_of_a_batch_are_apart(name):
+    layer, inputs = make(name).double().eval(), cast(given(name, 3), torch.float64)
+    together = [x for x in tensors(layer(*inputs)) if x.dim() and x.shape[0] == 3]
+    assert together
+    for at in range(3):
+        alone = layer(*(x[at : at + 1] if isinstance(x, torch.Tensor) else x for x in inputs))
+        for a, b in zip(together, [x for x in tensors(alone) if x.dim()], strict=True):
+            assert float((a[at] - b[0]).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_few_tokens_or_a_reason(name):
+    for length in sorted({1, 2, 3, LAYERS[name].shortest}):
+        try:
+            out = make(name).eval()(*given(name, 2, length))
+        except RegardError:
+            assert length < LAYERS[name].shortest or length != LAYERS[name].length
+        else:
+            assert all(x.isfinite().all() for x in tensors(out))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_outputs_do_not_read_later_tokens(name):
+    layer, inputs = make(name).double().eval(), cast(given(name), torch.float64)
+    first = tensors(layer(*inputs))[0]
+    for cut in (1, 5, 8):
+        other = []
+        for x in inputs:
+            at = -1 if not x.is_floating_point() or x.dim() == 2 else -2
+            changed = x.clone()
+            tail = changed.narrow(at, cut, x.shape[at] - cut)
+            tail.copy_(torch.randn_like(tail) if x.is_floating_point() else (tail + 3) % 20)
+            other.append(changed)
+        second = tensors(layer(*other))[0]
+        before, after = ([x.narrow(-2, 0, cut) for x in (first, second)], [x.narrow(-2, cut, 12 - cut) for x in (first, second)])
+        assert torch.allclose(*before, atol=1e-10) and not torch.allclose(*after, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_equal_the_whole(name):
+    layer, inputs = make(name).double().eval(), cast(given(name), torch.float64)
+    whole, state, parts = tensors(layer(*inputs))[0], None, []
+    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):
+        piece = tuple(x[:, start:stop] for x in inputs)
+        out, state = layer.step(*piece, state)
+        parts.append(out)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_state_goes_round(name):
+    layer, other = make(name).eval(), make(name, 5).eval()
+    other.load_state_dict(layer.state_dict())
+    inputs = given(name)
+    assert gap(layer(*inputs), other(*inputs)) == 0
+    assert gap(layer(*inputs), copy.deepcopy(layer)(*inputs)) == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dtypes_follow(name):
+    layer, inputs = make(name).double().eval(), given(name)
+    exact = layer(*cast(inputs, torch.float64))
+    assert all(x.dtype == torch.float64 for x in tensors(exact))
+    scale = max(float(x.abs().max()) for x in tensors(exact))
+    single = layer.float()(*inputs)
+    assert gap(exact, single) < 1e-3 * scale
+    half = layer.bfloat16()(*cast(inputs, torch.bfloat16))
+    assert all(x.isfinite().all() for x in tensors(half)) and tensors(half)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_made_without_memory(name):
+    whole = make(name)
+    with torch.device("meta"):
+        empty = make(name)
+    assert all(x.is_meta for x in empty.state_dict().values())
+    assert {k: x.shape for k, x in empty.state_dict().items()} == {k: x.shape for k, x in whole.state_dict().items()}
+    empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    assert gap(empty.eval()(*given(name)), whole.eval()(*given(name))) == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_autocast(name):
+    layer, inputs = make(name), given(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(*inputs)
+    loss_of(out).backward()
+    assert all(x.isfinite().all() for x in tensors(out))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiles(name):
+    layer, inputs = make(name).eval(), given(name)
+    compiled = torch.compile(layer, backend="eager")
+    assert gap(compiled(*inputs), layer(*inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_second_derivatives_or_a_reason(name):
+    layer, inputs = make(name).double().eval(), cast(given(name, 1), torch.float64)
+    at = next(i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()) if name != "minimax-01" else None
+    if at is None:
+        return
+    x = inputs[at].requires_grad_()
+    direction = torch.randn_like(x)
+
+    def slope(x):
+        return torch.autograd.grad(loss_of(layer(*inputs[:at], x, *inputs[at + 1 :])), x, create_graph=True)[0]
+
+    first = slope(x)
+    if not first.requires_grad:
+        return
+    try:
+        curved = torch.autograd.grad((first * direction).sum(), x)[0]
+    except (RegardError, NotImplementedError):
+        return
+    except RuntimeError as why:
+        assert "derivative" in str(why) or "not implemented" in str(why)
+        return
+    step = 1e-5
+    ahead, behind = (slope((x + sign * step * direction).detach().requires_grad_()) for sign in (1, -1))
+    truth = ((ahead - behind) / (2 * step)).detach()
+    assert float((curved - truth).abs().max()) < 1e-4 * max(1.0, float(truth.abs().max()))

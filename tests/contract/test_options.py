@@ -1,0 +1,186 @@
+"""No hyperparameter is ignored: another value of it changes the layer, its output, or its gradients."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from layers import LAYERS, MODULES, given, make, tensors
+from samples import NAMES, SMALL, sample
+
+import regard
+from regard import RegardError, nn
+from regard.catalog.registry import entry
+from regard.nn.mixers import mixer_names
+
+# (row, option) -> another value, and what else both layers are made with.
+OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
+    ("afa", "head_dim"): (6, {}),
+    ("afa", "frequencies"): ("rope", {}),
+    ("biformer", "regions"): (4, {}),
+    ("biformer", "qk_dim"): (8, {}),
+    ("biformer", "scale"): (1.0, {}),
+    ("biformer", "differentiable"): (True, {"soft": True}),
+        ("biformer", "padded"): ("attended", {"regions": 3, "auto_pad": True}),
+    ("combiner", "pattern"): ("logsparse", {}),
+    ("combiner", "pool"): ("mean", {}),
+    ("dat", "kv_heads"): (1, {}),
+    ("dat", "heads_sa"): (6, {}),
+    ("dat", "heads_ra"): (6, {}),
+    ("dma", "kv_heads"): (1, {}),
+    ("dma", "bias"): ("exp", {}),
+    ("dma", "smooth"): (3, {"window": 4}),
+    ("dma", "mask"): ("relu", {}),
+    ("dma", "head_dim"): (6, {}),
+    ("fftnet", "eps"): (5.0, {}),
+    ("fftnet", "activation"): ("gelu", {}),
+    ("flash-window-attention", "window"): (2, {"shift": 1}),
+    ("gaam", "padding_value"): (0.0, {}),
+    ("graph-transformer", "norm"): ("batch", {}),
+    ("graph-transformer", "eps"): (0.3, {}),
+    ("halonet", "out"): (8, {}),
+    ("halonet", "block"): (2, {}),
+    ("halonet", "value_dim"): (4, {}),
+    ("halonet", "relative"): ("scaled", {}),
+    ("halonet", "pool"): (True, {"stride": 2}),
+    ("halonet", "stride"): (2, {}),
+    ("halonet", "steps"): ("queries", {"stride": 2}),
+    ("kernelized-attention-rpe", "axes"): (2, {"reach": 4}),
+    ("lalte", "kv_heads"): (1, {}),
+    ("latent-monotonic-attention", "context"): ("window", {}),
+    ("latent-monotonic-attention", "width"): (3, {"context": "window"}),
+    ("longvq", "hdim"): (8, {}),
+    ("mega", "hdim"): (8, {}),
+    ("mega", "chunk"): (4, {}),
+    ("mega", "attn"): ("laplace", {}),
+    ("mega", "positions"): ("rotary", {}),
+    ("mega", "norm"): ("rms", {}),
+    ("mega", "truncation"): (2, {}),
+    ("mosa", "window"): (3, {}),
+    ("mta", "keys"): (5, {}),
+    ("mta", "pre_mix"): (0, {}),
+    ("mta", "post_mix"): (0, {}),
+    ("mta", "depth"): (3, {}),
+    ("mta", "post_queries"): (3, {}),
+    ("mta", "post_keys"): (5, {}),
+    ("mta", "side"): ("left", {}),
+    ("mta", "head_dim"): (6, {}),
+    ("mta", "kv_heads"): (1, {}),
+    ("nats", "kv_heads"): (1, {}),
+    ("recurrent-memory-transformer", "bptt"): (1, {}),
+    ("recurrent-memory-transformer", "rope_bases"): ((100.0, 1000.0), {}),
+    ("sea", "causal"): (True, {"cells": 8}),
+    ("seerattention", "heads"): (2, {}),
+    ("seerattention", "kv_heads"): (4, {}),
+    ("seerattention", "width"): (4, {}),
+    ("seerattention", "block_size"): (2, {"threshold": 0.5}),
+    ("seerattention", "threshold"): (0.9, {}),
+    ("seerattention", "ratio"): (0.4, {}),
+    ("seerattention", "last_dense"): (1, {"threshold": 0.9}),
+    ("seerattention", "q_pools"): (("max",), {"threshold": 0.4}),
+    ("seerattention", "k_pools"): (("avg",), {"threshold": 0.4}),
+    ("seerattention", "rope"): (False, {}),
+    ("set-transformer", "dim"): (8, {}),
+    ("sla", "top"): (0.7, {}),
+    ("sla", "bottom"): (0.5, {}),
+    ("sla", "feature"): ("elu", {}),
+    ("sla", "over"): ("all", {}),
+    ("sparsifiner", "scale"): (5.0, {}),
+    ("sparsifiner", "reduction"): (4, {}),
+    ("sparsifiner", "estimate_threshold"): (0.1, {}),
+    ("sparsifiner", "coefficient_threshold"): (0.3, {}),
+    ("sparsifiner", "basis_threshold"): (0.3, {}),
+    ("ssa", "kv_heads"): (1, {}),
+    ("ssa", "head_dim"): (6, {}),
+    ("super-attention", "kind"): ("optimised", {}),
+    ("super-attention", "start"): ("eye", {}),
+    ("superlinear-attention", "kv_heads"): (1, {}),
+    ("transformer-vq", "key_dim"): (4, {}),
+    ("transformer-vq", "value_dim"): (8, {}),
+    ("transformer-vq", "reach"): (1, {}),
+    ("transformer-vq", "memory"): (2, {}),
+    ("variational-attention", "mode"): ("exact", {}),
+    ("variational-attention", "score"): ("bilinear", {}),
+    ("variational-attention", "temperature"): (2.0, {"mode": "gumbel"}),
+    ("variational-attention", "floor"): (0.4, {"mode": "dirichlet"}),
+    ("variational-attention", "leave_one_out"): (True, {"samples": 3, "mode": "wake_sleep"}),
+}
+# What changes nothing that these calls can show, with the reason.
+SILENT: dict[tuple[str, str], str] = {
+    ("biformer", "auto_pad"): "other sizes are refused without it: the row's checks",
+    ("biformer", "layout"): "the order of the input's dimensions: tests/golden",
+    ("fftnet", "seq_len"): "other lengths interpolate the filter: the row's checks",
+    ("flash-window-attention", "flash"): "the same numbers another way: the row's checks",
+    ("flash-window-attention", "chunk"): "the same numbers in other pieces",
+    ("gaam", "padding_value"): "no entry here is padding: the row's checks",
+    ("gin-attention", "mlp"): "a module of the caller",
+    ("graph-transformer", "edge_stream"): "another call, with edge features: the row's checks",
+    ("kernelized-attention-rpe", "heads"): "another call: shapes of q, k, v",
+    ("kernelized-attention-rpe", "head_dim"): "another call: shapes of q, k, v",
+    ("kernelized-attention-rpe", "axes"): "another call, on a grid: the row's checks",
+    ("lalte", "sinks"): "hardly a token is evicted here: the row's checks",
+    ("lalte", "budget"): "places when decoding: the row's checks",
+    ("landmark-attention", "top_blocks"): "decoding: the row's checks",
+    ("landmark-attention", "places"): "decoding: the row's checks",
+    ("landmark-attention", "selection"): "decoding: the row's checks",
+    ("longvq", "block"): "the same numbers in other pieces",
+    ("minimax-01", "config"): "sizes of a whole model",
+    ("sea", "heads"): "another call: shapes of q, k, v",
+    ("sea", "head_dim"): "another call: shapes of q, k, v",
+    ("sea", "max_len"): "the longest call",
+    ("seerattention", "heads"): "another call: shapes of q, k, v",
+    ("seerattention", "kv_heads"): "another call: shapes of q, k, v",
+    ("seerattention", "head_dim"): "another call: shapes of q, k, v",
+    ("sla", "head_dim"): "another call: shapes of q, k, v",
+    ("ssa", "select"): "a mechanism of the caller",
+    ("vig", "cls"): "another call, with a class token: the row's checks",
+}
+WIDTHS = {"dim", "dim_in", "inputs", "tokens", "length"}  # of the inputs: what does not fit is refused
+
+
+def other_value(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return 0.5 * value if value else 0.25
+    return None
+
+
+def layer_cases():
+    for name in MODULES:
+        for option, parameter in inspect.signature(LAYERS[name].factory or entry(name).factory).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD or option in WIDTHS or (name, option) in SILENT or option == "inner":
+                continue
+            old = LAYERS[name].options.get(option, parameter.default)
+            value, common = OTHER.get((name, option)) or (2 * old if option == "heads" else other_value(old), {})
+            yield pytest.param(name, option, value, common, id=f"{name}-{option}")
+
+
+def seen(layer, inputs):
+    """What can be told of a layer from outside: its parameters' shapes, its outputs in training and in evaluation, its gradients."""
+    torch.manual_seed(3)
+    trained = tensors(layer.train()(*inputs))
+    weighed = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)).sum() for x in trained)
+    leaves = [*layer.parameters()] if getattr(weighed, "requires_grad", False) else []
+    grads = torch.autograd.grad(weighed, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
+    torch.manual_seed(3)
+    shapes = {key: tuple(x.shape) for key, x in layer.state_dict().items()}
+    return shapes, [*trained, *grads, *tensors(layer.eval()(*inputs))]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "common"), layer_cases())
+def test_layers_heed(name, option, value, common):
+    first, second = make(name, **common).double(), make(name, **{**common, option: value}).double()
+    inputs = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given(name))
+    for layer in (first, second):  # first values of zero would hide what they multiply
+        torch.manual_seed(4)
+        for p in layer.parameters():
+            p.data.add_(0.3 * torch.randn_like(p))
+    a, b = seen(first, inputs), seen(second, inputs)
+    if a[0] == b[0]:
+        same = all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+        assert not same, f"{option}={value!r} changes nothing"

@@ -1,0 +1,145 @@
+"""A small layer of every row that is one, with what it is called with: made once for the contracts of layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalog.registry import entry, names
+
+LENGTH = 12
+Inputs = Callable[[int, int], tuple[Any, ...]]  # (batch, length) -> what forward takes
+
+
+def tokens(dim: int = 16) -> Inputs:
+    return lambda batch, length: (torch.randn(batch, length, dim),)
+
+
+def image(*shape: int) -> Inputs:
+    return lambda batch, length: (torch.randn(batch, *shape),)
+
+
+def heads(count: int = 2, kv: int | None = None, dim: int = 8) -> Inputs:
+    return lambda batch, length: tuple(torch.randn(batch, c, length, dim) for c in (count, kv or count, kv or count))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """options: of the constructor. inputs: what forward takes. causal: whether outputs read earlier tokens alone. length: tokens that
+    fit. batched: whether rows of a batch are apart in evaluation. first: the call's shortest length."""
+
+    options: dict[str, Any]
+    inputs: Inputs = tokens()
+    causal: bool = False
+    length: int = LENGTH
+    shortest: int = 1
+    call: dict[str, Any] = field(default_factory=dict)
+    factory: Callable[..., nn.Module] | None = None
+
+
+def flux(**options: Any) -> nn.Module:
+    from regard.nn import Attention
+    from regard.zoo.sparse.flux_attention import FluxAttention
+
+    return FluxAttention(Attention(16, 2), **options)
+
+
+def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
+
+
+def graph(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    at = torch.arange(batch * length)
+    return torch.randn(batch * length, 16), torch.stack((torch.cat((at, at)), torch.cat((at, at // length * length))))
+
+
+def alignment(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, 16), torch.randn(batch, length, 16), torch.arange(batch) % 5
+
+
+def transduction(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, length, 6), torch.arange(3).expand(batch, -1) % 5
+
+
+def bytes_of(batch: int, length: int) -> tuple[Tensor]:
+    return (torch.arange(batch * length).reshape(batch, length) * 7 % 20,)
+
+
+def grid(batch: int, length: int) -> tuple[Tensor, tuple[int, int]]:
+    return torch.randn(batch, length, 16), (length // 4, 4)
+
+
+SMALL = {"dim": 16, "heads": 2}
+LAYERS: dict[str, Layer] = {
+    "afa": Layer(SMALL, causal=True),
+    "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
+    "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
+    "dma": Layer({**SMALL, "window": 6}, causal=True),
+    "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
+    "flash-window-attention": Layer({**SMALL, "window": 4, "shift": 2}, image(8, 8, 16)),
+    "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
+    "gaam": Layer({"heads": 2}),
+    "gin-attention": Layer(SMALL, causal=True),
+    "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
+    "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8)),
+    "kernelized-attention-rpe": Layer({"heads": 2, "head_dim": 8, "features": 16, "reach": 16}, heads()),
+    "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 4}, causal=True),
+    "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
+    "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),
+    "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
+    "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
+    "minimax-01": Layer({}, bytes_of, causal=True, shortest=2),
+    "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
+    "mta": Layer(SMALL, causal=True),
+    "nats": Layer({**SMALL, "window": 4}, causal=True),
+    "rcmha": Layer(SMALL),
+    "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
+    "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
+    "seerattention": Layer({"heads": 4, "kv_heads": 2, "head_dim": 8, "width": 8, "block_size": 4}, heads(4, 2), causal=True),
+    "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
+    "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
+    "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
+    "ssa": Layer({**SMALL, "block_size": 4, "top_k": 2}, causal=True),
+    "super-attention": Layer({**SMALL, "length": LENGTH}),
+    "superlinear-attention": Layer({**SMALL, "skip": 1}, causal=True),
+    "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
+    "tropical-attention": Layer(SMALL),
+    "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "sample"}, alignment),
+    "vig": Layer(SMALL, grid, shortest=4),
+}
+
+
+def is_layer(name: str) -> bool:
+    factory = entry(name).factory
+    return inspect.isclass(factory) and issubclass(factory, nn.Module)
+
+
+MODULES = [name for name in names("module") if is_layer(name)]
+
+
+def make(name: str, start: int = 0, /, **options: Any) -> nn.Module:
+    """A row's layer; start: the seed of its first values."""
+    layer = LAYERS[name]
+    torch.manual_seed(start)
+    factory = layer.factory or entry(name).factory
+    return factory(**{**layer.options, **options})  # type: ignore[no-any-return]
+
+
+def given(name: str, batch: int = 2, length: int | None = None, seed: int = 1) -> tuple[Any, ...]:
+    torch.manual_seed(seed)
+    return LAYERS[name].inputs(batch, length or LAYERS[name].length)
+
+
+def tensors(out: Any) -> list[Tensor]:
+    """The floating tensors of an output, whatever it is."""
+    if isinstance(out, Tensor):
+        return [out] if out.is_floating_point() else []
+    if isinstance(out, (tuple, list)):
+        return [x for one in out for x in tensors(one)]
+    return [x for one in vars(out).values() for x in tensors(one)] if hasattr(out, "__dict__") else []
