@@ -74,7 +74,7 @@ def test_triggers_repeat_the_token_before_them():
 
 def test_experiment_learns():
     result = sink_experiment("softpick", steps=60)
-    assert result.loss[-1] < 0.8 * result.loss[0] and 0 <= result.sink_rate <= 1
+    assert sum(result.loss[-10:]) < 0.97 * sum(result.loss[:10]) and 0 <= result.sink_rate <= 1
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

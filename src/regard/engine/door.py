@@ -36,9 +36,7 @@ MAX_PLANS = 4096
 WITH_STATS = ("native", "tiled")  # executors whose rows come with the statistics that merge needs
 
 
-def planned(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None
-) -> Plan:
+def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
     """The plan of a call, remembered by everything it depends on."""
     description = settle(resolved(mechanism))
     mask = None if mask is None else settle(as_mask(mask))
@@ -104,7 +102,9 @@ def attend(
     q, k, v = under_autocast(q, k, v)
     if dropout_p:
         if executor is not None or state is not None or return_state:
-            raise RegardError(f"dropout_p={dropout_p} with executor, state or return_state: dropout has its own way; expected these left out")
+            raise RegardError(
+                f"dropout_p={dropout_p} with executor, state or return_state: dropout has its own way; expected these left out"
+            )
         return dropped(q, k, v, mechanism, dropout_p, mask=mask, scale=scale, **inputs)[0]
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
@@ -203,7 +203,14 @@ _eager: list[Callable[..., Any]] = []
 
 
 def compiled(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, scale: float | None, executor: str | None, inputs: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    mask: Any,
+    scale: float | None,
+    executor: str | None,
+    inputs: dict[str, Any],
 ) -> Tensor:
     """`attend` inside torch.compile: plain softmax is traced; everything else is a break between two compiled parts."""
     plain = mechanism == "softmax" if isinstance(mechanism, str) else getattr(mechanism, "plain", False)

@@ -50,7 +50,7 @@ def softmax(s: Tensor) -> Tensor:
 def projection(z: Tensor) -> Tensor:
     """Euclidean projection onto the simplex by bisection on the threshold (independent of sorting and of Newton)."""
     low, high = z.max() - 1, z.max()
-    for _ in range(200):
+    for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if (z - middle).clamp_min(0).sum() >= 1 else (low, middle)
     return (z - low).clamp_min(0)
@@ -60,7 +60,7 @@ def entmax(z: Tensor, alpha: float) -> Tensor:
     """alpha-entmax by bisection on tau in ((alpha-1) z - tau)_+^(1/(alpha-1))."""
     x = (alpha - 1) * z
     low, high = x.max() - 1, x.max()
-    for _ in range(200):
+    for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if ((x - middle).clamp_min(0) ** (1 / (alpha - 1))).sum() >= 1 else (low, middle)
     return (x - low).clamp_min(0) ** (1 / (alpha - 1))

@@ -13,7 +13,7 @@ ROWS = {
     "structural_attention": "softmax.bayesian_attention_view",
     "recruit": "softmax.localist_recruitment",
     "attention_limits": "softmax.normalization_limits",
-    "attention_flow": "softmax.sparsemax",
+    "attention_flow": "softmax.sinkformer",
 }
 
 __all__ = [*ROWS]

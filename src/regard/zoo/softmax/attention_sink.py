@@ -1,6 +1,8 @@
 """Do sinks appear? One tiny layer learns bigrams and three tokens that ask for a copy of the token before them.
 
 Where nothing is asked of attention, rows that must sum to one park their weight on the first token (Gu et al., 2024; Guo et al., 2024).
+
+Not built: prefix, windowed and post-norm variants; probes of massive activations and of key and value norms.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.errors import RegardError, nearest
 from regard.nn.attention import Attention
-from regard.nn.parts import SwiGLU
 from regard.plots import figure
 from regard.tasks.statistics import importance, kurtosis, sink_rate
 
@@ -40,8 +41,8 @@ def studied(name: str) -> Mechanism:
         "softmax": Weighted(),
         "sigmoid": get("sigmoid"),
         "sigmoid-normalised": Weighted(normalizer=RowLocal(torch.sigmoid, torch.sigmoid)),
-        "elu": Recurrent(FeatureMap(elu_plus_one)),
-        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum"),
+        "elu": Recurrent(FeatureMap(elu_plus_one), scaled=False),
+        "elu-normalised": Recurrent(FeatureMap(elu_plus_one), readout="sum", scaled=False),
         "linear-normalised": Weighted(normalizer=RowLocal(identity, torch.abs)),
         "k-bias": Weighted(normalizer=RowLocal(exp_shifted, exp_shifted, with_sink, shift="max0", inputs=(sink,))),
     }
@@ -50,35 +51,48 @@ def studied(name: str) -> Mechanism:
     return known[name]
 
 
+def bigrams() -> Tensor:
+    """(VOCAB, VOCAB) the fixed chain's probabilities of the next token; a trigger's row is that of the first token."""
+    table = torch.softmax(2.5 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(7)), -1)
+    table[:, BOS], table[:, list(TRIGGERS)] = 0.0, 0.1 / 3
+    table[list(TRIGGERS)] = table[BOS].clone()
+    return table / table.sum(-1, keepdim=True)
+
+
 class Tiny(nn.Module):
-    """An MLP that can learn the bigrams, then attention whose output goes straight to the logits: a head that adds to every token
-    what only triggers ask for spoils the others."""
+    """The chain's log probabilities, plus one layer of attention read by the output alone: a head that adds to every token what only
+    triggers ask for spoils the others."""
+
+    known: Tensor
 
     def __init__(self, mechanism: str | Mechanism, dim: int, heads: int, length: int):
         super().__init__()
-        self.embed, self.head = nn.Embedding(VOCAB, dim), nn.Linear(dim, VOCAB, bias=False)
-        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(3))
-        self.mlp, self.attention = SwiGLU(dim, 2 * dim), Attention(dim, heads, mechanism, rope=True, context_len=length)
+        self.embed, self.head, self.norm = nn.Embedding(VOCAB, dim), nn.Linear(dim, VOCAB, bias=False), nn.RMSNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads, mechanism, rope=True, context_len=length)
+        self.register_buffer("known", bigrams().clamp_min(1e-4).log())
 
     def stream(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        return x + self.mlp(self.norm1(x))  # type: ignore[no-any-return]
+        """What attention reads, (B, L, dim)."""
+        return self.norm(self.embed(tokens))  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.stream(tokens)
-        return self.head(self.norm3(x + self.attention(self.norm2(x))))  # type: ignore[no-any-return]
+        return self.known[tokens] + self.head(self.attention(self.stream(tokens)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class SinkResult:
-    """sink_rate: share of heads and samples whose first token gets over 0.3. accuracy: of copies. kurtosis: of the stream.
-    logit_range: mean over rows of the largest minus the smallest visible logit. loss: of training."""
+    """head_rates: for each head the share of samples whose first token gets over 0.3; sink_rate: their mean. accuracy: of copies. kurtosis: of
+    what attention adds. logit_range: mean over rows of the largest minus the smallest visible logit. loss: of training."""
 
-    sink_rate: float
+    head_rates: tuple[float, ...]
     accuracy: float
     kurtosis: float
     logit_range: float
     loss: tuple[float, ...]
+
+    @property
+    def sink_rate(self) -> float:
+        return sum(self.head_rates) / max(1, len(self.head_rates)) if self.head_rates else float("nan")
 
     def plot(self) -> str:
         """The loss of training as an SVG."""
@@ -87,49 +101,53 @@ class SinkResult:
 
 def text(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens (count, length + 1) and which of the last `length` are copies: a fixed bigram chain; a trigger repeats the token before it."""
-    chain = torch.Generator().manual_seed(7)
-    table = torch.softmax(2.5 * torch.randn(VOCAB, VOCAB, generator=chain), -1)
-    table[:, BOS], table[:, list(TRIGGERS)] = 0.0, 0.1 / 3
+    table, triggers = bigrams(), torch.tensor(TRIGGERS)
     tokens = torch.full((count, length + 1), BOS)
     copied = torch.zeros(count, length, dtype=torch.bool)
     for at in range(1, length + 1):
-        last = tokens[:, at - 1]
-        asked = torch.isin(last, torch.tensor(TRIGGERS)) if at > 1 else torch.zeros(count, dtype=torch.bool)
-        drawn = torch.multinomial(table[torch.where(asked, BOS, last)], 1, generator=generator)[:, 0]
-        before = tokens[:, at - 2] if at > 1 else drawn
-        copied[:, at - 1] = asked & (before != BOS)
-        tokens[:, at] = torch.where(copied[:, at - 1], before, drawn)
+        tokens[:, at] = torch.multinomial(table[tokens[:, at - 1]], 1, generator=generator)[:, 0]
+        if at > 1:
+            before = tokens[:, at - 2]
+            copied[:, at - 1] = torch.isin(tokens[:, at - 1], triggers) & (before != BOS)
+            tokens[:, at] = torch.where(copied[:, at - 1], before, tokens[:, at])
     return tokens, copied
 
 
 @register("attention-sink", kind="experiment")
 def sink_experiment(
-    mechanism: str | Mechanism, *, steps: int = 600, length: int = 32, dim: int = 64, heads: int = 2, lr: float = 6e-3, seed: int = 0
+    mechanism: str | Mechanism,
+    *,
+    steps: int = 400,
+    length: int = 32,
+    dim: int = 32,
+    heads: int = 2,
+    lr: float = 1e-2,
+    batch: int = 32,
+    seed: int = 0,
 ) -> SinkResult:
-    """Train one layer of `mechanism` for `steps` of 64 sequences (about 10 s on two cores) and look at its weights."""
+    """Train one layer of `mechanism` for `steps` of `batch` sequences (a few seconds) and look at its weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Tiny(mechanism, dim, heads, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        tokens, _ = text(64, length, generator)
+    for tokens in text(steps * batch, length, generator)[0].split(batch):
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        warm.step()
         losses.append(float(loss.detach()))
     with torch.no_grad():
         tokens, copied = text(256, length, generator)
         right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
         x = model.stream(tokens[:, :-1])
-        found = model.attention.weights(model.norm2(x))
-        spread = logit_range(model.attention, model.norm2(x))
-    rate = float("nan") if found is None else sink_rate(found)
-    accuracy = float(right[copied].double().mean())
-    return SinkResult(rate, accuracy, kurtosis(x + model.attention(model.norm2(x))), spread, tuple(losses))
+        found = model.attention.weights(x)
+        spread = logit_range(model.attention, x)
+        added = kurtosis(model.attention(x))
+    rates = () if found is None else tuple(sink_rate(found[:, h]) for h in range(heads))
+    return SinkResult(rates, float(right[copied].double().mean()), added, spread, tuple(losses))
 
 
 @functools.cache

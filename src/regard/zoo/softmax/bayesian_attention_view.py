@@ -41,6 +41,52 @@ def structural_attention(
     return mixing @ values, marginals
 
 
+def relative_prior(q_len: int, k_len: int, bias: Tensor) -> Tensor:
+    """log prior (Lq, Lk) of a relative position bias: bias (2 reach + 1,) for i - j from -reach to reach, clipped there; queries stand at the
+    end of the keys."""
+    reach = len(bias) // 2
+    apart = torch.arange(k_len - q_len, k_len)[:, None] - torch.arange(k_len)
+    return bias[apart.clamp(-reach, reach) + reach]
+
+
+def sparse_prior(edges: Tensor) -> Tensor:
+    """log prior of a bool mask of possible edges: uniform on them, impossible elsewhere."""
+    return torch.where(edges, -edges.sum(-1, keepdim=True).clamp_min(1).to(torch.get_default_dtype()).log(), float("-inf"))
+
+
+def dot_product(q: Tensor, k: Tensor) -> Tensor:
+    """psi = q.k / sqrt(D)."""
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Uniform prior over keys: self-attention, or cross-attention where keys belong to another set."""
+    return structural_attention(dot_product(q, k), v)[0]
+
+
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """A prior over distances (`relative_prior`): softmax with a relative position bias."""
+    return structural_attention(dot_product(q, k), v, log_prior=relative_prior(q.shape[-2], k.shape[-2], bias))[0]
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, edges: Tensor) -> Tensor:
+    """A prior with zeros: edges (..., Lq, Lk) bool are possible."""
+    return structural_attention(dot_product(q, k), v, log_prior=sparse_prior(edges))[0]
+
+
+def hard_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The most likely edge alone."""
+    return structural_attention(dot_product(q, k), v, hard=True)[0]
+
+
+def slot_attention(x: Tensor, slots: Tensor, steps: int = 1) -> Tensor:
+    """slots (S, D) -> the means of an isotropic Gaussian mixture over x (N, D) after `steps` of expectation-maximisation: each input has one
+    edge, to a slot, and slots compete for it."""
+    for _ in range(steps):
+        slots = structural_attention(slots @ x.transpose(-1, -2) - slots.square().sum(-1, keepdim=True) / 2, x, over="queries")[0]
+    return slots
+
+
 def enumerate_joint(potentials: Tensor, coupling: Tensor | None = None, log_prior: Tensor | None = None) -> Tensor:
     """Marginals (Lq, Lk) by summing over every joint assignment of the queries' edges, Lk^Lq of them.
 

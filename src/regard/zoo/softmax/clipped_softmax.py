@@ -1,6 +1,8 @@
 """Clipped softmax and gated attention: heads that can do nothing without outliers (id 102; Bondarenko et al., 2023).
 
 p_ij = clip((zeta - gamma) softmax(s_i)_j + gamma, 0, 1),   gamma = -alpha / T        gated: o_h times sigmoid(G_h(x))
+
+Not built: quantised activations (W8A8). In the tiny copying task clipping narrows the range of logits; gating does not.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Cog attention: negative weights (id 15; Lv et al., 2024).
 
 p_ij = sign(s_ij) exp|s_ij| / sum_j exp|s_ij|        sum_j |p_ij| = 1 (a score of exactly 0 weighs 0 but counts in the sum)
+
+Not built: image diffusion blocks, statistics of OV circuits.
 """
 
 import torch

@@ -3,6 +3,8 @@
     relational head:  out_i = sum_j alpha_ij (W_r r_ij + W_v s_j),   r_ij[l] = act(<W_qr^l x_i, W_kr^l x_j> / sqrt(d_r))
 s are symbols: learned codes of tokens, of positions, or of relative positions s_(i-j). With act the identity,
 sum_j alpha_ij r_ij[l] = <q_i^l, sum_j alpha_ij k_j^l>: the relations are never formed, and a relational head is one attention call.
+
+Not built: encoder, decoder and vision blocks around the layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Graph-aware isomorphic attention: attention maps as adjacency of GIN and PNA layers (id 148; Buehler, 2025).
 
 GIN: y^h = MLP_h(eps X^h + A^h X^h),   PNA: y^h = MLP_h([sum, mean, max, variance over j with A_ij > 0]),   A^h causal attention
+
+Not built: a wrapper that reads the maps of a pretrained decoder (`SparseGINAdapter` takes them as an argument), the comparison with LoRA.
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ class IDWClassifier(nn.Module):
         """Add one prototype by hand, at x (dim,), such that x is classified as `target`; elsewhere its influence falls as 1/distance."""
         logits = self(x[None])[0]
         inverse = (1 / (self.eps + (x - self.keys).norm(dim=-1) ** self.power)).sum()
-        # Over the previous maximum with room to spare, but by little.
-        eta = (1 + self.eps * inverse) * (logits.max() - logits[target]).clamp_min(0) + 1e-3
-        eta = eta + self.eps * inverse * (logits.max().abs() + logits[target].abs())
+        eta = (1 + self.eps * inverse) * (logits.max() - logits[target])  # the new logit leads by (max - logit) / (1 + eps S)
         value = torch.zeros_like(logits)
         value[target] = eta
         self.keys = nn.Parameter(torch.cat((self.keys, x[None])))

@@ -1,6 +1,8 @@
 """The locality dial: attention blended between free and confined to semantic blocks, at any time (id 295; Diederich, 2025).
 
 p_i = softmax_j(s_ij - mu [block_i != block_j] + kappa q_i.a_block(j) + rule_ij),   mu = -log(1 - dial)
+
+Not built: the language model over a vocabulary of blocks.
 """
 
 from __future__ import annotations

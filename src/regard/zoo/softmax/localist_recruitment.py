@@ -2,6 +2,8 @@
 
     J = sum_data -log2 p(x | blocks) + sum_b C(b),   C(b) = (k_b / 2) log2 N + log2(number of blocks),   all in bits
 A block is an isotropic Gaussian around its anchor; a candidate splits a block in two; it is recruited iff it saves more than it costs.
+
+Not built: recruited language models beyond bigrams.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 p_ij = g_h (s_ij - mean_j s_i) / (std_j s_i + eps) + b_h,   s_ij = q_i.k_j        weights may be negative; a row sums to n_i b_h
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from regard.algebra import Dot, Input, Learned, Recipe, RowLocal, RowWise, Weighted, bind, identity, row_mean
 from regard.catalog.registry import register
+from regard.engine.door import attend
 from regard.errors import RegardError
 
 
@@ -46,3 +50,44 @@ def nap(
     if variant == "mte":
         return Weighted(recipe=block)
     raise RegardError(f"variant={variant!r}; expected nap, non or mte")
+
+
+class PooledValues(nn.Module):
+    """The paper's other comparison, x (B, L, dim) -> (B, L, dim): W_o of the "max" or "sum" of W_v x over the tokens, the same for each.
+
+    merged: LayerNorm (norm_eps) and GELU in between, as in the attention layers.
+    """
+
+    def __init__(self, dim: int, kind: str = "max", merged: bool = True, norm_eps: float = 1e-3):
+        super().__init__()
+        if kind not in ("max", "sum"):
+            raise RegardError(f"kind={kind!r}; expected max or sum")
+        self.kind, self.v, self.out = kind, nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm = nn.Sequential(nn.LayerNorm(dim, norm_eps), nn.GELU(approximate="tanh")) if merged else nn.Identity()
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep: (B, L) bool, False at padding; a sample without tokens pools to 0."""
+        v = self.v(x)
+        kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if keep is None else keep
+        if self.kind == "sum":
+            pooled = torch.where(kept[..., None], v, 0.0).sum(1, keepdim=True)
+        else:
+            pooled = torch.where(kept[..., None], v, float("-inf")).amax(1, keepdim=True)
+            pooled = torch.where(kept.any(1)[:, None, None], pooled, 0.0)
+        return self.out(self.norm(pooled)).expand_as(x)  # type: ignore[no-any-return]
+
+
+def token_spread(
+    variant: str, lengths: Sequence[int] = (16, 64, 256, 1024), std: float = 0.1, width: int = 64, seed: int = 0
+) -> list[float]:
+    """The study of initialisation: for each length n the deviation between tokens of what heads read (mean over channels), at random logits of
+    deviation `std` and standard normal values. variant: of `nap`, or "softmax", whose tokens draw together as n^-1/2; "nap" and "mte" are seen
+    behind their LayerNorm."""
+    mechanism: str | Weighted = variant if variant == "softmax" else nap(variant=variant)
+    generator, found = torch.Generator().manual_seed(seed), []
+    for n in lengths:
+        s, v = std * torch.randn(1, 1, n, n, generator=generator), torch.randn(1, 1, n, width, generator=generator)
+        out = attend(s, torch.eye(n)[None, None], v, mechanism, scale=1.0)[0, 0]
+        out = F.layer_norm(out, (width,)) if variant in ("nap", "mte") else out
+        found.append(float(out.std(0).mean()))  # std over tokens
+    return found

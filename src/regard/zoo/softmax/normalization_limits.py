@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.algebra import Weighted
+from regard.algebra import Dot, Hybrid, Weighted
 from regard.catalog import get
 from regard.catalog.registry import register
+from regard.engine import weights
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.plots import figure
@@ -49,14 +50,24 @@ class Limits:
 
 
 def normalised(logits: Tensor, normalizer: str | Weighted | Callable[[Tensor], Tensor], temperature: float) -> Tensor:
-    """Weights (L,) of logits (L,): of a mechanism's normalizer, or F(l / T) / sum F for a plain positive function F."""
+    """Weights (L,) of logits (L,), l / T: of a mechanism's normalizer, with its scaling of dot products (SSMax) but without positions, masks and
+    scores of another kind; or F(l / T) / sum F for a plain positive function F."""
     x = logits / temperature
     if callable(normalizer) and not isinstance(normalizer, Weighted):
         f = normalizer(x)
         return f / f.sum()
     described = get(normalizer) if isinstance(normalizer, str) else normalizer
-    eye = torch.eye(len(x), dtype=x.dtype)[None, None]
-    return attend(x[None, None, None], eye, eye, described, scale=1.0)[0, 0, 0]
+    one, keys = x.new_ones(1, 1, 1, 1), x[None, None, :, None]
+    if isinstance(described, Hybrid):  # a blend has no one matrix of weights: read it off identity values
+        eye = torch.eye(len(x), dtype=x.dtype)[None, None]
+        return attend(x[None, None, None], eye, eye, described, scale=1.0)[0, 0, 0]
+    if not isinstance(described, Weighted):
+        raise RegardError(f"normalizer={normalizer!r} has no weights of pairs; expected a mechanism that has, or a function F")
+    # The logits are given: positions, masks and scores other than scaled dot products, which would make them, have no part.
+    dot = isinstance(described.score, Dot) and not described.score.unit
+    found = weights(one, keys, Weighted(**({"score": described.score} if dot else {}), normalizer=described.normalizer), scale=1.0)  # type: ignore[arg-type]
+    assert found is not None
+    return found[0, 0, 0]
 
 
 def dispersion_bounds(spread: float, length: int, temperature: float = 1.0) -> tuple[float, float]:
@@ -101,12 +112,14 @@ def attention_limits(
     jacobian: bool = True,
     seed: int = 0,
 ) -> Limits:
-    """logits (L,), tokens (L, dim) (None: random points on a sphere of radius sqrt(dim), dim = 64). normalizer: a name, a description, or a
+    """logits (L,), or the log of a recorded map's row; tokens (L, dim) (None: random points on a sphere of radius sqrt(dim), dim = 64). normalizer: a name, a description, or a
     positive function F. radius: None is twice the mean |alpha x|. draws: random sets for the expected separation. jacobian costs O(L^2)."""
     if logits.dim() != 1 or (tokens is not None and (tokens.dim() != 2 or len(tokens) != len(logits))):
         raise RegardError(
             f"logits {tuple(logits.shape)}, tokens {None if tokens is None else tuple(tokens.shape)}: expected (L,) and (L, dim)"
         )
+    if not bool(logits.isfinite().all()):
+        raise RegardError("logits hold entries that are not finite; expected finite ones (leave masked keys out)")
     length, generator = len(logits), torch.Generator().manual_seed(seed)
     if tokens is None:
         tokens = torch.nn.functional.normalize(torch.randn(length, 64, generator=generator, dtype=logits.dtype), dim=-1) * 8

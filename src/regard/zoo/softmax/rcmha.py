@@ -37,7 +37,10 @@ class HeadConv(nn.Module):
 @register("rcmha", kind="module")
 class RelativeConvMHA(Attention):
     """Causal, x (B, L, dim) -> (B, L, dim). conv=False, relative=False: the paper's ablations (MHA, RMHA, MDHA). max_rel: offsets |i - j|
-    below it have a place in the tables."""
+    below it have a place in the tables.
+
+    The released tables count P + j - i, ours max_rel + i - j: `table.flip(0).roll(1, 0)`; released filters run from the oldest token on, ours from
+    the newest: `weight.flip(-1)`."""
 
     def __init__(
         self, heads: int, dim: int, kernel: int = 3, max_rel: int = 4096, conv: bool = True, relative: bool = True, **options: Any

@@ -1,6 +1,8 @@
 """Relaxed attention: softmax smoothed towards the uniform distribution (id 71; Lohrenz et al., 2022).
 
 p_i = (1 - gamma) softmax_j(s_ij) + gamma / n_i,   n_i = number of visible keys
+
+Not built: decoding with an external language model (shallow fusion).
 """
 
 from __future__ import annotations

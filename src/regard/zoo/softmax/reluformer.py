@@ -1,6 +1,8 @@
 """ReLU attention with a variance factor, and feed-forward layers as memories (id 94; Shen et al., 2023).
 
 p_ij = relu(s_ij) / (gamma_h sqrt(n_i / 2))        Var(sum_j relu(x_j) v_j) = n / 2 for independent standard normal x and v
+
+Not built: the experiment over slots and sequence lengths.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Shaped attention: centred at the identity, with a temperature that grows with width (id 65; Noci et al., 2023).
 
 A = I + softmax(Y / (tau0 sqrt(width))) - 1/m 11^T,   Y = q.k / sqrt(D)        under a mask 1/m is 1 / n_i on the visible keys
+
+Not built: a trainable residual block and its initialiser (`Layer` is random and without parameters).
 """
 
 from __future__ import annotations

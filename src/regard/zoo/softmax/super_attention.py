@@ -3,6 +3,8 @@
     S_h = softmax(Q_h K_h^T / sqrt(D)),  o = concat_h(S_h V_h) W_O
     standard: Q, K, V projected;  optimised: V_h = X_h;  efficient: K_h = V_h = X_h;  super: K_h = X_h, V_h = W_A X_h
 X_h are the head's columns of x, W_A mixes positions and is shared by heads.
+
+Not built: counters of operations, the classifier of sequences.
 """
 
 from __future__ import annotations

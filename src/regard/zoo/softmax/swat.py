@@ -1,6 +1,8 @@
 """Sliding-window attention training: sigmoid weights, rotary positions and balanced slopes in a window (id 36; Fu et al., 2025).
 
 p_ij = sigmoid((R_i q_i).(R_j k_j) / sqrt(D) + sigma_h (i - j)),   0 <= i - j < window        rows are not normalised
+
+Not built: the recipe for training a language model.
 """
 
 import torch

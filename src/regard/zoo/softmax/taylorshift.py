@@ -1,6 +1,8 @@
 """TaylorShift: softmax by its second Taylor polynomial, in quadratic or linear time (id 55; Nauen et al., 2024).
 
 p_ij = T(x_ij) / sum_j T(x_ij),   T(x) = a x^2 + b x + c,   x_ij = tau_h cos(q_i, k_j)
+
+Not built: the classifier of long sequences.
 """
 
 from __future__ import annotations

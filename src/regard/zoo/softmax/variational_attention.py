@@ -156,7 +156,7 @@ class LatentAlignment(nn.Module):
             others = (log_w.sum(1, keepdim=True) - log_w) / (self.samples - 1)
             swapped = log_w.unsqueeze(1).expand(-1, self.samples, -1).clone()
             swapped.diagonal(dim1=1, dim2=2).copy_(others)
-            surrogate = (w * joint).sum(1) + ((whole - torch.logsumexp(swapped, -1)) * proposal).sum(1)
+            surrogate = (w * (joint - proposal)).sum(1) + ((whole - torch.logsumexp(swapped, -1)) * proposal).sum(1)
         else:
             surrogate = (w * (joint + proposal)).sum(1)
         value = torch.logsumexp(joint.detach() - proposal.detach(), 1) - torch.log(torch.tensor(float(self.samples)))

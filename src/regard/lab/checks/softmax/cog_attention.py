@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
-from regard.algebra import Causal
+from regard.algebra import Causal, RowLocal, Weighted
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.weighted import qkv, weights_of
 from regard.lab.verification import check
+from regard.zoo.softmax.cog_attention import strength
 
 
 @check("cog-attention", "tiles == sign(s) e^|s| / sum e^|s|, causal", below=1e-10, control="softmax in its place")
@@ -45,3 +47,21 @@ def _() -> tuple[float, float]:
     truth = (v[:, :, :1] - v[:, :, 1:2]) / 2
     size = float(truth.abs().max())
     return naive.gap(attend(q, k, v, "cog-attention"), truth) / size, naive.gap(attend(q, k, v, "softmax"), truth) / size
+
+
+def nowhere_zero(s: Tensor, c: Tensor) -> Tensor:
+    return torch.where(s >= 0, 1.0, -1.0) * torch.exp(torch.abs(s) - c)
+
+
+@check(
+    "cog-attention",
+    "a score of exactly 0 weighs 0 and counts in the sum; a row of zeros weighs nothing",
+    below=1e-12,
+    control="sign(0) = 1",
+)
+def _() -> tuple[float, float]:
+    rows = [[0.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, -1.0, 0.5]]
+    truth = [[(x > 0) - (x < 0) and math.copysign(math.exp(abs(x)), x) / sum(math.exp(abs(y)) for y in row) for x in row] for row in rows]
+    s, wanted = torch.tensor(rows, dtype=F64), torch.tensor(truth, dtype=F64)
+    other = Weighted(normalizer=RowLocal(nowhere_zero, strength, shift="maxabs"))
+    return naive.gap(weights_of(s, "cog-attention"), wanted), naive.gap(weights_of(s, other), wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +24,75 @@ def ring(n: int, first: int = 0) -> Tensor:
     return both + first
 
 
-@check("graph-transformer", "edges == the dense masked form, with edge features", below=1e-10, control="edges turned round")
+def graph_loops(layer: GraphTransformerLayer, h: Tensor, edges: Tensor, e: Tensor | None, clamp: float = 5.0) -> tuple[Tensor, Tensor]:
+    """What nodes gather and the edges' vectors, an edge and a head at a time."""
+    heads, d = layer.heads, h.shape[1] // layer.heads
+    gathered, vectors = torch.zeros_like(h), torch.zeros(edges.shape[1], h.shape[1], dtype=F64)
+    for head in range(heads):
+        own = slice(head * d, (head + 1) * d)
+        total = torch.zeros(len(h), dtype=F64)
+        for n, (j, i) in enumerate(edges.T.tolist()):
+            w = (layer.q.weight @ h[i])[own] * (layer.k.weight @ h[j])[own] / math.sqrt(d)
+            if e is not None and layer.e is not None:
+                w = w * (layer.e.weight @ e[n])[own]
+            vectors[n, own] = w
+            strength = math.exp(min(max(float(w.sum()), -clamp), clamp))
+            total[i] += strength
+            gathered[i, own] += strength * (layer.v.weight @ h[j])[own]
+        for i in range(len(h)):
+            if float(total[i]) > 0:
+                gathered[i, own] /= total[i] + (1e-6 if layer.e is not None else 0.0)
+    return gathered, vectors
+
+
+@check(
+    "graph-transformer",
+    "edges, and the dense masked form, with edge features and logits beyond +-5 == loops over edges, the edges' vectors too",
+    below=1e-10,
+    control="without edge features",
+)
+@torch.no_grad()
 def _() -> tuple[float, float]:
-    layer, h = graph_layer(True), torch.randn(9, 16, dtype=F64)
-    edges = torch.randint(9, (2, 40)).unique(dim=1)
-    e = torch.randn(9, 9, 16, dtype=F64)
+    layer, h = graph_layer(True), 3 * torch.randn(9, 16, dtype=F64)
+    edges = torch.randint(8, (2, 40)).unique(dim=1)  # node 8 stands alone
+    e = 3 * torch.randn(9, 9, 16, dtype=F64)
     a = torch.zeros(9, 9, dtype=torch.bool)
     a[edges[1], edges[0]] = True
-    sparse = layer.attend(h, edges, e[edges[1], edges[0]])[0]
-    return naive.gap(sparse, layer.attend_dense(h, a, e)), naive.gap(sparse, layer.attend_dense(h, a.T, e))
+    given = e[edges[1], edges[0]]
+    truth, vectors = graph_loops(layer, h, edges, given)
+    gathered, w = layer.attend(h, edges, given)
+    free = naive.gap(graph_loops(layer, h, edges, given, math.inf)[0], truth)  # the clamp is at work
+    own = max(naive.gap(gathered, truth), naive.gap(w, vectors), naive.gap(layer.attend_dense(h, a, e), truth))
+    return own if free > 1e-3 else math.inf, naive.gap(layer.attend(h, edges)[0], truth)
+
+
+@check(
+    "graph-transformer",
+    "the layer == norm(x + O branch), then norm(x + W_2 relu(W_1 x)) for nodes and edges, batch and layer norms in loops",
+    below=1e-10,
+    control="without norms",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    h, edges, e = torch.randn(7, 16, dtype=F64), ring(7), torch.randn(14, 16, dtype=F64)
+    own: list[float] = []
+    other: list[float] = []
+    for norm in ("batch", "layer"):
+        layer = GraphTransformerLayer(16, 2, True, norm=norm).double()
+        outs = layer(h, edges, e)
+        branches = graph_loops(layer, h, edges, e)
+        for stream, x, branch, out in zip((layer.nodes, layer.edges), (h, e), branches, outs, strict=True):
+            assert stream is not None and out is not None
+            for normed, into in ((True, own), (False, other)):
+
+                def scaled(x: Tensor, normed: bool = normed, dim: int = 0 if norm == "batch" else 1) -> Tensor:
+                    away = x - x.mean(dim, keepdim=True)
+                    return away / (away.square().mean(dim, keepdim=True) + 1e-5).sqrt() if normed else x
+
+                y = scaled(x + branch @ stream.out.weight.T + stream.out.bias)
+                hidden = (y @ stream.up.weight.T + stream.up.bias).clamp_min(0)
+                into.append(naive.gap(out, scaled(y + hidden @ stream.down.weight.T + stream.down.bias)))
+    return max(own), min(other)
 
 
 @check("graph-transformer", "a complete graph == softmax attention", below=1e-5, control="a ring")

@@ -38,6 +38,17 @@ def _() -> tuple[float, float]:
     return max(naive.gap(own, truth), turned), naive.gap(attend(q, k, v, "softmax", mask=Causal()), truth)
 
 
-@check("qknorm", "g0 for constant length 100 is log2(9900) = 13.2732", below=1e-4, control="log2(100)")
+@check(
+    "qknorm", "g0 is log2(L^2 - L), L the 97.5th percentile of lengths: 100 alone, and 1..401", below=1e-9, control="the longest of them"
+)
 def _() -> tuple[float, float]:
-    return abs(g0_from_lengths([100] * 50) - math.log2(9900)), abs(math.log2(100) - math.log2(9900))
+    truth = math.log2(391 * 391 - 391)  # of 1..401, 390 lie below 391 and 10 above
+    constant = abs(g0_from_lengths([100] * 50) - math.log2(9900))
+    return max(constant, abs(g0_from_lengths(range(1, 402)) - truth)), abs(g0_from_lengths([401]) - truth)
+
+
+@check("qknorm", "without an initial value the scale is log2(L^2 - L) of the call's L keys", below=1e-10, control="a fixed scale")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(29)
+    truth = naive.attention(q, k, v, naive.softmax, score=lambda a, c: math.log2(29 * 28) * (a @ c) / (a.norm() * c.norm()))
+    return naive.gap(attend(q, k, v, "qknorm"), truth), naive.gap(attend(q, k, v, get("qknorm", init=7.0)), truth)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from regard.algebra import Causal
+from regard.algebra import Causal, Dot, Input, Projected, Weighted
 from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
@@ -15,6 +15,7 @@ from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.attention import Attention
+from regard.zoo.softmax.selective_self_attention import tempered_values
 
 
 @check(
@@ -47,16 +48,23 @@ def _() -> tuple[float, float]:
     return gap(-40.0), gap(0.0)
 
 
+def added_one(n: Tensor, tau_query: Tensor) -> Tensor:
+    return 1 + tau_query
+
+
 @check(
     "selective-self-attention",
     "parameters added to a 12-layer, 768-wide, 12-head model, share",
     below=0.005,
-    control="an MLP of width 768 for each temperature",
+    control="a network of width 768 for each temperature",
 )
 def _() -> tuple[float, float]:
-    layer = Attention(768, 12, "selective-self-attention")
-    added = sum(p.numel() for p in layer.inputs.parameters())
-    return 12 * added / 124e6, 12 * 2 * 768 * 768 / 124e6
+    def share(mechanism: str | Weighted) -> float:
+        return 12 * sum(p.numel() for p in Attention(768, 12, mechanism).inputs.parameters()) / 124e6
+
+    wide = Projected(torch.tanh, rank=768)
+    own = Input("tau_query", "bhq", layer=wide), Input("tau_value", "bgk", layer=wide)
+    return share("selective-self-attention"), share(Weighted(score=Dot(added_one, own[:1]), values=tempered_values, inputs=own[1:]))
 
 
 @check(

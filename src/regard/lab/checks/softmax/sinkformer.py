@@ -16,7 +16,7 @@ from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.weighted import identity_values, qkv
 from regard.lab.verification import check
-from regard.zoo.softmax.sparsemax import attention_flow
+from regard.zoo.softmax.sinkformer import attention_flow
 
 
 @check("sinkformer", "1 iteration is softmax", below=1e-12, control="3 iterations")

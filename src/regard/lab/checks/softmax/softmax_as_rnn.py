@@ -15,7 +15,7 @@ from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.attention import Attention
-from regard.zoo.softmax.softmax_as_rnn import stabilised, taylor_recurrent_attention
+from regard.zoo.softmax.softmax_as_rnn import ablation, stabilised, taylor_recurrent_attention
 
 
 @check("softmax-as-rnn", "D = 2, n = 40: recurrences up to order 12 == causal softmax attention", below=1e-8, control="order 2")
@@ -80,3 +80,14 @@ def _() -> tuple[float, float]:
     (truth,) = torch.autograd.grad(((e / e.sum(-1, keepdim=True).detach()) @ v.detach()).square().sum(), leaf)
     (found,) = torch.autograd.grad(attend(leaf, k.detach(), v.detach(), stabilised("detach"), mask=Causal()).square().sum(), leaf)
     return max(own, naive.gap(found, truth)), naive.gap(layer(x), layer.out(soft.transpose(1, 2).flatten(-2)))
+
+
+@check(
+    "softmax-as-rnn",
+    "150 steps on recalled pairs: loss with an L2 norm for the denominator",
+    below=1.75,
+    control="linear attention: order 1",
+)
+def _() -> tuple[float, float]:
+    found = ablation(("l2", "order 1"), seed=1)
+    return found["l2"], found["order 1"]
