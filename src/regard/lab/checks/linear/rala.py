@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from regard.algebra import Padding
 from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
@@ -81,3 +82,17 @@ def _() -> tuple[float, float]:
 
     y = layer(x)
     return naive.gap(y, truth(relevances(fq, fk))), naive.gap(y, truth(relevances(turned(fq, 6), turned(fk, 6))))
+
+
+@check("rala", "padding: outputs at the real tokens are those without it", below=1e-10, control="padding counted in the mean query")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(24, 8)
+    junk = [torch.cat((x, 5 * torch.randn(1, 2, 7, 8, dtype=F64)), 2) for x in (q, k, v)]
+    out = attend(*junk, "rala", mask=Padding(), keep=(torch.arange(31) < 24)[None])[:, :, :24]  # type: ignore[misc]
+    fq, fk = elu(q), elu(k)
+
+    def truth(queries: Tensor) -> Tensor:
+        w = fq @ (relevances(elu(queries), fk) * fk).mT
+        return w / 24 / (w.mean(-1, keepdim=True) + 1e-6) @ v
+
+    return naive.gap(out, truth(q)), naive.gap(out, truth(junk[0]))
