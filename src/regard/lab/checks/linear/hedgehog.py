@@ -32,7 +32,7 @@ def softmax_and_maps() -> tuple[Callable[[int], tuple[Tensor, Tensor, Tensor]], 
     def draw(batch: int) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.randn(batch, 1, 32, 16)
         q, k = x @ w[0], x @ w[1]
-        return 1.6 * q, 1.6 * k, (1.6 * q @ (1.6 * k).transpose(-1, -2) / 4).masked_fill(~past, -math.inf).softmax(-1)
+        return q, k, (q @ k.transpose(-1, -2) / 4).masked_fill(~past, -math.inf).softmax(-1)
 
     return draw, past
 
@@ -59,7 +59,7 @@ class Distilled(NamedTuple):
 
 
 @functools.cache
-def distilled(steps: int = 500) -> Distilled:
+def distilled(steps: int = 300) -> Distilled:
     torch.manual_seed(0)
     draw, past = softmax_and_maps()
     maps = [torch.eye(16)[None].clone().requires_grad_() for _ in range(2)]
@@ -87,7 +87,7 @@ def distilled(steps: int = 500) -> Distilled:
 
 @check(
     "hedgehog",
-    "after 500 steps of attention distillation: held-out KL(softmax || map) / KL(softmax || ELU + 1)",
+    "after 300 steps of attention distillation: held-out KL(softmax || map) / KL(softmax || ELU + 1)",
     below=0.65,
     control="the untrained map",
 )
