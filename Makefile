@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 # The CPU build of PyTorch is enough for everything here; TORCH= chooses another requirement.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow lint bench docs verify clean
+# Rows to break, none: all; and how many mutants of each.
+SLUGS ?=
+SAMPLE ?= 12
+SEED ?= 0
+
+.PHONY: demo test test-slow mutants lint bench docs verify clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +31,9 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+mutants: $(VENV)/installed-test  ## break rows on purpose; their checks and tests must notice (make mutants SLUGS="gla mta" SAMPLE=20)
+	PYTHONPATH=tests $(BIN)/python -m mutants.run $(SLUGS) --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check src tests benchmarks
