@@ -134,3 +134,9 @@ def test_rotary_positions(slug: str) -> None:
     mechanism = regard.get(slug)
     layer = nn.Attention(16, 2, mechanism, causal=mechanism.can_be_causal, rope=True)
     assert (layer.rope is not None) == (slug in TURNING)
+
+
+@pytest.mark.parametrize(("name", "shape", "cure"), [("beta", "bhk", "write='delta'"), ("log_decay", "bhk", "decay='head'")])
+def test_gla_deltanet_inputs_that_nothing_reads(name: str, shape: str, cure: str) -> None:
+    with pytest.raises(regard.RegardError, match=cure):
+        regard.algebra.Recurrent(inputs=(regard.algebra.Input(name, shape),))
