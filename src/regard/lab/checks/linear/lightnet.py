@@ -183,4 +183,5 @@ def _() -> tuple[float, float]:
             y = y + (silu(z @ mlp.gate.weight.T) * (z @ mlp.up.weight.T)) @ mlp.down.weight.T  # type: ignore[union-attr, operator]
         return rms(y, 1e-6, model.norm.weight).mean(1) @ model.end.weight.T + model.end.bias
 
-    return naive.gap(model(x), truth(True)), naive.gap(model(x), truth(False))
+    norms = sum(p.numel() for name, p in model.named_parameters() if name.startswith("norm"))
+    return max(abs(norms - 5.0 * 8), naive.gap(model(x), truth(True))), naive.gap(model(x), truth(False))
