@@ -2,6 +2,7 @@
 
 I_i = phi(q_i).sum_j phi(k_j), O_j = phi(k_j).sum_i phi(q_i);  I^_i = phi(q_i).sum_j phi(k_j) / O_j, O^_j = phi(k_j).sum_i phi(q_i) / I_i
 o_i = sigmoid(I^_i Lq / Lk) phi(q_i) / I_i . sum_j phi(k_j) (Lk softmax_j(O^_j)) v_j^T,   phi = sigmoid
+Not built: its tasks of time series and decisions.
 """
 
 import torch

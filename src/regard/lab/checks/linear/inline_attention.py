@@ -20,6 +20,7 @@ from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.grid import GridAttention
+from regard.zoo.linear.inline_attention import injectivity
 
 
 @check("inline-attention", "linear path with gradients == its matrix, whose rows sum to 1", below=1e-10, control="without the + 1/N")
@@ -50,11 +51,12 @@ def _() -> tuple[float, float]:
     other = torch.randn(1, 2, 1000, 16, dtype=F64)
     other[:, :, 0] = 2 * q[:, :, 0]
 
-    def least(name: str) -> float:
-        apart = (weights(q, k[:, :, :49], name) - weights(other, k[:, :, :49], name)).norm(dim=-1)  # type: ignore[operator]
-        return float((apart / (q - other).norm(dim=-1)).min())
-
-    return least("inline-attention"), least("slab")
+    keys = k[:, :, :49]
+    rows = [weights(x, keys, "inline-attention") for x in (q, other)]
+    assert rows[0] is not None and rows[1] is not None
+    ratios = [float((rows[0][0, h, i] - rows[1][0, h, i]).norm() / (q - other)[0, h, i].norm()) for h in range(2) for i in range(1000)]
+    own, collapsed = (injectivity(name, q, other, keys) for name in ("inline-attention", "slab"))
+    return own if abs(own - min(ratios)) < 1e-12 else math.nan, collapsed
 
 
 @check(
