@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.algebra import Causal, Recurrent, Rope
 from regard.algebra.feature_map import taylor, taylor_packed
 from regard.catalog import get
+from regard.engine import step
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
@@ -95,8 +96,8 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     x, i = torch.randn(2, 9, 16, dtype=F64), torch.arange(9)
-    mixers = based_mixers(5, 16, 2, feature_dim=4, window=3)
-    kinds = [type(mixer) for mixer in mixers] == [GatedConv, Attention, GatedConv, Attention, GatedConv]
+    mixers = based_mixers(9, 16, 2, feature_dim=4, window=3)
+    kinds = [type(mixer) for mixer in mixers] == [GatedConv, Attention, GatedConv, Attention, GatedConv, GatedConv, Attention, GatedConv, Attention]
     conv, linear, window = drawn(mixers[0]), drawn(mixers[1]), drawn(mixers[3])
     assert isinstance(conv, GatedConv) and isinstance(linear, Attention) and isinstance(window, Attention)
     shapes: dict[str, tuple[int, ...]] = {"q.weight": (8, 16), "k.weight": (8, 16), "v.weight": (16, 16), "out.weight": (16, 16)}
@@ -111,3 +112,13 @@ def _() -> tuple[float, float]:
     left, right = x @ conv.left.weight.T, x @ conv.right.weight.T
     gaps.append(naive.gap(conv(x), (silu(short_conv(left, conv.conv.weight)) * right) @ conv.out.weight.T))
     return max(gaps), naive.gap(conv(x), (short_conv(left, conv.conv.weight) * silu(right)) @ conv.out.weight.T)
+
+
+@check("based", "numbers of the state a channel of v: (D' + 1)(D' + 2) / 2 packed, 1 + D' + D'^2 else; misses", below=0, control="the other form's")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(3, 16, 5)
+
+    def width(packed: bool) -> int:
+        return int(step(q, k, v, get("based", packed=packed))[1].s.shape[-2])  # type: ignore[union-attr]
+
+    return abs(width(True) - 153) + abs(width(False) - 273), abs(width(True) - 273) + abs(width(False) - 153)

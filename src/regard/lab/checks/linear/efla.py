@@ -16,7 +16,7 @@ from regard.lab.checks.shared.layers import drawn, joined, misshapen, rms, short
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.attention import Attention
-from regard.zoo.linear.efla import exact
+from regard.zoo.linear.efla import exact, runge_kutta
 
 
 @check("efla", "one token == the matrix exponential of its differential equation", below=1e-12, control="DeltaNet's Euler step")
@@ -76,6 +76,23 @@ def _() -> tuple[float, float]:
 
     tiny = exact(beta, torch.full_like(beta, 1e-12)) / beta
     return max(miss(k), naive.gap(tiny, torch.ones_like(tiny))), miss(1.5 * k)
+
+
+@check(
+    "efla",
+    "short keys, where the series stands for the quotient: relative distance from (1 - e^(-beta |k|^2)) / |k|^2, and of its slope",
+    below=2e-15,
+    control="the Runge-Kutta step of order 2",
+)
+def _() -> tuple[float, float]:
+    beta, x = torch.rand(200, dtype=F64) + 0.5, torch.rand(200, dtype=F64) * 1e-4
+    square = (x / beta).requires_grad_()
+    truth = -torch.expm1(-beta * square) / square
+    found = exact(beta, square)
+    flat = torch.zeros(3, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(exact(beta[:3], flat).sum(), flat)  # of a key of length zero: -beta^2 / 2
+    bad = naive.gap(slope, -beta[:3].square() / 2)
+    return max(bad, naive.gap(found / truth, torch.ones_like(x))), naive.gap(runge_kutta(beta, square, 2) / truth, torch.ones_like(x))
 
 
 @check("efla", "order n: a = beta sum_{i < n} (-beta |k|^2)^i / (i + 1)!, in the delta rule", below=1e-10, control="one order more")

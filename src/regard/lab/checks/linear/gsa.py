@@ -126,3 +126,28 @@ def _() -> tuple[float, float]:
     out = attend(q, k, v, get("gsa", scaled=True), log_forget=g)
     truths = [slot_loop(q, k, v, g.exp(), 1 - g.exp(), scale=scale) for scale in (8**-0.5, 1.0)]
     return naive.gap(out, truths[0]), naive.gap(out, truths[1])
+
+
+@check(
+    "gsa",
+    "the layer without gates (ABC): a logit a slot and key head, K and V softmax averages over time, by hand",
+    below=1e-10,
+    control="with gates",
+)
+def _() -> tuple[float, float]:
+    x, made = torch.randn(2, 9, 16, dtype=F64), Attention(16, 2, get("gsa", slots=6, gates="sum"), kv_heads=1)
+    shapes: dict[str, tuple[int, ...]] = {"q.weight": (16, 16), "k.weight": (8, 16), "v.weight": (8, 16), "out.weight": (16, 16)}
+    bad, layer = misshapen(made, shapes | {"inputs.projected.write.up.weight": (6, 16), "merge_norm.weight": (16,)}), drawn(made)
+    q, k, v = silu(split(layer.q(x), 2)), *(silu(split(y(x), 1)).expand(-1, 2, -1, -1) for y in (layer.k, layer.v))
+    s = split(x @ layer.inputs.projected["write"].up.weight.T, 1).expand(-1, 2, -1, -1)  # type: ignore[union-attr, operator]
+    rows = []
+    for t in range(9):
+        share = torch.softmax(s[:, :, : t + 1], 2)
+        keys, values = share.mT @ k[:, :, : t + 1], share.mT @ v[:, :, : t + 1]
+        rows.append(torch.softmax(keys @ q[:, :, t, :, None], -2).mT @ values)
+
+    def closed(o: Tensor) -> Tensor:
+        return layer.out(rms(joined(silu(o)), 1e-5, layer.merge_norm.weight))  # type: ignore[arg-type, no-any-return]
+
+    f = torch.sigmoid(s) ** (1 / 8)
+    return max(bad, naive.gap(layer(x), closed(torch.cat(rows, 2)))), naive.gap(layer(x), closed(slot_loop(q, k, v, f, 1 - f)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -96,3 +97,18 @@ def _() -> tuple[float, float]:
     o = w @ v / 30 / (mass + 1e-6)  # type: ignore[operator]
     y = layer(x)
     return naive.gap(y, around(layer, o, v, x, norm=True, gate="silu")), naive.gap(y, around(layer, o, v, x, gate="silu"))
+
+
+@check("nalaformer", "a zero query and a zero key: outputs and gradients are finite, the query's output is zero", below=0, control="a query of 1e-3")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(6, 8)
+
+    def size(x: float) -> float:
+        leaves = q.clone(), k.clone(), v.clone()
+        leaves[0][:, :, 2], leaves[1][:, :, 4] = x, 0.0
+        leaves = tuple(y.requires_grad_() for y in leaves)  # type: ignore[assignment]
+        out = attend(*leaves, "nalaformer")
+        finite = all(bool(g.isfinite().all()) for g in torch.autograd.grad(out.square().sum(), leaves))
+        return float(out[:, :, 2].detach().abs().max()) if finite else math.nan
+
+    return size(0.0), size(1e-3)

@@ -12,7 +12,7 @@ from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.grids import around
-from regard.lab.checks.shared.layers import drawn, split
+from regard.lab.checks.shared.layers import drawn, misshapen, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.grid import GridAttention
@@ -51,7 +51,10 @@ def _() -> tuple[float, float]:
     batch = norm.rep.norm
     assert batch.running_mean is not None and batch.running_var is not None
     one = F.batch_norm(x.flatten(0, 1), batch.running_mean, batch.running_var, gamma, beta, eps=batch.eps).view_as(x)
-    return max(naive.gap(fused, truth), naive.gap(one, norm(x))), naive.gap(plain, truth)
+    bare = torch.nn.Linear(8, 5, bias=False).double()
+    shapes: dict[str, tuple[int, ...]] = {f"{part}.{name}": (8,) for part in ("layer", "rep.norm") for name in ("weight", "bias")}
+    gaps = [misshapen(norm, shapes | {"rep.eta": ()}), naive.gap(norm.fuse(bare)(x), norm(x) @ bare.weight.T)]
+    return max(*gaps, naive.gap(fused, truth), naive.gap(one, norm(x))), naive.gap(plain, truth)
 
 
 @check("slab", "training: step 0 is LayerNorm, half way the mean, after `steps` RepBN", below=1e-10, control="shares in reverse")
