@@ -144,7 +144,7 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     layer = Attention(16, 2, gated_deltanet())
-    start = layer.inputs.projected["log_decay"].up.bias.detach()  # type: ignore[union-attr]
+    start = layer.inputs.projected["log_decay"].up.bias.detach()  # type: ignore[operator, union-attr]
     bad = naive.gap(start, torch.full((2,), 2.0))  # type: ignore[arg-type]
     layer, x = drawn(layer), torch.randn(2, 9, 16, dtype=F64)
     flat = [short_conv(y(x), c.weight) for y, c in zip((layer.q, layer.k, layer.v), layer.convs, strict=True)]  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from regard.catalog import get
 from regard.engine import weights
@@ -77,14 +78,15 @@ def _() -> tuple[float, float]:
     x, own, other = torch.randn(2, 6, 4, 5, dtype=F64), [], math.inf
     for norm in ("softmax", "scaling"):
         block = drawn(EfficientAttention(6, 8, 2, 12, norm))
-        q, k, v = (split((torch.einsum("bchw,ec->bhwe", x, y.weight[..., 0, 0]) + y.bias).flatten(1, 2), 2) for y in (block.q, block.k, block.v))
+        pixels = x.flatten(2).mT
+        q, k, v = (split(F.linear(pixels, y.weight[..., 0, 0], y.bias), 2) for y in (block.q, block.k, block.v))
         if norm == "softmax":
             o = (torch.exp(q) / torch.exp(q).sum(-1, keepdim=True)) @ ((torch.exp(k) / torch.exp(k).sum(-2, keepdim=True)).mT @ v)
             looks = (torch.exp(k) / torch.exp(k).sum(-2, keepdim=True)).mT.unflatten(-1, (4, 5))
             own.append(naive.gap(block.maps(x), looks))
         else:
             o = q @ (k.mT @ v) / 20
-        y = (joined(o) @ block.out.weight[..., 0, 0].T + block.out.bias).mT.unflatten(-1, (4, 5))
+        y = F.linear(joined(o), block.out.weight[..., 0, 0], block.out.bias).mT.unflatten(-1, (4, 5))
         own.append(naive.gap(block(x), x + y))
         other = min(other, naive.gap(block(x), y))
     return max(own), other

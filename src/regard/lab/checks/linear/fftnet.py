@@ -97,7 +97,8 @@ def _() -> tuple[float, float]:
         x = torch.randn(2, n, 12, dtype=F64)
         y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
         bins, size = made_for // 2 + 1, n // 2 + 1
-        scale, shift = layer.base, layer.bias
+        scale: torch.Tensor = layer.base
+        shift: torch.Tensor = layer.bias
         if adaptive:
             assert layer.context is not None
             first, _, last = layer.context
@@ -143,7 +144,7 @@ def _() -> tuple[float, float]:
         x = model.embed.weight[tokens]
         for mixer, mlp in zip(model.mixers, model.mlps, strict=True):
             x = mixer(x)
-            norm, up, _, down = mlp  # type: ignore[misc]
+            norm, up, down = (mlp[at] for at in (0, 1, 3))  # type: ignore[index]
             h = F.layer_norm(x, (12,)) * norm.weight + norm.bias
             h = h @ up.weight.T + up.bias
             x = x + ((h * (1 + torch.erf(h / math.sqrt(2))) / 2) @ down.weight.T + down.bias) * mlps

@@ -86,7 +86,9 @@ def focus(x: Tensor, a: Tensor, power: float, dims: tuple[int, ...]) -> Tensor:
 @check("flatten", "power 2.5, norms a head, eps 0.1, causal and not == the matrix", below=1e-9, control="norms over all heads")
 def _() -> tuple[float, float]:
     q, k, v = qkv(20, 8)
-    a, own, other = torch.randn(2, 8, dtype=F64), [], []
+    a = torch.randn(2, 8, dtype=F64)
+    own: list[float] = []
+    other: list[float] = []
     for causal in (False, True):
         out = attend(q, k, v, get("flatten", power=2.5, norm="head", eps=0.1), mask=Causal() if causal else None, sharpness=a)
         count = torch.arange(1, 21, dtype=F64)[:, None] if causal else 20

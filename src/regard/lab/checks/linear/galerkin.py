@@ -118,7 +118,8 @@ def _() -> tuple[float, float]:
         def truth(source: Tensor, layer: OperatorAttention = layer, kind: str = kind, norm: bool = norm, where: Tensor = where) -> Tensor:
             q, k, v = (split(p(y), 2) for p, y in ((layer.q, x), (layer.k, source), (layer.v, value)))
             if kind == "galerkin" and norm:
-                k, v = (F.layer_norm(y, (8,), eps=0.1) * n.weight + n.bias for y, n in ((k, layer.norms["k"]), (v, layer.norms["v"])))
+                sides = ((k, layer.norms["k"]), (v, layer.norms["v"]))
+                k, v = (F.layer_norm(y, (8,), eps=0.1) * n.weight + n.bias for y, n in sides)  # type: ignore[operator]
             q, k, v = (torch.cat((where, y), -1) for y in (q, k, v))
             if kind == "softmax":
                 o = (q @ k.mT / math.sqrt(10)).softmax(-1) @ v

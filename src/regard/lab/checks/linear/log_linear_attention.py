@@ -129,7 +129,8 @@ def _() -> tuple[float, float]:
     control="sigmoid scales",
 )
 def _() -> tuple[float, float]:
-    x, gaps, other = torch.randn(2, 9, 16, dtype=F64), [], []
+    x, gaps = torch.randn(2, 9, 16, dtype=F64), []
+    other: list[float] = []
     for base in ("mamba2", "gated-delta"):
         layer = Attention(16, 2, get("log-linear-attention", base=base, levels=6, tau=4.0, short_conv=3))
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (16, 16) for name in ("q", "k", "v", "out", "gate")}

@@ -134,7 +134,7 @@ def both_ways(layer: MegaLayer, x: Tensor, keep: Tensor, norm: str, causal: bool
     n = x.shape[1]
     i = torch.arange(n)
     y = x if norm == "rms" else x - x.mean(-1, keepdim=True)
-    y = y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.norm.weight
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.norm.weight  # type: ignore[operator]
     y = y if norm == "rms" else y + layer.norm.bias  # type: ignore[operator]
     assert layer.ema is not None
     counted = y * keep[..., None]

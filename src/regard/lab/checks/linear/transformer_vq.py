@@ -184,7 +184,8 @@ def _() -> tuple[float, float]:
     control="older tokens read by codes",
 )
 def _() -> tuple[float, float]:
-    x, own, other = torch.randn(1, 30, 16, dtype=F64), [], math.inf
+    x, other = torch.randn(1, 30, 16, dtype=F64), math.inf
+    own: list[float] = []
     for memory, reach, aggregate in ((4, 3, True), (12, None, True), (6, None, False)):
         layer = drawn(VQAttention(16, 2, codes=5, block=8, key_dim=4, value_dim=20, memory=memory, reach=reach, aggregate=aggregate)).eval()
         q, k = (normed(y(x).unflatten(-1, (2, 4)).transpose(1, 2)) for y in (layer.q, layer.k))

@@ -126,7 +126,7 @@ def block_by_hand(mab: MAB, x: Tensor, y: Tensor, scale: float, keep: Tensor | N
     def normed(h: Tensor, norm: nn.Module) -> Tensor:
         if isinstance(norm, nn.Identity):
             return h
-        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias  # type: ignore[no-any-return]
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias  # type: ignore[no-any-return, operator]
 
     h = normed(projected + joined(s.softmax(-1) @ v), mab.norm1)
     return normed(h + (h @ mab.out.weight.T + mab.out.bias).clamp_min(0), mab.norm2)
