@@ -162,7 +162,7 @@ def kept_by_hand(layer: LTEAttention, k: Tensor, v: Tensor) -> Tensor:
     for h in range(layer.kv_heads):
         x = torch.cat((k[:, h], v[:, h]), -1)
         for conv in (layer.router.layers[at] for at in (0, 3, 6)):
-            width = conv.weight.shape[0] // layer.kv_heads  # type: ignore[union-attr, operator]
+            width = conv.weight.shape[0] // layer.kv_heads  # type: ignore[index, operator, union-attr]
             weight, bias = (y[h * width : (h + 1) * width] for y in (conv.weight, conv.bias))  # type: ignore[union-attr, index]
             wide = F.pad(x, (0, 0, 2, 2))
             x = silu(sum(wide[:, 2 * at : 2 * at + x.shape[1]] @ weight[:, :, at].T for at in range(3)) + bias)

@@ -134,7 +134,7 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     x, own, other = torch.randn(2, 24, 16, dtype=F64), [], math.inf
-    for options in ({"conv": True}, {"pool": True, "iterations": 25}):
+    for options in ({"conv": True}, {"conv": 5}, {"pool": True, "iterations": 25}):
         layer = drawn(SoftmaxFreeAttention(16, 2, (4, 6), mode="newton", **options))  # type: ignore[arg-type]
         q, v = (split(y(x), 2) for y in (layer.q, layer.v))
         q = q / 8**0.25
@@ -145,7 +145,7 @@ def _() -> tuple[float, float]:
             y = joined(p @ torch.linalg.solve(a, p.mT @ v))
             if layer.conv is not None:
                 plane = joined(v).mT.unflatten(-1, (4, 6))
-                y = y + F.conv2d(plane, layer.conv.weight, layer.conv.bias, padding=1, groups=16).flatten(2).mT
+                y = y + F.conv2d(plane, layer.conv.weight, layer.conv.bias, padding=layer.conv.weight.shape[-1] // 2, groups=16).flatten(2).mT
             return layer.out(y)  # type: ignore[no-any-return]
 
         if layer.landmark is None:
@@ -155,5 +155,5 @@ def _() -> tuple[float, float]:
         marks = torch.einsum("bhmcd,edc->bhme", cells, layer.landmark.weight.flatten(2)) + layer.landmark.bias
         normed = F.layer_norm(marks, (8,)) * layer.norm.weight + layer.norm.bias
         own.append(naive.gap(layer(x), out(normed * (1 + torch.erf(normed / math.sqrt(2))) / 2)))
-        other = naive.gap(layer(x), out(normed))
+        other = min(other, naive.gap(layer(x), out(normed)))
     return max(own), other
