@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
-from regard.lab.checks.shared.layers import drawn
+from regard.lab.checks.shared.layers import drawn, misshapen
 from regard.lab.verification import check
-from regard.zoo.linear.fftnet import SpectralEncoder, SpectralMixer, modrelu
+from regard.zoo.linear.fftnet import FNetMixer, SpectralEncoder, SpectralMixer, modrelu
 
 
 @check(
@@ -126,6 +126,9 @@ def _() -> tuple[float, float]:
         own.append(naive.gap(layer(x), x + back))
         other = min(other, naive.gap(layer(x), back))
     start = SpectralMixer(12, 3, 16)
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (12,), "norm.bias": (12,), "base": (3, 9), "bias": (3, 9)}
+    shapes |= {"context.0.weight": (12, 12), "context.0.bias": (12,), "context.2.weight": (54, 12), "context.2.bias": (54,)}
+    own.append(misshapen(start, shapes))
     own += [naive.gap(start.base, torch.ones(3, 9)), naive.gap(start.bias, torch.full((3, 9), -0.1))]
     return max(own), other
 
@@ -151,3 +154,13 @@ def _() -> tuple[float, float]:
         return x.mean(1) @ model.head.weight.T + model.head.bias
 
     return naive.gap(model(tokens), truth(True)), naive.gap(model(tokens), truth(False))
+
+
+@check("fftnet", "FNet, to compare with: x + Re of the transform of LN(x) over tokens and channels, in sums", below=1e-9, control="over tokens alone")
+def _() -> tuple[float, float]:
+    layer, x = drawn(FNetMixer(6)), torch.randn(2, 5, 6, dtype=F64)
+    y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+    t, c = torch.arange(5, dtype=F64), torch.arange(6, dtype=F64)
+    over_t, over_c = (torch.exp(-2j * math.pi * a[:, None] * a / len(a)) for a in (t, c))
+    along = torch.einsum("ft,btc->bfc", over_t, y.to(over_t.dtype))
+    return naive.gap(layer(x), x + (along @ over_c).real), naive.gap(layer(x), x + along.real)
