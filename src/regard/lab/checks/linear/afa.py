@@ -167,6 +167,9 @@ def _() -> tuple[float, float]:
     assert found.weights is not None and found.total is not None and found.variance is not None
     truth = filter_truth(inputs, q, k, v, times)
     gaps = [naive.gap(found.weights, truth.weights), naive.gap(found.total, truth.total), naive.gap(found.variance.tril(), truth.variance)]
+    told = adaptive_filter(q, k, v, times, diagnostics=True, mask=Causal(), **inputs)  # type: ignore[arg-type]
+    assert told.weights is not None and told.total is not None
+    gaps += [naive.gap(told.weights, truth.weights), naive.gap(told.total, truth.total)]
     return max(gaps), naive.gap((found.variance - inputs["gamma2"][:, None, None]).tril(), truth.variance)
 
 
