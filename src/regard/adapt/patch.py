@@ -14,7 +14,7 @@ from ..catalog import get
 from ..engine import weights
 from ..engine.door import attend
 from ..engine.policy import Policy
-from ..engine.reference import repeat_heads
+from ..engine.weights import drop
 from ..errors import RegardError
 from ..nn.inputs import Inputs
 from .call import Call
@@ -151,8 +151,7 @@ class Patch:
             )
         if not call.dropout:
             return attend(q, k, v, mechanism, **options), p
-        p = nn.functional.dropout(p, call.dropout)
-        return (p @ repeat_heads(v, q.shape[1]).to(p.dtype)).to(v.dtype), p
+        return drop(p, v, call.dropout)
 
     def posed(
         self, call: Call, piece: Piece, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, sight: Sight

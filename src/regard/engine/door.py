@@ -13,14 +13,14 @@ from torch import Tensor
 from ..algebra.mask import Causal, Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
-from ..algebra.position import Bias, Chain
+from ..algebra.rows import RowWise
 from ..algebra.snapshot import fixed
-from ..algebra.token_mask import Explicit
 from ..errors import RegardError
 from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .autocast import autocasting, under_autocast
+from .given import given_mask
 from .inner import opened
 from .names import resolved
 from .plan import Plan
@@ -29,6 +29,7 @@ from .recurrent.pose import declared_of
 from .reference import Stats
 from .settle import settle
 from .stream import step
+from .weights import dropped
 
 _plans: dict[Any, Plan] = {}
 MAX_PLANS = 4096
@@ -82,6 +83,7 @@ def attend(
     *,
     mask: Mask | Function | Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     executor: str | None = None,
     state: Any = None,
     return_state: bool = False,
@@ -92,13 +94,18 @@ def attend(
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> (B, Hq, Lq, Dv). Hq must be a multiple of Hkv (grouped heads); queries
     stand at the end of the keys; without heads, q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> (B, Lq, Dv). mask: a regard mask, a
     function of (b, h, i, j), a tensor broadcastable to (B, Hq, Lq, Lk), bool (True: visible) or floating (added to the scores of a
-    weighted mechanism; -inf hides), or None. scale: multiplies dot products; None is D ** -0.5. executor: None lets the planner choose. inputs: the
-    tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
+    weighted mechanism; -inf hides), or None. scale: multiplies dot products; None is D ** -0.5. dropout_p: the share of weights that is
+    dropped, the others divided by 1 - dropout_p; but for softmax this needs the (Lq, Lk) matrix of weights, which some mechanisms have
+    not. executor: None lets the planner choose. inputs: the tensors the mechanism declares (see `regard show NAME`). A fully masked row gives zeros. Half precision accumulates in float32.
     state, return_state: of a causal call, what a stream of earlier tokens left (from `step`, or a recurrence's first state as tensors), and
     whether (out, the state after the last token) is returned: see `step`.
     Raises RegardError for shapes, dtypes, devices or inputs that do not fit.
     """
     q, k, v = under_autocast(q, k, v)
+    if dropout_p:
+        if executor is not None or state is not None or return_state:
+            raise RegardError(f"dropout_p={dropout_p} with executor, state or return_state: dropout has its own way; expected these left out")
+        return dropped(q, k, v, mechanism, dropout_p, mask=mask, scale=scale, **inputs)[0]
     if state is not None or return_state:
         return with_state(q, k, v, mechanism, mask, scale, executor, state, return_state, inputs)
     if torch.compiler.is_compiling():
@@ -168,37 +175,18 @@ def attend_with_stats(
     q, k, v = under_autocast(q, k, v)
     if isinstance(mask, Tensor):
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
+    description = resolved(mechanism)
+    rule = getattr(description, "normalizer", None)
+    if rule is None or not rule.row_local or isinstance(rule, RowWise):
+        name = mechanism if isinstance(mechanism, str) else type(description).__name__
+        raise RegardError(f"{name} has no row statistics; expected a mechanism whose weights are those of scores, row by row")
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if executor is None and chosen.executor not in WITH_STATS:
         chosen = planned(q, k, v, mechanism, mask, inputs, "tiled")
     out, stats = execute(chosen, q, k, v, scale, inputs, True)
     if stats is None:
-        raise RegardError(f"executor {chosen.executor!r} of {type(chosen.mechanism).__name__} has no row statistics; use executor='tiled'")
+        raise RegardError(f"executor={chosen.executor!r} gives no row statistics; expected one of {', '.join(WITH_STATS)}, or None")
     return out, stats
-
-
-def given_mask(mechanism: str | Mechanism, mask: Tensor, inputs: dict[str, Any]) -> tuple[str | Mechanism, Mask | None, dict[str, Any]]:
-    """A mask that is a tensor, as a mask or an added position and its input."""
-    if mask.dim() > 4:
-        raise RegardError(f"mask has shape {tuple(mask.shape)}; expected at most 4 dimensions, broadcastable to (B, H, Lq, Lk)")
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.dtype == torch.bool:
-        return mechanism, Explicit(), {**inputs, "visible": mask}
-    if not mask.is_floating_point():
-        raise RegardError(f"mask is a {mask.dtype} tensor; expected bool (True: visible) or floating (added to scores)")
-    description = resolved(mechanism)
-    if not isinstance(description, Weighted):
-        raise RegardError(
-            f"mask is a {mask.dtype} tensor, but {type(description).__name__} has no scores to add it to; pass mask > -inf, or no mask"
-        )
-    biased = replace(description, position=Bias() if description.position is None else Chain((description.position, Bias())))  # type: ignore[arg-type]
-    seen = mask.detach() != float("-inf")
-    if not bool((mask.isfinite() | ~seen).all()):
-        raise RegardError("mask holds NaN or inf; expected finite numbers to add to scores, or -inf where a key is hidden")
-    inputs = {**inputs, "position_bias": mask}
-    if bool(seen.all()):
-        return biased, None, inputs
-    return biased, Explicit(), {**inputs, "position_bias": torch.where(seen, mask, 0.0), "visible": seen}
 
 
 def single(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, **options: Any) -> Tensor:

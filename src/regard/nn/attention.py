@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
 from ..engine import State, step, weights
-from ..engine.door import attend, given_mask
+from ..engine.door import attend
+from ..engine.given import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, ShortConv, documents_of, head_norm
+from .parts import HeadGate, ShortConv, documents_of, head_norm, whole
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     mechanism: a name or a description. kv_heads: key and value heads (None: the mechanism's, else heads). head_dim: channels a head
     (None: dim / heads). causal: run under Causal(); policies for prompts, whose choice looks ahead, take causal=False and read the past
     alone all the same (`mechanism.past_alone`). rope: rotary positions, where the mechanism has none of its own. context_len: the length
-    that length-dependent initial values assume. The mechanism's recipe decides convolutions, activations, norms and gates.
+    that length-dependent initial values assume. dropout: the share of weights dropped in training (`attend`'s dropout_p). The mechanism's recipe decides convolutions, activations, norms and gates.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         rope: bool = False,
         bias: bool = False,
         context_len: int = 1024,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
@@ -79,7 +81,9 @@ class Attention(nn.Module):
             raise RegardError(f"{name_of(mechanism)} reads the whole sequence at once; pass causal=False")
         if not causal and self.mechanism.causal_only:
             raise RegardError(f"causal=False: {name_of(mechanism)} reads the past alone; pass causal=True, or choose a mechanism that reads all keys")
-        self.dim, self.heads, self.kv_heads, self.causal, self.recipe = dim, heads, kv_heads, causal, recipe
+        if not 0 <= dropout < 1:
+            raise RegardError(f"dropout={dropout}; expected at least 0 and less than 1")
+        self.dim, self.heads, self.kv_heads, self.causal, self.recipe, self.dropout = dim, heads, kv_heads, causal, recipe, dropout
         self.value_dim = head_dim or dim // heads
         key = recipe.key_dim
         self.key_dim = self.value_dim if key is None else key if isinstance(key, int) else max(1, int(self.value_dim * key))
@@ -159,7 +163,8 @@ class Attention(nn.Module):
         documents = documents_of(full, given, x.shape[1]) if self.convs else None
         q, k, v, _ = self.heads_of(x, source, 0, None, documents)
         made = {**self.inputs(source, {"q": q, "k": k, "v": v}), **given}
-        return self.close(attend(q, k, v, mechanism, mask=full, **made), x)
+        dropped = self.dropout if self.training else 0.0
+        return self.close(attend(q, k, v, mechanism, mask=full, dropout_p=dropped, **made), x)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor | None:
@@ -170,6 +175,7 @@ class Attention(nn.Module):
     def full_mask(self, mask: Mask | None) -> Mask | None:
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
+    @whole
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
         """New tokens x (B, n, dim) after those in `state` -> (y (B, n, dim), new state); equal to `forward` over all of them. mask: beside the
         causal one; its inputs cover all tokens so far."""

@@ -12,7 +12,7 @@ from ..algebra import Mechanism
 from ..errors import RegardError
 from .attention import LayerState
 from .mixers import mixer
-from .parts import GatedMLP, LayerScale, head_norm
+from .parts import GatedMLP, LayerScale, head_norm, whole
 
 
 class Block(nn.Module):
@@ -31,6 +31,7 @@ class Block(nn.Module):
         x = self.mixer(x) if self.whole else x + self.scale1(self.mixer(self.norm1(x)))
         return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
+    @whole
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = self.mixer.step(x if self.whole else self.norm1(x), state)  # type: ignore[operator]
         x = y if self.whole else x + self.scale1(y)
@@ -86,6 +87,7 @@ class Decoder(nn.Module):
             x = block(x)
         return self.logits(x)
 
+    @whole
     def step(self, tokens: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """New tokens (B, n) after those in `states` -> (logits (B, n, vocab), new states)."""
         x, new = self.embed(tokens), []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,25 @@ from torch import Tensor, nn
 from ..algebra import Causal, Explicit, Full, Padding, Segments
 from ..algebra.mask import conjuncts
 from ..errors import RegardError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def whole(method: Method) -> Method:
+    """A layer's method besides `forward` that reads its parameters: under FSDP2 they are gathered for it too."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **options: Any) -> Any:
+        name = method.__name__
+        if "torch.distributed.fsdp" in sys.modules and name not in vars(self):  # loaded where a model was sharded
+            from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+            if isinstance(self, FSDPModule):
+                register_fsdp_forward_method(self, name)
+                return getattr(self, name)(*args, **options)
+        return method(self, *args, **options)
+
+    return run  # type: ignore[return-value]
 
 
 class UnitNorm(nn.Module):

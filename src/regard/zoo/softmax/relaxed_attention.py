@@ -14,7 +14,8 @@ from regard.algebra import Hybrid, Mask, Mechanism, RowLocal, Weighted
 from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine import step
-from regard.engine.door import attend, given_mask
+from regard.engine.door import attend
+from regard.engine.given import given_mask
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
 

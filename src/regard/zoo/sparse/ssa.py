@@ -15,7 +15,8 @@ from regard.algebra import Causal, Chosen, Mask, Recipe, Selection, Selector, We
 from regard.algebra.blocks import heads_of
 from regard.algebra.compressed import grouped_blocks
 from regard.catalog.registry import register
-from regard.engine.door import attend, given_mask
+from regard.engine.door import attend
+from regard.engine.given import given_mask
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 

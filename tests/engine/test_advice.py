@@ -1,0 +1,42 @@
+"""What an error advises works when it is followed, for every mechanism that raises it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import NAMES, sample
+
+import regard
+from regard import RegardError, nn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_row_statistics_or_a_reason(name):
+    call = sample(name)
+    try:
+        out, stats = regard.attend_with_stats(call.q, call.k, call.v, call.mechanism, **call.inputs)
+    except RegardError as why:
+        assert "no row statistics" in str(why) and "executor" not in str(why)
+    else:
+        assert out.shape == (*call.v.shape[:2], 29, 6) and stats.total.shape[:3] == out.shape[:3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_in_a_mask_or_a_way_without(name):
+    call, added = sample(name), torch.zeros(29, 29, dtype=torch.float64)
+    try:
+        call.run(mask=added)
+    except RegardError as why:
+        assert "expected no mask" in str(why)
+        assert call.run().isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_runs_one_way_or_the_other(name, causal):
+    x = torch.randn(2, 29, 16)
+    try:
+        nn.Attention(16, 2, name, causal=causal)(x)
+    except RegardError as why:
+        assert f"pass causal={not causal}" in str(why)
+        assert nn.Attention(16, 2, name, causal=not causal)(x).isfinite().all()
