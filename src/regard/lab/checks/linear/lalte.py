@@ -137,6 +137,32 @@ def _() -> tuple[float, float]:
 
 @check(
     "lalte",
+    "penalty weights move every second step, by a running average of each head's kept tokens, up to 1: distance from that course",
+    below=1e-6,
+    control="by the last step's count",
+)
+def _() -> tuple[float, float]:
+    control, counts = BudgetController(2, 5, interval=2, start=0.4, average=0.5), ((8, 1), (2, 9), (9, 9), (9, 2), (1, 5), (9, 5))
+    found, courses = [], {True: [0.4, 0.4], False: [0.4, 0.4]}
+    mean: list[float] = []
+    own, other = [], []
+    for step, count in enumerate(counts, 1):
+        kept = torch.zeros(3, 2, 12, dtype=torch.bool)
+        for head in range(2):
+            kept[:, head, : count[head]] = True
+        found = control.update(kept).tolist()
+        mean = [float(c) for c in count] if step == 1 else [0.5 * m + 0.5 * c for m, c in zip(mean, count, strict=True)]
+        for averaged, to in ((True, own), (False, other)):
+            if step % 2 == 0:
+                seen = mean if averaged else [float(c) for c in count]
+                course = courses[averaged]
+                courses[averaged] = [min(1.0, 1.5 * w) if m > 5 else w / 2 if m < 4.75 else w for w, m in zip(course, seen, strict=True)]
+            to.append(max(abs(x - y) for x, y in zip(found, courses[averaged], strict=True)))
+    return max(own), max(other)
+
+
+@check(
+    "lalte",
     "a hybrid decoder of gated DeltaNet and eviction generates what full passes would; state bytes at 120 and 240 tokens differ by",
     below=0,
     control="softmax's",
