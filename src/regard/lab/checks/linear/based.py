@@ -97,11 +97,23 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     x, i = torch.randn(2, 9, 16, dtype=F64), torch.arange(9)
     mixers = based_mixers(9, 16, 2, feature_dim=4, window=3)
-    kinds = [type(mixer) for mixer in mixers] == [GatedConv, Attention, GatedConv, Attention, GatedConv, GatedConv, Attention, GatedConv, Attention]
+    kinds = [type(mixer) for mixer in mixers] == [
+        GatedConv,
+        Attention,
+        GatedConv,
+        Attention,
+        GatedConv,
+        GatedConv,
+        Attention,
+        GatedConv,
+        Attention,
+    ]
     conv, linear, window = drawn(mixers[0]), drawn(mixers[1]), drawn(mixers[3])
     assert isinstance(conv, GatedConv) and isinstance(linear, Attention) and isinstance(window, Attention)
     shapes: dict[str, tuple[int, ...]] = {"q.weight": (8, 16), "k.weight": (8, 16), "v.weight": (16, 16), "out.weight": (16, 16)}
-    bad = misshapen(linear, shapes) + misshapen(conv, {"conv.weight": (16, 1, 3), **{f"{n}.weight": (16, 16) for n in ("left", "right", "out")}})
+    bad = misshapen(linear, shapes) + misshapen(
+        conv, {"conv.weight": (16, 1, 3), **{f"{n}.weight": (16, 16) for n in ("left", "right", "out")}}
+    )
     q, k, v = (split(y(x), 2) for y in (linear.q, linear.k, linear.v))
     gaps = [bad, 0.0 if kinds else math.inf, naive.gap(linear(x), linear.out(joined(taylor_rows(q, k, v))))]
     q, k, v = (split(y(x), 2) for y in (window.q, window.k, window.v))
@@ -114,7 +126,12 @@ def _() -> tuple[float, float]:
     return max(gaps), naive.gap(conv(x), (short_conv(left, conv.conv.weight) * silu(right)) @ conv.out.weight.T)
 
 
-@check("based", "numbers of the state a channel of v: (D' + 1)(D' + 2) / 2 packed, 1 + D' + D'^2 else; misses", below=0, control="the other form's")
+@check(
+    "based",
+    "numbers of the state a channel of v: (D' + 1)(D' + 2) / 2 packed, 1 + D' + D'^2 else; misses",
+    below=0,
+    control="the other form's",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(3, 16, 5)
 

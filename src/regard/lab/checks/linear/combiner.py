@@ -196,7 +196,12 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-@check("combiner", "the layer == its projections around the default: segments of round(sqrt N), a scale of D^-1/2", below=1e-10, control="segments of 3")
+@check(
+    "combiner",
+    "the layer == its projections around the default: segments of round(sqrt N), a scale of D^-1/2",
+    below=1e-10,
+    control="segments of 3",
+)
 def _() -> tuple[float, float]:
     layer, x = CombinerAttention(16, 2).double(), torch.randn(2, 30, 16, dtype=F64)
     q, k, v = (split(x @ w.T, 2) for w in layer.qkv.weight.chunk(3))

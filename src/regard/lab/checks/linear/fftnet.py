@@ -92,7 +92,12 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     own, other = [], math.inf
-    for kind, made_for, n, adaptive in (("modrelu", 16, 16, True), ("gelu", 16, 16, True), ("modrelu", 13, 9, True), ("modrelu", 9, 9, False)):
+    for kind, made_for, n, adaptive in (
+        ("modrelu", 16, 16, True),
+        ("gelu", 16, 16, True),
+        ("modrelu", 13, 9, True),
+        ("modrelu", 9, 9, False),
+    ):
         layer = drawn(SpectralMixer(12, 3, made_for, adaptive=adaptive, activation=kind))
         x = torch.randn(2, n, 12, dtype=F64)
         y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
@@ -156,7 +161,12 @@ def _() -> tuple[float, float]:
     return naive.gap(model(tokens), truth(True)), naive.gap(model(tokens), truth(False))
 
 
-@check("fftnet", "FNet, to compare with: x + Re of the transform of LN(x) over tokens and channels, in sums", below=1e-9, control="over tokens alone")
+@check(
+    "fftnet",
+    "FNet, to compare with: x + Re of the transform of LN(x) over tokens and channels, in sums",
+    below=1e-9,
+    control="over tokens alone",
+)
 def _() -> tuple[float, float]:
     layer, x = drawn(FNetMixer(6)), torch.randn(2, 5, 6, dtype=F64)
     y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias

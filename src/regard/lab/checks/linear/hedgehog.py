@@ -119,7 +119,9 @@ def hedgehog_features(x: Tensor, weight: Tensor, shift: Tensor, form: str, clamp
     return torch.stack(made, 1)
 
 
-@check("hedgehog", "every form, parallel == chunk == step == a loop over the definition", below=1e-10, control="key map used for queries too")
+@check(
+    "hedgehog", "every form, parallel == chunk == step == a loop over the definition", below=1e-10, control="key map used for queries too"
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(37)
     maps = {name: torch.randn(2, 8, 8, dtype=F64) / 2 for name in ("query_map", "key_map")}
@@ -127,7 +129,9 @@ def _() -> tuple[float, float]:
     own, other = [], math.inf
     for form in ("softmax", "half", "exp", "exp_shifted"):
         for eps, clamp, divide in ((1e-12, 1e-12, "add"), (0.3, 0.02, "add"), (0.5, 0.02, "sum")):
-            phi_q, phi_k = (hedgehog_features(x, maps[f"{n}_map"], shifts[f"{n}_shift"], form, clamp) for x, n in ((q, "query"), (k, "key")))
+            phi_q, phi_k = (
+                hedgehog_features(x, maps[f"{n}_map"], shifts[f"{n}_shift"], form, clamp) for x, n in ((q, "query"), (k, "key"))
+            )
             w = (phi_q @ phi_k.mT).tril()
             total = w.sum(-1, keepdim=True)
             truth = w @ v / (total + eps if divide == "add" else total.clamp_min(eps))
@@ -139,7 +143,12 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-@check("hedgehog", "the layer's maps start as the identity without shifts: its output == softmax features by hand", below=1e-10, control="maps of -1")
+@check(
+    "hedgehog",
+    "the layer's maps start as the identity without shifts: its output == softmax features by hand",
+    below=1e-10,
+    control="maps of -1",
+)
 def _() -> tuple[float, float]:
     layer, x = Attention(16, 2, "hedgehog").double(), torch.randn(2, 9, 16, dtype=F64)
     q, k, v = (split(y(x), 2) for y in (layer.q, layer.k, layer.v))
@@ -153,7 +162,12 @@ def _() -> tuple[float, float]:
     return naive.gap(y, truth(1.0)), naive.gap(y, truth(-1.0))
 
 
-@check("hedgehog", "entropy of distilled weights, in nats: above softmax's and below that of ELU + 1 by", above=0.2, control="the untrained map")
+@check(
+    "hedgehog",
+    "entropy of distilled weights, in nats: above softmax's and below that of ELU + 1 by",
+    above=0.2,
+    control="the untrained map",
+)
 def _() -> tuple[float, float]:
     def between(steps: int) -> float:
         soft, own, elu = distilled(steps).entropies

@@ -95,7 +95,12 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     q, k, v = qkv(20, 8)
     own, other = [], math.inf
-    maps: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "relu": lambda x: x.clamp_min(0), "elu+1": elu, "exp": torch.exp}
+    maps: dict[str, Callable[[Tensor], Tensor]] = {
+        "identity": lambda x: x,
+        "relu": lambda x: x.clamp_min(0),
+        "elu+1": elu,
+        "exp": torch.exp,
+    }
 
     def matrix(name: str, t: float, causal: bool) -> Tensor:
         s = 8**-0.5 * maps[name](t * q) @ maps[name](t * k).mT

@@ -79,7 +79,12 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-@check("local-linear-attention", "the layer == explicit fits on q and k over their root mean squares", below=1e-7, control="q and k as they are")
+@check(
+    "local-linear-attention",
+    "the layer == explicit fits on q and k over their root mean squares",
+    below=1e-7,
+    control="q and k as they are",
+)
 def _() -> tuple[float, float]:
     layer, x = drawn(Attention(16, 2, get("local-linear-attention", solver="direct"))), torch.randn(1, 12, 16, dtype=F64)
     q, k, v = (split(y(x), 2) for y in (layer.q, layer.k, layer.v))

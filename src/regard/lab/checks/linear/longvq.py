@@ -100,7 +100,13 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     layer, x = drawn(LongVQBlock(12, codes=9, zdim=6, hdim=10, ndim=4, window=5, block=8)).eval(), torch.randn(2, 40, 12, dtype=F64)
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (12,), "v.weight": (10, 12), "v.bias": (10,), "m.weight": (40, 12), "m.bias": (40,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm.weight": (12,),
+        "v.weight": (10, 12),
+        "v.bias": (10,),
+        "m.weight": (40, 12),
+        "m.bias": (40,),
+    }
     shapes |= {f"ema.{name}": (1, 12, 4) for name in ("delta", "alpha", "beta", "gamma")} | {"ema.omega": (12,), "offsets": (5,)}
     bad = misshapen(layer, shapes | {"h.weight": (12, 10), "kappa": (2, 6), "mu": (2, 6)})
     y, truth = layer(x), longvq_truth(layer, x)

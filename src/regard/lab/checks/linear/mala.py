@@ -73,7 +73,9 @@ def _() -> tuple[float, float]:
     return max(naive.gap(y, truth(fq, fk)), naive.gap(plane, y)), naive.gap(y, truth(tq, tk))
 
 
-@check("mala", "under a causal mask sums and counts run up to each token, in chunks and streams", below=1e-10, control="sums over all tokens")
+@check(
+    "mala", "under a causal mask sums and counts run up to each token, in chunks and streams", below=1e-10, control="sums over all tokens"
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(24, 16)
     s, rows = 16**-0.5 * elu(q) @ elu(k).mT, []

@@ -99,7 +99,9 @@ def _() -> tuple[float, float]:
     m[6:, :6] = torch.outer(torch.randn(6, dtype=F64), torch.randn(6, dtype=F64))
     report = rank_report(m, cuts=3)
     cuts = [at for at, _ in report.curve] == [3, 6, 9] and report.numerical == 12 and report.off_diagonal == 3
-    found = max(abs(rank(torch.ones(5, dtype=F64)) - 5), uneven, abs(report.curve[1][1] - 1), abs(report.effective - float(effective_rank(m))))
+    found = max(
+        abs(rank(torch.ones(5, dtype=F64)) - 5), uneven, abs(report.curve[1][1] - 1), abs(report.effective - float(effective_rank(m)))
+    )
     return found if cuts else math.inf, abs(rank(torch.ones(10, dtype=F64)) - 5)
 
 

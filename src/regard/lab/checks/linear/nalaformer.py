@@ -99,7 +99,12 @@ def _() -> tuple[float, float]:
     return naive.gap(y, around(layer, o, v, x, norm=True, gate="silu")), naive.gap(y, around(layer, o, v, x, gate="silu"))
 
 
-@check("nalaformer", "a zero query and a zero key: outputs and gradients are finite, the query's output is zero", below=0, control="a query of 1e-3")
+@check(
+    "nalaformer",
+    "a zero query and a zero key: outputs and gradients are finite, the query's output is zero",
+    below=0,
+    control="a query of 1e-3",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(6, 8)
 

@@ -126,7 +126,9 @@ def _() -> tuple[float, float]:
             top = torch.tensor(0.0 if causal else 1.0) * b.amax((-1, -2), keepdim=True)
             m = a.shape[-1]
 
-            def truth(eps: float, a: Tensor = a, x: Tensor = x, b: Tensor = b, y: Tensor = y, top: Tensor = top, m: int = m, causal: bool = causal) -> Tensor:
+            def truth(
+                eps: float, a: Tensor = a, x: Tensor = x, b: Tensor = b, y: Tensor = y, top: Tensor = top, m: int = m, causal: bool = causal
+            ) -> Tensor:
                 fq, fk = torch.exp(a - x - a.amax(-1, keepdim=True)) + eps, torch.exp(b - y - top) + eps
                 s = (fq @ fk.mT).tril() if causal else fq @ fk.mT
                 more = m**0.5 * 1e-6 * fq.sum(-1, keepdim=True) if causal else 0.0  # eps of the sum of key features, each over sqrt(m)
@@ -148,7 +150,12 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-@check("performer", "a redrawn projection is another; the same seed gives the same, the mechanism's own draw", below=0.0, control="seeds 0 and 1")
+@check(
+    "performer",
+    "a redrawn projection is another; the same seed gives the same, the mechanism's own draw",
+    below=0.0,
+    control="seeds 0 and 1",
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(20, 8)
     out = attend(q, k, v, get("performer", features=24, seed=1))

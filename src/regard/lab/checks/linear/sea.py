@@ -231,7 +231,11 @@ def _() -> tuple[float, float]:
             return torch.where(there, x * (x / y).log(), 0.0).nan_to_num(0.0).sum(-1).mean()
 
         squares = (a - p).square().sum(-1).mean(), (layer(q, k, v) - p @ v).square().mean()
-        own += [naive.gap(loss["kl"], divergence(p, a)), naive.gap(loss["probabilities"], squares[0]), naive.gap(loss["output"], squares[1])]
+        own += [
+            naive.gap(loss["kl"], divergence(p, a)),
+            naive.gap(loss["probabilities"], squares[0]),
+            naive.gap(loss["output"], squares[1]),
+        ]
         own.append(naive.gap(loss["total"], 0.1 * divergence(p, a) + squares[0] + squares[1]))
         other = min(other, naive.gap(loss["kl"], divergence(a, p)))
     return max(own), other

@@ -138,14 +138,19 @@ def _() -> tuple[float, float]:
         layer = drawn(SoftmaxFreeAttention(16, 2, (4, 6), mode="newton", **options))  # type: ignore[arg-type]
         q, v = (split(y(x), 2) for y in (layer.q, layer.v))
         q = q / 8**0.25
-        cells = q.unflatten(2, (2, 2, 3, 2)).transpose(3, 4).reshape(2, 2, 6, 4, 8)  # (B, heads, landmarks, cell, D), 2 x 2 cells in row order
+        cells = (
+            q.unflatten(2, (2, 2, 3, 2)).transpose(3, 4).reshape(2, 2, 6, 4, 8)
+        )  # (B, heads, landmarks, cell, D), 2 x 2 cells in row order
 
         def out(marks: Tensor, layer: SoftmaxFreeAttention = layer, q: Tensor = q, v: Tensor = v) -> Tensor:
             p, a = kernel(q, marks), kernel(marks, marks) + 0.01 * torch.eye(6, dtype=F64)
             y = joined(p @ torch.linalg.solve(a, p.mT @ v))
             if layer.conv is not None:
                 plane = joined(v).mT.unflatten(-1, (4, 6))
-                y = y + F.conv2d(plane, layer.conv.weight, layer.conv.bias, padding=layer.conv.weight.shape[-1] // 2, groups=16).flatten(2).mT
+                y = (
+                    y
+                    + F.conv2d(plane, layer.conv.weight, layer.conv.bias, padding=layer.conv.weight.shape[-1] // 2, groups=16).flatten(2).mT
+                )
             return layer.out(y)  # type: ignore[no-any-return]
 
         if layer.landmark is None:

@@ -174,7 +174,9 @@ def _() -> tuple[float, float]:
         sums, counts = keep * old[1] + (1 - keep) * fresh[0], keep * old[2] + (1 - keep) * fresh[1]
         return sums / counts.clamp_min(0.01)[..., None]
 
-    return max(still, abs(float(layer.commitment.detach()) - commitment), naive.gap(book.codes, codes(0.99))), naive.gap(book.codes, codes(0.0))
+    return max(still, abs(float(layer.commitment.detach()) - commitment), naive.gap(book.codes, codes(0.99))), naive.gap(
+        book.codes, codes(0.0)
+    )
 
 
 @check(

@@ -83,7 +83,9 @@ def _() -> tuple[float, float]:
     return naive.gap(out, x / (size + 0.5)), naive.gap(out, x / (x.square().mean(-1, keepdim=True).sqrt() + 0.5))
 
 
-@check("transnormer", "DiagAttention == attention inside blocks by hand, softmax's (T2) and ReLA's (T1)", below=1e-10, control="over all keys")
+@check(
+    "transnormer", "DiagAttention == attention inside blocks by hand, softmax's (T2) and ReLA's (T1)", below=1e-10, control="over all keys"
+)
 def _() -> tuple[float, float]:
     q, k, v = qkv(20)
     at = torch.arange(20) // 8

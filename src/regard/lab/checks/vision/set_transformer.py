@@ -147,7 +147,10 @@ def _() -> tuple[float, float]:
             own.append(naive.gap(mab(x, y, keep), block_by_hand(mab, x, y, (4 if paper else 8) ** -0.5, keep)))
             other = min(other, naive.gap(mab(x, y, keep), block_by_hand(mab, x, y, (8 if paper else 4) ** -0.5, keep)))
         s = 8**-0.5
-        model, seen = drawn(SetTransformer(6, 2, dim=8, heads=2, inducing=3, outputs=2, norm=norm)), torch.arange(11) < torch.tensor([[11], [5], [8]])
+        model, seen = (
+            drawn(SetTransformer(6, 2, dim=8, heads=2, inducing=3, outputs=2, norm=norm)),
+            torch.arange(11) < torch.tensor([[11], [5], [8]]),
+        )
         h = x
         for layer in model.encoder:
             inner = block_by_hand(layer.gather, layer.points.expand(3, -1, -1), h, s, seen)  # type: ignore[arg-type, operator, union-attr]
