@@ -145,7 +145,8 @@ def _() -> tuple[float, float]:
     control, counts = BudgetController(2, 5, interval=2, start=0.4, average=0.5), ((8, 1), (2, 9), (9, 9), (9, 2), (1, 5), (9, 5))
     found, courses = [], {True: [0.4, 0.4], False: [0.4, 0.4]}
     mean: list[float] = []
-    own, other = [], []
+    own: list[float] = []
+    other: list[float] = []
     for step, count in enumerate(counts, 1):
         kept = torch.zeros(3, 2, 12, dtype=torch.bool)
         for head in range(2):

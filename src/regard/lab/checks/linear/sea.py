@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -241,7 +240,7 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-def teacher(count: int, length: int = 48, seed: int = 0) -> list[Tensor]:
+def teacher(count: int, length: int = 32, seed: int = 0) -> list[Tensor]:
     """q, k, v of the second layer of a random model that knows places."""
     fixed = torch.Generator().manual_seed(7)
     w = [torch.randn(16, 2, 8, generator=fixed) * 0.6 for _ in range(3)]
@@ -249,43 +248,38 @@ def teacher(count: int, length: int = 48, seed: int = 0) -> list[Tensor]:
     x = torch.randn(count, length, 16, generator=torch.Generator().manual_seed(seed))
     x = torch.tanh(x + (x @ mix @ x.mT / 4).softmax(-1) @ x)
     angle = torch.arange(length)[:, None] * torch.exp(-0.6 * torch.arange(8))
-    x = 0.5 * x + torch.cat((angle.sin(), angle.cos()), -1)
+    x = 0.35 * x + torch.cat((angle.sin(), angle.cos()), -1)
     return [torch.einsum("btc,chd->bhtd", x, y) for y in w]
 
 
-@functools.cache
-def distilled(causal: bool, steps: int = 120) -> tuple[float, float, float]:
-    """(KL before, after training, after as many steps towards targets of other inputs)."""
-    found = []
-    for shuffled in (False, True):
-        torch.manual_seed(0)
-        layer = SEAAttention(2, 8, cells=24, keys=8, causal=causal)
-        optimiser = torch.optim.Adam(layer.parameters(), 1e-2)
-        test = teacher(4, seed=10_000)
-        with torch.no_grad():
-            before = float(layer.losses(*test)["kl"])
-        for step in range(steps):
-            q, k, v = teacher(4, seed=step)
-            if shuffled:
-                q, k = q.flip(2), k[:, :, torch.randperm(48)]
-            loss = layer.losses(q, k, v, kl_weight=1.0)["total"]
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        with torch.no_grad():
-            found.append(float(layer.losses(*test)["kl"]))
-    return before, found[0], found[1]
+def distilled(causal: bool, shuffled: bool = False, steps: int = 150) -> float:
+    """KL on other inputs after training over before; shuffled: the training's targets are of q and k whose places are shuffled."""
+    torch.manual_seed(0)
+    layer = SEAAttention(2, 8, cells=16, keys=8, causal=causal)
+    optimiser = torch.optim.Adam(layer.parameters(), 2e-2)
+    test = teacher(4, seed=10_000)
+    with torch.no_grad():
+        before = float(layer.losses(*test)["kl"])
+    for step in range(steps):
+        q, k, v = teacher(4, seed=step)
+        if shuffled:
+            q, k = q.flip(2), k[:, :, torch.randperm(32)]
+        loss = layer.losses(q, k, v, kl_weight=1.0)["total"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        return float(layer.losses(*test)["kl"]) / before
 
 
 @check(
     "sea",
-    "120 steps of distillation on a random teacher, T = 48: KL after over before, both forms",
-    below=0.7,
-    control="distilled from q and k of shuffled places",
+    "150 steps of distillation on a random teacher, T = 32: KL after over before, the worse of both forms",
+    below=0.5,
+    control="the causal form distilled from q and k of shuffled places",
 )
 def _() -> tuple[float, float]:
-    rows = [distilled(causal) for causal in (False, True)]
-    return max(after / before for before, after, _ in rows), min(other / before for before, _, other in rows)
+    return max(distilled(False), distilled(True)), distilled(True, shuffled=True)
 
 
 @check(
