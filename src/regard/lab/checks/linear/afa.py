@@ -212,7 +212,7 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-def filtering_error(kind: str, steps: int = 150) -> float:
+def filtering_error(kind: str, steps: int = 80) -> float:
     """Mean squared error of filtering a noisy damped oscillator, after a short run."""
     torch.manual_seed(0)
     n = 48
@@ -244,7 +244,7 @@ def filtering_error(kind: str, steps: int = 150) -> float:
 
 @check(
     "afa",
-    "filtering a noisy damped oscillator (noise of variance 0.25), 150 steps: mean squared error",
+    "filtering a noisy damped oscillator (noise of variance 0.25), 80 steps: mean squared error",
     below=0.03,
     control="causal softmax with RoPE",
 )
