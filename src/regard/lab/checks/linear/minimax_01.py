@@ -16,7 +16,7 @@ from regard.lab.checks.shared.layers import drawn, joined, rms, split
 from regard.lab.checks.shared.minimax import small
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.zoo.linear.minimax_01 import Experts, lasp_plus, layer_factor, lightning_packed
+from regard.zoo.linear.minimax_01 import Experts, MiniMaxConfig, MiniMaxLike, lasp_plus, layer_factor, lightning_packed
 
 
 @check(
@@ -218,3 +218,26 @@ def _() -> tuple[float, float]:
     image, text = model.vision(patches), model.embed(tokens)
     own = naive.gap(model(tokens, patches), through(torch.cat((image, text), 1)))
     return own, naive.gap(model(tokens, patches)[:, -5:], through(torch.cat((text, image), 1))[:, :5])
+
+
+@check(
+    "minimax-01",
+    "operations of the next token: twice the weights it meets (two experts of three), and its reads of state and of keys and values",
+    below=0,
+    control="all experts counted",
+)
+def _() -> tuple[float, float]:
+    config = MiniMaxConfig(vocab=30, dim=32, layers=4, heads=4, kv_heads=2, period=4, hidden=24, experts=3, top_k=2)
+    model = MiniMaxLike(config)
+
+    def counted(experts: int) -> int:
+        total = 0
+        for block in model.blocks:
+            weights = [p for name, p in block.mixer.named_parameters() if p.dim() == 2]  # type: ignore[union-attr]
+            own = list(block.mlp.experts[0].parameters())  # type: ignore[index, union-attr]
+            total += 2 * sum(p.numel() for p in weights) + 2 * experts * sum(p.numel() for p in own)
+        return total + 3 * 4 * 4 * 8 * 8 + 4 * 4 * 8 * 100  # three states of 4 heads, 8 x 8, written and read; scores and sums of 100 keys
+
+    held = 4 * (3 * 4 * 8 * 8 + 2 * 2 * 8 * 100)  # bytes of three states, and of 100 keys and values of two heads
+    found = model.cost(100)
+    return abs(found[0] - counted(2)) + abs(found[1] - held), abs(found[0] - counted(3))
