@@ -186,6 +186,12 @@ class Recurrent(Mechanism):
         ):
             if value not in known and not (name == "readout" and callable(value)):
                 raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
+        for name, idle, cure in (
+            ("log_decay", self.decay == "none", "decay='head', 'token' or 'channel'"),
+            ("beta", self.write == "add", "write='delta'"),
+        ):
+            if idle and any(item.name == name for item in self.inputs):
+                raise RegardError(f"Recurrent declares the input {name!r}, which nothing reads: expected {cure}, or no such input")
         if "mean" in self.read_of and (self.decay != "none" or self.write != "add" or self.keys != "features"):
             raise RegardError("a readout that asks for the mean of values needs decay='none', write='add' and keys='features'")
         if self.keys == "softmax" and (self.write != "add" or self.decay != "none"):

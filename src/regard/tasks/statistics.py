@@ -49,6 +49,19 @@ def entropy(weights: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
+def concentration(weights: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """(...,): the mean share of a row's |weights| on keys within the size x size neighbourhood of its query; tokens (rows x columns = L) stand
+    on a grid in row order, size is odd."""
+    w = checked(weights).abs()
+    length = grid[0] * grid[1]
+    if w.shape[-2:] != (length, length) or size < 1 or size % 2 == 0:
+        raise RegardError(f"weights {tuple(weights.shape)}, grid={grid}, size={size}; expected (..., L, L) with L = {length}, and an odd size")
+    at = torch.arange(length, device=w.device)
+    row, column = at // grid[1], at % grid[1]
+    near = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) <= size // 2
+    return ((w * near).sum(-1) / w.sum(-1).clamp_min(1e-300)).mean(-1)
+
+
 def head_diversity(weights: Tensor) -> float:
     """Generalised Jensen-Shannon divergence of heads, H(mean_h p_h) - mean_h H(p_h), mean over rows, in nats; weights (..., H, Lq, Lk)."""
     w = checked(weights, 3)

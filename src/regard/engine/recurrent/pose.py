@@ -189,7 +189,7 @@ def pose(
     if causal and sizes.q_len < sizes.k_len:
         q = pad(q, (0, 0, sizes.k_len - sizes.q_len, 0))
         apart = None if apart is None else (pad(apart[0], (0, 0, sizes.k_len - sizes.q_len, 0)), apart[1])
-    beta = inputs.get("beta")
+    beta = inputs["beta"] if mechanism.write == "delta" else None
     if beta is not None:
         beta = beta.transpose(-1, -2).expand(sizes.batch, sizes.heads, sizes.k_len, 1)
         beta = beta if real is None else torch.where(real, beta, 0.0)
@@ -243,9 +243,9 @@ def log_decays(
     mechanism: Recurrent, inputs: Mapping[str, Tensor], declared: Mapping[str, Input], sizes: Sizes, features: int, real: Tensor | None
 ) -> Tensor | None:
     """The input `log_decay` in the shape of `Scan.decay`."""
-    decay = inputs.get("log_decay")
-    if decay is None:
+    if mechanism.decay == "none":
         return None
+    decay = inputs["log_decay"]
     decay = decay.transpose(-1, -2) if declared["log_decay"].shape == "bhk" else decay
     if mechanism.decay == "channel" and decay.shape[-1] not in (1, features):
         raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {features}, one for each feature of k")

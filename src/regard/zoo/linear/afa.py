@@ -64,11 +64,13 @@ def description(robust: bool = True) -> Weighted:
 
 
 class FilterResult(NamedTuple):
-    """output: complex (B, H, N, d); weights: the softmax's (B, H, N, N) or None; total: log of the sum of precisions a row (B, H, N)."""
+    """output: complex (B, H, N, d); of diagnostics, else None: weights: the softmax's (B, H, N, N); total: log of the sum of precisions a
+    row (B, H, N); variance: what a token's has grown to at the query's time (B, H, N, N)."""
 
     output: Tensor
-    weights: Tensor | None
-    total: Tensor | None
+    weights: Tensor | None = None
+    total: Tensor | None = None
+    variance: Tensor | None = None
 
 
 def rotated(x: Tensor, times: Tensor, omega: Tensor, sign: float) -> Tensor:
@@ -130,15 +132,16 @@ def adaptive_filter(
     out = attend(flat_q, flat_k, flat_v, mechanism, mask=full, scale=1.0, **sides)
     output = rotated(torch.complex(*out.to(times.dtype).chunk(2, -1)), times, omega, 1.0)
     if not diagnostics:
-        return FilterResult(output, None, None)
+        return FilterResult(output)
     at = weights(flat_q, flat_k, mechanism, mask=full, scale=1.0, **sides)
     assert at is not None
-    fade = torch.exp(-sides["mu"][:, None, None] * (where[..., :, None] - where[..., None, :]).abs())
     per_head = {name: sides[name][:, None, None] for name in HEADS}
+    gap = (where[..., :, None] - where[..., None, :]).abs()
+    fade, variance = propagated(gap, *(per_head[name] for name in HEADS[:4]))
     squares = {"q_square": sides["q_square"][..., None], "k_square": sides["k_square"][..., None, :]}
     s = likelihood(flat_q @ flat_k.mT, where[..., None], where[..., None, :], robust=robust, **squares, **per_head)
     seen = torch.ones_like(s, dtype=torch.bool).tril() if mask is None else at != 0
-    return FilterResult(output, at / fade, s.masked_fill(~seen, float("-inf")).logsumexp(-1))
+    return FilterResult(output, at / fade, s.masked_fill(~seen, float("-inf")).logsumexp(-1), variance)
 
 
 def anisotropic_reference(
@@ -197,11 +200,7 @@ class AdaptiveFilterAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(dim, 2 * heads * d) for _ in range(3))
         self.out = nn.Linear(2 * heads * d, dim)
         self.decay = nn.Parameter(torch.zeros(heads))
-        if frequencies == "rope":
-            self.register_buffer("turns", (10000 ** (-torch.arange(d) / d)).repeat(heads, 1))
-        else:
-            self.turns = nn.Parameter(torch.randn(heads, d) * 0.5)
-        self.scaled = frequencies == "learned"
+        self.turns = nn.Parameter(torch.randn(heads, d) * 0.5) if frequencies == "learned" else None
         start = inverse_softplus(noise)
         self.process, self.measured, self.anchor = (nn.Parameter(torch.full((heads,), start)) for _ in range(3))
         self.robustness, self.temperature = (nn.Parameter(torch.full((heads,), inverse_softplus(1.0))) for _ in range(2))
@@ -212,8 +211,10 @@ class AdaptiveFilterAttention(nn.Module):
 
     @property
     def omega(self) -> Tensor:
-        turns: Tensor = self.turns  # type: ignore[assignment]
-        return turns * (10 * 2 * math.pi / (2 * self.context_len)) if self.scaled else turns
+        if self.turns is None:
+            channels = torch.arange(self.d, dtype=torch.float64, device=self.decay.device)
+            return (10000 ** (-channels / self.d)).to(self.decay.dtype).repeat(self.heads, 1)
+        return self.turns * (10 * 2 * math.pi / (2 * self.context_len))
 
     def filtered(self, x: Tensor, times: Tensor | None = None, diagnostics: bool = True) -> FilterResult:
         wide = torch.promote_types(x.dtype, torch.float32)  # there are no complex numbers of half precision

@@ -1,6 +1,7 @@
 """Agent attention: a few agent tokens gather from the keys and spread to the queries (id 174; Han et al., 2023).
 
 o = softmax(s Q A^T + B2) softmax(s A K^T + B1) V,   A = pooled queries;   rank <= number of agents
+Not built: the patch of AgentSD into diffusion models; `agent_attention` is its call.
 """
 
 from __future__ import annotations

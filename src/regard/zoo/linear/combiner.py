@@ -28,11 +28,10 @@ def summaries(q: Tensor, k: Tensor, v: Tensor, pool: str, seen: Tensor | None = 
     if seen is not None:
         fill = -math.inf if pool == "max" else 0.0
         some = seen.any(-1)[..., None]
-        count = seen.sum(-1).clamp_min(1)[..., None, None] if pool == "mean" else 1
-        q_pool, k_pool = (
-            pooled(torch.where(seen[..., None], x, fill) * (x.shape[-2] / count if pool == "mean" else 1), pool) for x in (q, k)
-        )
-        q_pool, k_pool = (torch.where(some, x, 0.0) for x in (q_pool, k_pool))
+        q_pool, k_pool = (torch.where(some, pooled(torch.where(seen[..., None], x, fill), pool), 0.0) for x in (q, k))
+        if pool == "mean":  # of those seen
+            share = seen.shape[-1] / seen.sum(-1).clamp_min(1)[..., None].to(q.dtype)
+            q_pool, k_pool = q_pool * share, k_pool * share
     else:
         q_pool, k_pool = pooled(q, pool), pooled(k, pool)
     s = (k @ q_pool[..., None])[..., 0]

@@ -1,6 +1,7 @@
 """FLatten: focused linear attention, a power that sharpens directions and keeps norms (id 58; Han et al., 2023).
 
 f_p(x) = |x| x^p / |x^p| of x = (relu(x) + 1e-6) / softplus(a),   o_i = f_p(q_i) S / (f_p(q_i).mean f_p(k) + eps) (+ a depthwise convolution of v)
+Not built: a probe of focus, and the swap into Swin, PVT and CSwin models; ranks of weights: `regard.zoo.linear.mamba_rank_analysis.rank_report`.
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 I_i = phi(q_i).sum_j phi(k_j), O_j = phi(k_j).sum_i phi(q_i);  I^_i = phi(q_i).sum_j phi(k_j) / O_j, O^_j = phi(k_j).sum_i phi(q_i) / I_i
 o_i = sigmoid(I^_i Lq / Lk) phi(q_i) / I_i . sum_j phi(k_j) (Lk softmax_j(O^_j)) v_j^T,   phi = sigmoid
+Not built: its tasks of time series and decisions.
 """
 
 import torch
@@ -18,15 +19,15 @@ def flows(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None, eps: float, limi
     """phi(q) times its allocation over its inflow, and phi(k) times its competition."""
     q, k = torch.sigmoid(q), torch.sigmoid(k)
     k = k if real is None else k * real
-    mine = q if real is None or q.shape[-2] != k.shape[-2] else q * real
+    q = q if real is None or q.shape[-2] != k.shape[-2] else torch.where(real, q, 0.0)
 
     def met(x: Tensor, y: Tensor) -> Tensor:
         return ((x + eps) * (y.sum(-2, keepdim=True) + eps)).sum(-1, keepdim=True)
 
-    inflow, outflow = 1 / met(q, k), 1 / met(k, mine)
-    sink, source = met(q, k * outflow), met(k, mine * inflow).clamp(-limit, limit)
+    inflow, outflow = 1 / met(q, k), 1 / met(k, q)
+    sink, source = met(q, k * outflow), met(k, q * inflow).clamp(-limit, limit)
     source = source if real is None else source.masked_fill(~real, HIDDEN)
-    sinks = mine.shape[-2] if real is None or q.shape[-2] != k.shape[-2] else n
+    sinks = q.shape[-2] if real is None or q.shape[-2] != k.shape[-2] else n
     return q * inflow * torch.sigmoid(sink * (sinks / n)), k * torch.softmax(source, -2) * n
 
 
@@ -37,7 +38,7 @@ def causal_flows(
     if q.shape[-2] != k.shape[-2]:
         raise RegardError(f"{q.shape[-2]} queries but {k.shape[-2]} keys: causal flows need every token's query; expected as many")
     q, k = torch.sigmoid(q), torch.sigmoid(k)
-    q, k = (q, k) if real is None else (q * real, k * real)
+    q, k = (q, k) if real is None else (torch.where(real, q, 0.0), k * real)
     old, new = list(carry) if carry else [], []
 
     def running(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Galerkin and Fourier attention: no softmax, sums over points as integrals (id 69; Cao, 2021).
 
 galerkin: o = q (k^T v) / n;   fourier: o = (q k^T / sqrt(D)) v / n;   linear: softmax_d(q) (softmax_n(k)^T v) / n
+Not built: a regressor by spectral convolutions, and the H1 loss.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ W_ij = c phi(q_i).phi(k_j) - mean_s c phi(q_i).phi(k_s) + 1/N,   c = D^-1/2 / N;
 import torch
 from torch import Tensor
 
-from regard.algebra import FeatureMap, Recipe, Recurrent, elu_plus_one, identity
+from regard.algebra import FeatureMap, Mechanism, Recipe, Recurrent, elu_plus_one, identity
 from regard.algebra.part import bind
 from regard.catalog.registry import register
+from regard.engine import weights
 from regard.errors import RegardError
 
 MAPS = {"identity": identity, "relu": torch.relu, "elu+1": elu_plus_one, "exp": torch.exp}
@@ -36,3 +37,12 @@ def inline_attention(feature: str = "identity", temperature: float | None = None
     return Recurrent(
         FeatureMap(bind(scaled_map, **known), bind(plain_map, **known)), readout=injective, scaled=False, recipe=Recipe(rope=False)
     )
+
+
+def injectivity(mechanism: str | Mechanism, q: Tensor, other: Tensor, k: Tensor) -> float:
+    """The least distance of two queries' rows of weights over the distance of the queries, over pairs q_i, other_i (B, H, Lq, D) that read
+    the keys k (B, H, Lk, D): zero where different queries get the same weights."""
+    rows = [weights(x, k, mechanism) for x in (q, other)]
+    if rows[0] is None or rows[1] is None:
+        raise RegardError(f"mechanism={mechanism!r} has no matrix of weights; expected one that `regard.weights` gives rows of")
+    return float(((rows[0] - rows[1]).norm(dim=-1) / (q - other).norm(dim=-1)).min())

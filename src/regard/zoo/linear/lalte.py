@@ -1,6 +1,7 @@
 """Learned token eviction: a window, sinks, and what a small network keeps of the rest, beside linear layers (id 95; He & Garner, 2025).
 
 visible(j) for query i: j <= i and (i - j <= w or j < sinks or r_j > 0),  r = sigmoid(CNN([k; v])) - 1/2, one decision a key head
+Not built: laNSA, the stack with native sparse attention, and a block-sparse kernel for prompts.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Experts(Momentary):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        probabilities = torch.softmax(self.router(flat).float(), -1)
+        logits = self.router(flat)
+        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         top, which = probabilities.topk(self.top_k, -1)
         top = (top / top.sum(-1, keepdim=True)).to(x.dtype)
         count = len(self.experts)

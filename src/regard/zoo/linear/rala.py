@@ -16,7 +16,7 @@ def relevant(q: Tensor, k: Tensor, n: Tensor, real: Tensor | None) -> tuple[Tens
     q, k = elu_plus_one(q), elu_plus_one(k)
     mean = q.mean(-2, keepdim=True)
     if real is not None and q.shape[-2] == k.shape[-2]:
-        mean = (q * real).sum(-2, keepdim=True) / n
+        mean = torch.where(real, q, 0.0).sum(-2, keepdim=True) / n
     score = (k * mean).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
     score = score if real is None else score.masked_fill(~real, -1e30)  # finite: a row of padding alone stays a number
     return q, n * torch.softmax(score, -2) * k

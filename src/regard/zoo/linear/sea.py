@@ -1,6 +1,7 @@
 """SEA: a small map of where attention goes, estimated in linear time, picks the keys of exact sparse attention (id 168; Lee et al., 2023).
 
 P^ = softmax(CNN(MLP([Performer(q, k, [place; v]); v]))) (T x K),  mask = expand(top cells of P^),  o = g sparse softmax(q k^T / sqrt(d)) v + (1 - g) average of v
+Not built: the trainer that distils a pretrained model's layers; `losses` is what it would minimise.
 """
 
 from __future__ import annotations

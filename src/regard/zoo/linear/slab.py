@@ -1,6 +1,7 @@
 """SLAB's simplified linear attention: ReLU features and a plain sum (id 197; Guo et al., 2024).
 
 o_i = relu(q_i) (sum_j relu(k_j) v_j^T) / (relu(q_i).sum_j relu(k_j) + eps) (+ a depthwise convolution of v)
+Not built: the converter that swaps norms and attention of pretrained models.
 """
 
 from __future__ import annotations

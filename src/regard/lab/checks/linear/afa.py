@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from regard.algebra import Causal, Rope
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.verification import check
 from regard.tasks.dynamics import oscillator
 from regard.zoo.linear.afa import AdaptiveFilterAttention, adaptive_filter, anisotropic_reference, propagated
@@ -32,11 +34,21 @@ def filter_inputs(n: int = 16, d: int = 4, regular: bool = False) -> tuple[dict[
     )
 
 
+class Pairs(NamedTuple):
+    """Outputs; of the pairs j <= i weights and propagated variances; log sums of precisions a row."""
+
+    out: Tensor
+    weights: Tensor
+    variance: Tensor
+    total: Tensor
+
+
 def filter_truth(
     inputs: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, times: Tensor, robust: bool = True, fade_values: bool = True
-) -> Tensor:
+) -> Pairs:
     """The filter pair by pair, with the flow e^{A dt} as a matrix exponential of the complex dynamics."""
-    out = torch.zeros_like(v)
+    out, total = torch.zeros_like(v), q.real.new_zeros(q.shape[:3])
+    weights, variances = (q.real.new_zeros(*q.shape[:3], q.shape[2]) for _ in range(2))
     d = q.shape[-1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -49,13 +61,16 @@ def filter_truth(
                     flow = torch.linalg.matrix_exp(generator * dt)
                     e2 = torch.exp(-2 * mu * dt)
                     variance = inputs["sigma2"][h] * (1 - e2) / (2 * mu) + inputs["eta2"][h] * e2 + inputs["gamma2"][h]
+                    variances[b, h, i, j] = variance
                     residual = (q[b, h, i] - flow @ k[b, h, j]).abs().square().sum()
                     ratio = residual / (nu * d * variance)
                     scores.append(tau2 * (-torch.log(variance) - (torch.log1p(ratio) if robust else ratio)))
                     values.append(flow @ v[b, h, j] if fade_values else flow @ v[b, h, j] / torch.exp(-mu * dt))
                 p = torch.softmax(torch.stack(scores), 0)
+                weights[b, h, i, : i + 1] = p
                 out[b, h, i] = (p[:, None] * torch.stack(values)).sum(0)
-    return out
+                total[b, h, i] = torch.stack(scores).exp().sum().log()
+    return Pairs(out, weights, variances, total)
 
 
 @check(
@@ -69,11 +84,11 @@ def _() -> tuple[float, float]:
     own = [
         naive.gap(
             torch.view_as_real(adaptive_filter(*qkv_, times, robust=r, **inputs).output),
-            torch.view_as_real(filter_truth(inputs, *qkv_, times, r)),
+            torch.view_as_real(filter_truth(inputs, *qkv_, times, r).out),
         )
         for r in (True, False)
     ]
-    other = torch.view_as_real(filter_truth(inputs, *qkv_, times, fade_values=False))
+    other = torch.view_as_real(filter_truth(inputs, *qkv_, times, fade_values=False).out)
     return max(own), naive.gap(torch.view_as_real(adaptive_filter(*qkv_, times, **inputs).output), other)
 
 
@@ -140,7 +155,64 @@ def _() -> tuple[float, float]:
     )
 
 
-def filtering_error(kind: str, steps: int = 250) -> float:
+@check(
+    "afa",
+    "diagnostics at irregular times: weights, propagated variances and log sums of precisions == those of the pairs",
+    below=1e-10,
+    control="variances without the anchor noise",
+)
+def _() -> tuple[float, float]:
+    inputs, (q, k, v), times = filter_inputs(n=9)
+    found = adaptive_filter(q, k, v, times, diagnostics=True, **inputs)  # type: ignore[arg-type]
+    assert found.weights is not None and found.total is not None and found.variance is not None
+    truth = filter_truth(inputs, q, k, v, times)
+    gaps = [naive.gap(found.weights, truth.weights), naive.gap(found.total, truth.total), naive.gap(found.variance.tril(), truth.variance)]
+    told = adaptive_filter(q, k, v, times, diagnostics=True, mask=Causal(), **inputs)  # type: ignore[arg-type]
+    assert told.weights is not None and told.total is not None
+    gaps += [naive.gap(told.weights, truth.weights), naive.gap(told.total, truth.total)]
+    return max(gaps), naive.gap((found.variance - inputs["gamma2"][:, None, None]).tril(), truth.variance)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.log(1 + torch.exp(x))
+
+
+@check(
+    "afa",
+    "the layer, gated and not, with learned or rotary frequencies and given times, and its prediction == their formulas by hand",
+    below=1e-9,
+    control="nu of one",
+)
+def _() -> tuple[float, float]:
+    x, times, own, other = torch.randn(2, 7, 6, dtype=F64), torch.rand(2, 7, dtype=F64).cumsum(-1), [], math.inf
+    for gated, kind, at in ((False, "learned", times), (True, "rope", None), (True, "learned", times[0])):
+        layer = drawn(AdaptiveFilterAttention(6, 2, 4, context_len=12, frequencies=kind, gated=gated))
+        mu = (1 - torch.sigmoid(layer.decay)) * 10 / 24 + 1e-5
+        omega = 10000 ** (-torch.arange(4, dtype=F64) / 4).repeat(2, 1) if layer.turns is None else layer.turns * (10 * 2 * math.pi / 24)
+        noises = {name: softplus(p) for name, p in (("sigma2", layer.process), ("eta2", layer.measured), ("gamma2", layer.anchor))}
+        known = {"mu": mu, "omega": omega, **noises, "nu": softplus(layer.robustness), "tau2": softplus(layer.temperature) ** 2}
+        q, k, v = (torch.complex(*split(y(x), 2).chunk(2, -1)) for y in (layer.q, layer.k, layer.v))
+        place = torch.arange(7, dtype=F64) if at is None else at
+        place = place.expand(2, -1) if place.dim() == 1 else place
+
+        def out(o: Tensor, layer: AdaptiveFilterAttention = layer) -> Tensor:
+            return layer.out(joined(torch.cat((o.real, o.imag), -1)))  # type: ignore[no-any-return]
+
+        o, _, _, total = filter_truth(known, q, k, v, place)
+        later = torch.exp(torch.complex(-mu[:, None].expand(2, 4), omega))[:, None]
+        own.append(naive.gap(layer.predict(x, at), out(o * later)))
+        prior = noises["sigma2"] / (2 * mu) + noises["gamma2"]  # the variance of a token carried for ever
+        gate = 1 / (1 + torch.exp(-total) / prior[:, None])
+        own.append(naive.gap(layer(x, at), out(o * gate[..., None] if gated else o)))
+        same = filter_truth({**known, "nu": torch.ones(2, dtype=F64)}, q, k, v, place).out
+        other = min(other, naive.gap(layer.predict(x, at), out(same * later)))
+    start = AdaptiveFilterAttention(6, 2, 4, context_len=12, noise=0.3)
+    values = ((start.process, 0.3), (start.measured, 0.3), (start.anchor, 0.3), (start.robustness, 1.0), (start.temperature, 1.0))
+    own.append(float(max(abs(softplus(p.detach()) - value).max() for p, value in values) > 1e-6))
+    return max(own), other
+
+
+def filtering_error(kind: str, steps: int = 80) -> float:
     """Mean squared error of filtering a noisy damped oscillator, after a short run."""
     torch.manual_seed(0)
     n = 48
@@ -172,7 +244,7 @@ def filtering_error(kind: str, steps: int = 250) -> float:
 
 @check(
     "afa",
-    "filtering a noisy damped oscillator (noise of variance 0.25), 250 steps: mean squared error",
+    "filtering a noisy damped oscillator (noise of variance 0.25), 80 steps: mean squared error",
     below=0.03,
     control="causal softmax with RoPE",
 )

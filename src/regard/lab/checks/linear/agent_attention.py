@@ -12,7 +12,7 @@ from torch import Tensor
 from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.reduced import eye, qkv
 from regard.lab.verification import check
 from regard.zoo.linear.agent_attention import AgentAttention, agent_attention
@@ -124,3 +124,20 @@ def _() -> tuple[float, float]:
     a = q[:, :, :5]
     same = naive.gap(agent_attention(q, a, k, v, shortcut=0.0), attend(q, k, v, "agent-attention", agents=a))
     return max(same, naive.gap(layer(x), agent_layer(layer, x, pool, True))), naive.gap(layer(x), agent_layer(layer, x, pool, False))
+
+
+@check(
+    "agent-attention",
+    "AgentSD: softmax(s^0.3 Q A^T) softmax(s A K^T) V + 0.075 V, with gradients",
+    below=1e-10,
+    control="the scale s in both",
+)
+def _() -> tuple[float, float]:
+    leaves = q, k, v = tuple(x.requires_grad_() for x in qkv(24))
+    a, s = q[:, :, ::4].detach(), 8**-0.5
+
+    def truth(power: float) -> Tensor:
+        return (s**power * q @ a.mT).softmax(-1) @ ((s * a @ k.mT).softmax(-1) @ v) + 0.075 * v
+
+    out = agent_attention(q, a, k, v, spread_power=0.3, shortcut=0.075)
+    return gap_with_gradients(out, truth(0.3), leaves), naive.gap(out, truth(1.0))

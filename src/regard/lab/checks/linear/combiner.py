@@ -11,6 +11,7 @@ from regard.algebra import Causal
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import joined, misshapen, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.zoo.linear.combiner import CombinerAttention, combiner_attention
@@ -141,3 +142,73 @@ def _() -> tuple[float, float]:
         return found
 
     return naive.gap(w, torch.stack([row(i, 0) for i in range(48)])), naive.gap(w, torch.stack([row(i, 1) for i in range(48)]))
+
+
+def regions_of(pattern: str, i: int, n: int, size: int, causal: bool) -> tuple[list[int], list[list[int]]]:
+    """(tokens that i reads directly, the regions that it reads by a summary)."""
+    if pattern == "fixed":
+        segments = [list(range(a, min(a + size, n))) for a in range(0, n, size)]
+        mine = i // size
+        direct = [j for j in segments[mine] if j <= i or not causal]
+        return direct, [s for at, s in enumerate(segments) if (at < mine if causal else at != mine)]
+    if pattern == "axial":
+        r, c = divmod(i, size)
+        rows = [y for y in range(n // size) if (y < r if causal else y != r)]
+        direct = [r * size + x for x in range(size) if x <= c or not causal] + [y * size + c for y in rows]
+        return direct, [[y * size + x for y in rows] for x in range(size) if x != c and rows]
+    regions, left, right = [], i, i + 1
+    for level in range(n.bit_length()):
+        if left >> level & 1:
+            regions.append(list(range(left - (1 << level), left)))
+            left -= 1 << level
+        if not causal and right < n and right >> level & 1:
+            regions.append(list(range(right, min(n, right + (1 << level)))))
+            right += 1 << level
+    return [i], regions
+
+
+@check(
+    "combiner",
+    "every pattern, both directions, keys and queries of regions by maximum, mean and sum, another scale == one softmax a row, in loops",
+    below=1e-10,
+    control="summaries of uniform weights",
+)
+def _() -> tuple[float, float]:
+    own, other = [], math.inf
+    pools = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0)}
+    for pattern, n, size in (("fixed", 22, 5), ("logsparse", 21, 1), ("axial", 24, 6)):
+        q, k, v = (x[:, :1] for x in qkv(n))
+        for causal in (True, False):
+            for pool, pooled in pools.items():
+                rows = torch.zeros(2, n, n, dtype=F64)  # with a softmax inside regions, and without
+                a, b = 0.2 * q[0, 0], k[0, 0]
+                for i in range(n):
+                    direct, regions = regions_of(pattern, i, n, size, causal)
+                    logits = [b[j] @ a[i] for j in direct] + [pooled(b[s]) @ a[i] for s in regions]
+                    p = torch.softmax(torch.stack(logits), 0)
+                    rows[:, i, direct] = p[: len(direct)]
+                    for at, s in enumerate(regions):
+                        inside = torch.softmax(b[s] @ pooled(a[s]), 0)
+                        rows[0, i, s], rows[1, i, s] = p[len(direct) + at] * inside, p[len(direct) + at] / len(s)
+                out = combiner_attention(q, k, v, pattern, None if pattern == "logsparse" else size, causal, pool, 0.2)
+                own.append(naive.gap(out, rows[:1, None] @ v))
+                other = min(other, naive.gap(out, rows[1:, None] @ v))
+    return max(own), other
+
+
+@check(
+    "combiner",
+    "the layer == its projections around the default: segments of round(sqrt N), a scale of D^-1/2",
+    below=1e-10,
+    control="segments of 3",
+)
+def _() -> tuple[float, float]:
+    layer, x = CombinerAttention(16, 2).double(), torch.randn(2, 30, 16, dtype=F64)
+    q, k, v = (split(x @ w.T, 2) for w in layer.qkv.weight.chunk(3))
+
+    def truth(size: int) -> Tensor:
+        rows = torch.stack([torch.stack([fixed_matrix(q[b, h], k[b, h], size, True) for h in range(2)]) for b in range(2)])
+        return joined(rows @ v) @ layer.out.weight.T
+
+    shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (48, 16), "out.weight": (16, 16)}
+    return max(misshapen(layer, shapes), naive.gap(layer(x), truth(5))), naive.gap(layer(x), truth(3))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from regard.algebra import Causal, FeatureMap, Recurrent
 from regard.catalog import get
+from regard.engine import weights
 from regard.engine.door import attend
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import F64, gap_with_gradients
+from regard.lab.checks.shared.comparing import gap_with_gradients
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.memory import peak_bytes
 from regard.lab.verification import check
@@ -45,13 +46,47 @@ def _() -> tuple[float, float]:
     return max(own), other
 
 
-@check("fast-attention", "p = 2: smallest weight before division", above=0.5, control="p = 1")
+@check("fast-attention", "p = 2: smallest weight before division, less 1/2", above=-1e-9, control="p = 1")
 def _() -> tuple[float, float]:
-    from regard.zoo.linear.fast_attention import truncated
+    q, k, _ = qkv(40, 6)
 
-    x = 6 * torch.randn(10000, dtype=F64)
-    found = [float(truncated(x, 16, p, None).min()) for p in (2, 1)]
-    return found[0], found[1]
+    def least(p: int) -> float:
+        x = 3 * q @ k.mT / math.sqrt(6)
+        sums = (1 + x + (x * x / 2 if p == 2 else 0)).sum(-1, keepdim=True)
+        w = weights(3 * q, k, get("fast-attention", p=p, normalize="none"))
+        assert w is not None
+        return float((w * sums - 0.5).min())
+
+    return least(2), least(1)
+
+
+@check(
+    "fast-attention",
+    "over the sequence's largest norm, or as they are, at other temperatures, with gradients == the polynomial's matrix",
+    below=1e-9,
+    control="the other normalisation",
+)
+def _() -> tuple[float, float]:
+    leaves = q, k, v = tuple(x.requires_grad_() for x in qkv(30, 6))
+    own, other = [], math.inf
+
+    def matrix(p: int, c: float, over: bool) -> Tensor:
+        a, b = (x / x.square().sum(-1).sqrt().amax(-1)[..., None, None] if over else x for x in (q, k))
+        x = a @ b.mT / c
+        f = 1 + x + (x * x / 2 if p == 2 else 0)
+        return f / f.sum(-1, keepdim=True)
+
+    for p, c in ((1, 0.5), (2, 3.0)):
+        for kind in ("sequence", "none"):
+            out = attend(q, k, v, get("fast-attention", p=p, normalize=kind, temperature=c))
+            truth = matrix(p, c, kind == "sequence") @ v
+            size = max(1.0, float(truth.detach().abs().max()))
+            own.append(gap_with_gradients(out / size, truth / size, leaves) / size)
+            other = min(other, naive.gap(out, matrix(p, c, kind != "sequence") @ v))
+    causal = attend(q, k, v, get("fast-attention", normalize="none", temperature=3.0), mask=Causal())
+    past = (1 + q @ k.mT / 3 + (q @ k.mT / 3) ** 2 / 2).tril()
+    own.append(naive.gap(causal, past / past.sum(-1, keepdim=True) @ v))
+    return max(own), other
 
 
 @check("fast-attention", "|x| <= 0.1: relative distance from softmax", below=3e-4, control="p = 1")

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.algebra import Causal
+from regard.catalog import get
 from regard.engine import weights
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
+from regard.lab.checks.shared.grids import around
+from regard.lab.checks.shared.layers import drawn, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.grid import GridAttention
@@ -36,7 +40,7 @@ def _() -> tuple[float, float]:
 
 @check("flatten", "|f_3(x)| == |x|", below=1e-12, control="the power over its own norm")
 def _() -> tuple[float, float]:
-    x = torch.rand(500, 16, dtype=F64) + 1e-3
+    x = torch.rand(5, 100, 16, dtype=F64) + 1e-3
     found = [float((y.norm(dim=-1) - x.norm(dim=-1)).abs().max()) for y in (focused(x, 3.0), F.normalize(x**3, dim=-1))]
     return found[0], found[1]
 
@@ -72,25 +76,41 @@ def _() -> tuple[float, float]:
     return int(torch.linalg.matrix_rank(kernel + toeplitz)), int(torch.linalg.matrix_rank(kernel))
 
 
+def focus(x: Tensor, a: Tensor, power: float, dims: tuple[int, ...]) -> Tensor:
+    """(relu(x) + 1e-6) / softplus(a), raised to a power and brought back to its norm over `dims`."""
+    x = (x.clamp_min(0) + 1e-6) / torch.log1p(torch.exp(a))[:, None]
+    y = x**power
+    return y * x.square().sum(dims, keepdim=True).sqrt() / y.square().sum(dims, keepdim=True).sqrt()
+
+
+@check("flatten", "power 2.5, norms a head, eps 0.1, causal and not == the matrix", below=1e-9, control="norms over all heads")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20, 8)
+    a = torch.randn(2, 8, dtype=F64)
+    own: list[float] = []
+    other: list[float] = []
+    for causal in (False, True):
+        out = attend(q, k, v, get("flatten", power=2.5, norm="head", eps=0.1), mask=Causal() if causal else None, sharpness=a)
+        count = torch.arange(1, 21, dtype=F64)[:, None] if causal else 20
+        for dims, to in (((-1,), own), ((1, 3), other)):
+            w = focus(q, a, 2.5, dims) @ focus(k, a, 2.5, dims).mT
+            w = w.tril() if causal else w
+            to.append(naive.gap(out, w / (w.sum(-1, keepdim=True) + 0.1 * count) @ v))
+    return max(own), min(other)
+
+
 @check(
     "flatten",
-    "the layer: positions on keys, one convolution of v for all heads == by hand",
-    below=1e-10,
+    "the layer: positions on keys, learned sharpness, one convolution of v for all heads == by hand",
+    below=1e-9,
     control="convolution of the output",
 )
 def _() -> tuple[float, float]:
-    layer = GridAttention(16, 2, (5, 6), "flatten").double()
-    assert layer.key_position is not None and layer.local is not None
-    torch.nn.init.normal_(layer.key_position)
-    x = torch.randn(2, 30, 16, dtype=F64)
+    layer, x = drawn(GridAttention(16, 2, (5, 6), "flatten")), torch.randn(2, 30, 16, dtype=F64)
+    assert layer.key_position is not None
     q, k, v = layer.qkv(x).chunk(3, -1)
-    q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in (q, k + layer.key_position, v))
-    out = attend(q, k, v, "flatten")
-
-    def conv(y: Tensor) -> Tensor:
-        assert layer.local is not None
-        return torch.stack([layer.local(y[:, h].mT.unflatten(-1, (5, 6))).flatten(2).mT for h in (0, 1)], 1)
-
-    truth, other = (layer.out((out + conv(y)).transpose(1, 2).flatten(-2)) for y in (v, out))
+    q, k, v = (split(y, 2) for y in (q, k + layer.key_position, v))
+    fq, fk = (focus(y, layer.inputs.learned["sharpness"], 3.0, (1, 3)) for y in (q, k))
+    o = fq @ fk.mT @ v / ((fq @ fk.mT).sum(-1, keepdim=True) + 30e-6)
     y = layer(x)
-    return naive.gap(y, truth), naive.gap(y, other)
+    return naive.gap(y, around(layer, o, v, x, shared=True)), naive.gap(y, around(layer, o, o, x, shared=True))

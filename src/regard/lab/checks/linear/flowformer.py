@@ -14,7 +14,7 @@ from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 
 
-def flow(q: Tensor, k: Tensor, v: Tensor, competing: bool = True) -> Tensor:
+def flow(q: Tensor, k: Tensor, v: Tensor, competing: bool = True, limit: float = 1.0) -> Tensor:
     """Flow attention over an explicit Lq x Lk matrix of flows."""
     q, k, eps = torch.sigmoid(q), torch.sigmoid(k), 1e-6
     n, m = q.shape[-2], k.shape[-2]
@@ -24,7 +24,7 @@ def flow(q: Tensor, k: Tensor, v: Tensor, competing: bool = True) -> Tensor:
 
     inflow, outflow = met(q, k.sum(-2)), met(k, q.sum(-2))
     sink = met(q, (k / outflow[..., None]).sum(-2))
-    source = met(k, (q / inflow[..., None]).sum(-2)).clamp(-1, 1)
+    source = met(k, (q / inflow[..., None]).sum(-2)).clamp(-limit, limit)
     weights = (q @ k.mT) / inflow[..., None]
     weights = weights * (torch.softmax(source, -1) * m)[..., None, :] if competing else weights
     return torch.sigmoid(sink * n / m)[..., None] * (weights @ v)
@@ -42,16 +42,37 @@ def _() -> tuple[float, float]:
     return gap_with_gradients(out, flow(q, k, v), leaves), naive.gap(out, flow(q, k, v, False))
 
 
-@check("flowformer", "conservation: what a source sends, over O, and a sink gets, over I, sum to 1", below=1e-12, control="sinks over O")
+@check(
+    "flowformer",
+    "conservation: weights over a sink's allocation are its flows times the sources' competition, which sums to the number of sources",
+    below=1e-4,
+    control="flows of plain sigmoid attention",
+)
 def _() -> tuple[float, float]:
-    q, k, _ = (torch.sigmoid(x) for x in qkv(23, m=31))
-    into, out = (q * k.sum(-2, keepdim=True)).sum(-1), (k * q.sum(-2, keepdim=True)).sum(-1)
-    sent, got = ((q @ k.mT) / out[..., None, :]).sum(-2), ((q @ k.mT) / into[..., None]).sum(-1)
-    one = max(naive.gap(sent, torch.ones_like(sent)), naive.gap(got, torch.ones_like(got)))
-    return one, naive.gap(((q @ k.mT) / out[..., None, :]).sum(-1), torch.ones_like(got))
+    q, k, _ = qkv(23, m=31)
+    found = attend(q, k, torch.eye(31, dtype=F64).expand(1, 2, 31, 31), "flowformer")
+    fq, fk = torch.sigmoid(q), torch.sigmoid(k)
+    flow = fq @ fk.mT
+
+    def broken(w: Tensor) -> float:
+        ratio = w / flow  # allocation_i / inflow_i times competition_j: of rank one
+        competition = 31 * ratio[..., :1, :] / ratio[..., :1, :].sum(-1, keepdim=True)
+        got = (w / competition).sum(-1)  # what each sink receives over its inflow, which conservation makes its allocation
+        allocation = torch.sigmoid((flow / flow.sum(-2, keepdim=True)).sum(-1) * 23 / 31)
+        return naive.gap(got, allocation)
+
+    return broken(found), broken(flow / flow.sum(-1, keepdim=True))
 
 
-def causal_flow(q: Tensor, k: Tensor, v: Tensor, ahead: int = 0) -> Tensor:
+@check("flowformer", "limit: bounds on sources before their softmax, in both forms", below=1e-10, control="the default")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(24)
+    own = [naive.gap(attend(q, k, v, get("flowformer", limit=0.8)), flow(q, k, v, limit=0.8))]
+    own.append(naive.gap(attend(q, k, v, get("flowformer", limit=0.8, causal=True)), causal_flow(q, k, v, limit=0.8)))
+    return max(own), naive.gap(attend(q, k, v, "flowformer"), flow(q, k, v, limit=0.8))
+
+
+def causal_flow(q: Tensor, k: Tensor, v: Tensor, ahead: int = 0, limit: float = 1.0) -> Tensor:
     """The causal form, a token at a time; source statistics read `ahead` more queries than they may."""
     q, k, eps, length = torch.sigmoid(q), torch.sigmoid(k), 1e-6, q.shape[-2]
     outs, n = [], torch.arange(1, length + 1, dtype=F64)
@@ -59,7 +80,7 @@ def causal_flow(q: Tensor, k: Tensor, v: Tensor, ahead: int = 0) -> Tensor:
     outflow = torch.stack([((k[..., t, :] + eps) * (q[..., : t + 1 + ahead, :].sum(-2) + eps)).sum(-1) for t in range(length)], -1) / n
     share = q / inflow[..., None]
     source = torch.stack([((k[..., t, :] + eps) * (share[..., : t + 1, :].sum(-2) + eps)).sum(-1) for t in range(length)], -1) / n
-    force = torch.exp(source.clamp(-1, 1))
+    force = torch.exp(source.clamp(-limit, limit))
     for t in range(length):
         sink = ((q[..., t, :] + eps) * ((k / outflow[..., None])[..., : t + 1, :].sum(-2) + eps)).sum(-1) / n[t]
         total = torch.zeros_like(v[..., 0, :])

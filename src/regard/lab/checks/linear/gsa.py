@@ -13,9 +13,11 @@ from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients, streamed
+from regard.lab.checks.shared.layers import drawn, joined, misshapen, rms, short_conv, silu, split
 from regard.lab.checks.shared.slots import slot_inputs, slot_loop
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
+from regard.nn.attention import Attention
 from regard.nn.decoder import Decoder
 
 
@@ -88,3 +90,64 @@ def _() -> tuple[float, float]:
         return float(sizes[1] - sizes[0])
 
     return grown(get("gsa", slots=8)), grown("softmax")
+
+
+@check(
+    "gsa",
+    "the layer with two kinds of features and grouped keys == its formula by hand: silu, gates, silu, a norm over all heads",
+    below=1e-10,
+    control="the norm a head",
+)
+def _() -> tuple[float, float]:
+    x, gaps, other = torch.randn(2, 11, 16, dtype=F64), [], math.inf
+    for options, tau, eps in (({}, 8.0, 1e-5), ({"tau": 2.0, "norm_eps": 1e-2, "short_conv": 3, "feature_map": "t2r"}, 2.0, 1e-2)):
+        made = Attention(16, 2, get("gsa", slots=6, **options), kv_heads=1)
+        shapes: dict[str, tuple[int, ...]] = {"q.weight": (16, 16), "k.weight": (8, 16), "v.weight": (8, 16), "out.weight": (16, 16)}
+        shapes |= {"inputs.projected.log_forget.up.weight": (6, 16), "merge_norm.weight": (16,)}
+        if options:
+            shapes |= {"feature.weight": (8, 8), **{f"convs.{at}.weight": (width, 1, 3) for at, width in enumerate((16, 8, 8))}}
+        gaps.append(misshapen(made, shapes))
+        layer = drawn(made)
+        flat = [layer.q(x), layer.k(x), layer.v(x)]
+        flat = [silu(short_conv(y, c.weight)) for y, c in zip(flat, layer.convs, strict=True)] if options else flat  # type: ignore[arg-type]
+        q, k, v = split(flat[0], 2), *(split(y, 1).expand(-1, 2, -1, -1) for y in flat[1:])
+        q, k = ((y @ layer.feature.weight.T).clamp_min(0) if options else silu(y) for y in (q, k))  # type: ignore[union-attr, operator]
+        f = (1 / (1 + torch.exp(-x @ layer.inputs.projected["log_forget"].up.weight.T))) ** (1 / tau)  # type: ignore[union-attr, operator]
+        f = split(f, 1).expand(-1, 2, -1, -1)
+        o = silu(slot_loop(q, k, silu(v), f, 1 - f))
+        gaps.append(naive.gap(layer(x), layer.out(rms(joined(o), eps, layer.merge_norm.weight))))  # type: ignore[arg-type]
+        other = min(other, naive.gap(layer(x), layer.out(joined(rms(o, eps)) * layer.merge_norm.weight)))  # type: ignore[operator]
+    return max(gaps), other
+
+
+@check("gsa", "scaled: scores times D^-1/2, as the released operator's default", below=1e-12, control="scores as they are")
+def _() -> tuple[float, float]:
+    q, k, v, g = slot_inputs(20)
+    out = attend(q, k, v, get("gsa", scaled=True), log_forget=g)
+    truths = [slot_loop(q, k, v, g.exp(), 1 - g.exp(), scale=scale) for scale in (8**-0.5, 1.0)]
+    return naive.gap(out, truths[0]), naive.gap(out, truths[1])
+
+
+@check(
+    "gsa",
+    "the layer without gates (ABC): a logit a slot and key head, K and V softmax averages over time, by hand",
+    below=1e-10,
+    control="with gates",
+)
+def _() -> tuple[float, float]:
+    x, made = torch.randn(2, 9, 16, dtype=F64), Attention(16, 2, get("gsa", slots=6, gates="sum"), kv_heads=1)
+    shapes: dict[str, tuple[int, ...]] = {"q.weight": (16, 16), "k.weight": (8, 16), "v.weight": (8, 16), "out.weight": (16, 16)}
+    bad, layer = misshapen(made, shapes | {"inputs.projected.write.up.weight": (6, 16), "merge_norm.weight": (16,)}), drawn(made)
+    q, k, v = silu(split(layer.q(x), 2)), *(silu(split(y(x), 1)).expand(-1, 2, -1, -1) for y in (layer.k, layer.v))
+    s = split(x @ layer.inputs.projected["write"].up.weight.T, 1).expand(-1, 2, -1, -1)  # type: ignore[union-attr, operator]
+    rows = []
+    for t in range(9):
+        share = torch.softmax(s[:, :, : t + 1], 2)
+        keys, values = share.mT @ k[:, :, : t + 1], share.mT @ v[:, :, : t + 1]
+        rows.append(torch.softmax(keys @ q[:, :, t, :, None], -2).mT @ values)
+
+    def closed(o: Tensor) -> Tensor:
+        return layer.out(rms(joined(silu(o)), 1e-5, layer.merge_norm.weight))  # type: ignore[arg-type, no-any-return]
+
+    f = torch.sigmoid(s) ** (1 / 8)
+    return max(bad, naive.gap(layer(x), closed(torch.cat(rows, 2)))), naive.gap(layer(x), closed(slot_loop(q, k, v, f, 1 - f)))

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.algebra import Sizes
+from regard.algebra.feature_map import orthogonal_gaussian, positive_random
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
+from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.zoo.linear.kernelized_attention_rpe import NormalizedPerformerRPE, kernel_attention_rpe, normalised_features
@@ -95,8 +97,6 @@ def _() -> tuple[float, float]:
     control="features of unnormalised q and k, times 4",
 )
 def _() -> tuple[float, float]:
-    from regard.algebra.feature_map import orthogonal_gaussian, positive_random
-
     q, k, _ = qkv(48, 16)
     projection = orthogonal_gaussian(Sizes(1, 2, 2, 48, 48, 16, 5), 64).double()
 
@@ -109,3 +109,44 @@ def _() -> tuple[float, float]:
         own.append(distance(fq @ fk.mT, F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT))
     fq, fk = (positive_random(4 * x, projection, 0.0, False) for x in (q, k))
     return max(own), distance(fq @ fk.mT + 1e-300, 16 * q @ k.mT)
+
+
+@check(
+    "kernelized-attention-rpe",
+    "the module with a scale, causal and on a 4 x 5 grid: features of unit q and k, a bias of each offset, those beyond the reach alike",
+    below=1e-9,
+    control="the scale left out",
+)
+def _() -> tuple[float, float]:
+    q, k, v = (x[..., :8] for x in qkv(20))
+    own, other = [], math.inf
+    at = torch.arange(20)
+    for axes, causal in ((1, True), (1, False), (2, False)):
+        layer = drawn(NormalizedPerformerRPE(2, 8, 12, reach=4, causal=causal, scale=2.5, axes=axes, seed=3))
+        w = orthogonal_gaussian(Sizes(1, 2, 2, 1, 1, 8, 8), 12, seed=3).double()
+        if axes == 1:
+            bias = layer.bias[:, (at[None] - at[:, None]).clamp(-3, 3) + 3]
+        else:
+            rows, columns = ((x[None] - x[:, None]).clamp(-3, 3) + 3 for x in (at // 5, at % 5))
+            bias = layer.bias[:, rows, columns]
+
+        def truth(scale: float, w: Tensor = w, bias: Tensor = bias, causal: bool = causal) -> Tensor:
+            phi = []
+            for x in (q, k):
+                x = x / x.square().sum(-1, keepdim=True).sqrt() * math.sqrt(scale)
+                phi.append(torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2))
+            s = torch.exp(bias) * (phi[0] @ phi[1].mT)
+            s = s.tril() if causal else s
+            return s / s.sum(-1, keepdim=True) @ v
+
+        out = layer(q, k, v, (4, 5) if axes == 2 else None)
+        own.append(naive.gap(out, truth(2.5)))
+        other = min(other, naive.gap(out, truth(1.0)))
+    fresh = NormalizedPerformerRPE(2, 8, reach=4)
+    bad = float(fresh.bias.detach().abs().max()) + abs(len(fresh.projection) - 64)  # no bias at the start, 64 features
+    fq, fk = torch.rand(2, 1, 2, 12, 6, dtype=F64)
+    bias = torch.randn(2, 23, dtype=F64)
+    s = torch.exp(bias[:, (at[None, :12] - at[:12, None]) + 11]) * (fq @ fk.mT)
+    eps = 0.3 * torch.exp(bias.amax(-1))[:, None, None]  # added to sums over e^(largest bias)
+    own.append(naive.gap(kernel_attention_rpe(fq, fk, v[:, :, :12], bias, eps=0.3), s @ v[:, :, :12] / (s.sum(-1, keepdim=True) + eps)))
+    return max(bad, *own), other

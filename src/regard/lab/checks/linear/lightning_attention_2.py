@@ -11,8 +11,10 @@ from regard.engine import step
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import drawn, joined, misshapen, rms, silu, split
 from regard.lab.checks.shared.recurrent import gradient_gap, qkv
 from regard.lab.verification import check
+from regard.nn.attention import Attention
 from regard.zoo.linear.lightning_attention_2 import lightning_in_parts
 
 
@@ -75,3 +77,28 @@ def _() -> tuple[float, float]:
         return naive.recurrence(q, k * torch.exp(g)[None, :, None, None], v, g[None, :, None, None].expand(1, 2, 65, 1))[0]
 
     return gradient_gap(mechanism, q, k, v, inputs, loop), gradient_gap(mechanism, q, k, v, inputs, late)
+
+
+@check(
+    "lightning-attention-2",
+    "the layer == its formula by hand: silu of q and k, slopes 2^(-8 h / H) (1 - layer / layers) fixed, a norm a head, a silu gate",
+    below=1e-9,
+    control="slopes of layer 0",
+)
+def _() -> tuple[float, float]:
+    layer = Attention(24, 3, get("lightning-attention-2", layer_share=0.25))
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (24, 24) for name in ("q", "k", "v", "out", "gate")}
+    bad = misshapen(layer, shapes | {"out_norm.weight": (8,)})
+    layer, x, i = drawn(layer), torch.randn(2, 9, 24, dtype=F64), torch.arange(9, dtype=F64)
+    q, k, v = silu(split(layer.q(x), 3)), silu(split(layer.k(x), 3)), split(layer.v(x), 3)
+    slopes = torch.tensor([2.0**-4, 2.0**-8, 2.0**-2], dtype=F64)  # three heads: those of two, and the first of four
+    assert layer.gate is not None
+    gate = silu(layer.gate(x))
+
+    def truth(share: float) -> Tensor:
+        past = torch.exp(-slopes[:, None, None] * (1 - share) * (i[:, None] - i).clamp_min(0)).tril()
+        return layer.out(joined(rms((q @ k.mT * past) @ v, 1e-6, layer.out_norm.weight)) * gate)  # type: ignore[arg-type, no-any-return]
+
+    past = torch.exp(-slopes[:, None, None] * 0.75 * (i[:, None] - i).clamp_min(0)).tril()
+    bare = naive.gap(attend(q, k, v, get("lightning-attention-2", layer_share=0.25)), (q @ k.mT * past) @ v)
+    return max(bad, bare, naive.gap(layer(x), truth(0.25))), naive.gap(layer(x), truth(0.0))

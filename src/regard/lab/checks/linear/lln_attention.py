@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from regard.algebra import Causal, elu_plus_one
+from regard.algebra import Causal, Padding, elu_plus_one
 from regard.catalog import get
 from regard.engine import step, weights
 from regard.engine.door import attend
@@ -101,3 +101,49 @@ def _() -> tuple[float, float]:
         return abs(8 * a + b - (8 * 0.14855178144710912 - 0.35487039130661086))
 
     return miss(64), miss(16)
+
+
+@check(
+    "lln-attention",
+    "given sigmas, a, b, eps and shift: exp(alpha q).exp(beta k) over its sum plus eps e^(shifts), causal, with gradients",
+    below=1e-8,
+    control="without eps",
+)
+def _() -> tuple[float, float]:
+    leaves = q, k, v = tuple(x.requires_grad_() for x in qkv(20, 8))
+    sigma_q, sigma_k, a, b = torch.tensor(0.7, dtype=F64), torch.tensor(1.3, dtype=F64), 0.2, -0.5
+    t = math.sqrt(((0.7 * 1.3) ** 2 - b) / (2 * a))
+    w = (torch.exp(t / 0.7 * q) @ torch.exp(t / 1.3 * k).mT).tril()
+    shift_q = (t / 0.7 * q).amax(-1, keepdim=True)
+    top = torch.tensor([[0.3, 1.1]], dtype=F64)
+    running = (t / 1.3 * k).amax(-1, keepdim=True).cummax(-2).values
+    given = {"sigma_q": sigma_q, "sigma_k": sigma_k}
+    own, other = [], math.inf
+    for kind, shift, more in (("running", running, {}), ("given", top[..., None, None], {"key_max": top})):
+        truth = w @ v / (w.sum(-1, keepdim=True) + 0.5 * torch.exp(shift_q + shift))
+        mechanism = get("lln-attention", statistics="given", a=a, b=b, eps=0.5, shift=kind)
+        out = attend(q, k, v, mechanism, mask=Causal(), **given, **more)
+        own.append(gap_with_gradients(out, truth, leaves) if kind == "given" else naive.gap(out, truth))
+        other = min(other, naive.gap(out, w @ v / w.sum(-1, keepdim=True)))
+    return max(own), other
+
+
+@check(
+    "lln-attention",
+    "diagonal='channels': LLN and block softmax times a factor a channel each; padding: as without the padded tokens",
+    below=1e-10,
+    control="padding counted in sigma",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(24, 8)
+    blend, i = torch.randn(2, 2, 8, dtype=F64), torch.arange(24)
+    s = (q @ k.mT / math.sqrt(8)).masked_fill(i[:, None] // 6 != i // 6, -math.inf)
+    mixed = attend(q, k, v, get("lln-attention", diagonal="channels", block_size=6), blend=blend)
+    linear = attend(q, k, v, "lln-attention")
+    own = naive.gap(mixed, blend[0, :, None] * linear + blend[1, :, None] * (s.softmax(-1) @ v))
+    junk = [torch.cat((x, 5 * torch.randn(1, 2, 7, 8, dtype=F64)), 2) for x in (q, k, v)]
+    keep = (torch.arange(31) < 24)[None]
+    padded = attend(*junk, "lln-attention", mask=Padding(), keep=keep)[:, :, :24]  # type: ignore[misc]
+    wide = junk[0].std(), junk[1].std()
+    wrong = attend(*junk, get("lln-attention", statistics="given"), mask=Padding(), keep=keep, sigma_q=wide[0], sigma_k=wide[1])  # type: ignore[misc]
+    return max(own, naive.gap(padded, linear)), naive.gap(wrong[:, :, :24], linear)

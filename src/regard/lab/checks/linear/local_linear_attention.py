@@ -13,10 +13,12 @@ from regard.engine import step
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import drawn, joined, rms, split
 from regard.lab.checks.shared.regression import ridge_fits
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.memory import largest_tensor
 from regard.lab.verification import check
+from regard.nn.attention import Attention
 from regard.tasks.dynamics import switching_regression
 
 
@@ -57,6 +59,38 @@ def _() -> tuple[float, float]:
     own, truth, fixed = (torch.autograd.grad((x * seed).sum(), leaves, retain_graph=True) for x in (out, read(rho), read(rho.detach())))
     gaps = [max(naive.gap(a, b) for a, b in zip(x, truth, strict=True)) for x in (own, fixed)]
     return max(gaps[0], naive.gap(out, read(rho))), gaps[1]
+
+
+@check(
+    "local-linear-attention",
+    "Gaussian weights of width 0.8 and other ridges, causal and not, CG and direct == the explicit fits",
+    below=1e-7,
+    control="width 0.8 sqrt(2)",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(24, 3)
+    own, other = [], math.inf
+    for causal in (True, False):
+        for solver in ("cg", "direct"):
+            mechanism = get("local-linear-attention", kernel="rbf", width=0.8, ridge=0.05, solver=solver, iterations=60, block=7)
+            out = attend(q, k, v, mechanism, mask=Causal() if causal else None)
+            own.append(naive.gap(out, ridge_fits(q, k, v, 0.05, 0.8, causal=causal)))
+            other = min(other, naive.gap(out, ridge_fits(q, k, v, 0.05, 0.8 * math.sqrt(2), causal=causal)))
+    return max(own), other
+
+
+@check(
+    "local-linear-attention",
+    "the layer == explicit fits on q and k over their root mean squares",
+    below=1e-7,
+    control="q and k as they are",
+)
+def _() -> tuple[float, float]:
+    layer, x = drawn(Attention(16, 2, get("local-linear-attention", solver="direct"))), torch.randn(1, 12, 16, dtype=F64)
+    q, k, v = (split(y(x), 2) for y in (layer.q, layer.k, layer.v))
+    normed = [rms(y, 1e-6, norm.weight) for y, norm in ((q, layer.q_norm), (k, layer.k_norm))]  # type: ignore[arg-type]
+    truths = [layer.out(joined(ridge_fits(a, b, v, 1e-2))) for a, b in (normed, (q, k))]
+    return naive.gap(layer(x), truths[0]), naive.gap(layer(x), truths[1])
 
 
 @check("local-linear-attention", "ridge 1e9: causal softmax attention", below=1e-6, control="ridge 1")

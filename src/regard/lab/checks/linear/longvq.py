@@ -11,6 +11,7 @@ from torch import Tensor
 from regard.lab import naive
 from regard.lab.checks.shared.codes import dense, nearest
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import drawn, misshapen
 from regard.lab.checks.shared.mega import ema_loop
 from regard.lab.verification import check
 from regard.nn.codes import normed
@@ -84,8 +85,36 @@ def _() -> tuple[float, float]:
         layer.train(training)
         layer(x)
         before = float(layer.commitment.detach())
-        for _ in range(300):
+        for _ in range(150):
             layer(x)
         return float(layer.commitment.detach()) / before
 
     return ratio(True), ratio(False)
+
+
+@check(
+    "longvq",
+    "every parameter moved: the block == its formulas; what its projections are named for, and the commitment, by hand",
+    below=1e-9,
+    control="an ungated unit",
+)
+def _() -> tuple[float, float]:
+    layer, x = drawn(LongVQBlock(12, codes=9, zdim=6, hdim=10, ndim=4, window=5, block=8)).eval(), torch.randn(2, 40, 12, dtype=F64)
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm.weight": (12,),
+        "v.weight": (10, 12),
+        "v.bias": (10,),
+        "m.weight": (40, 12),
+        "m.bias": (40,),
+    }
+    shapes |= {f"ema.{name}": (1, 12, 4) for name in ("delta", "alpha", "beta", "gamma")} | {"ema.omega": (12,), "offsets": (5,)}
+    bad = misshapen(layer, shapes | {"h.weight": (12, 10), "kappa": (2, 6), "mu": (2, 6)})
+    y, truth = layer(x), longvq_truth(layer, x)
+    n = layer.norm(x)
+    made = layer.m(F.silu(ema_loop(layer.ema, n) + layer.ema.omega * n))
+    u, z = torch.sigmoid(made[..., :12]), F.silu(made[..., 12:18])
+    k = normed(layer.kappa[1] * z + layer.mu[1])[:, None]
+    far = (k - nearest(k, layer.codebook.codes)).square().sum((1, 3)).mean()
+    first, state = layer.step(x[:, :11])
+    stepped = torch.cat((first, layer.step(x[:, 11:], state)[0]), 1)
+    return max(bad, naive.gap(y, truth), naive.gap(stepped, y), naive.gap(layer.commitment, far)), naive.gap(y, x + (truth - x) / u)

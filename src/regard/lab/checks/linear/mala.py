@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from regard.algebra import FeatureMap, Recurrent, bind, elu_plus_one
+from regard.algebra import Causal, FeatureMap, Recurrent, bind, elu_plus_one
 from regard.catalog import get
 from regard.engine import weights
 from regard.engine.door import attend
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import F64, gap_with_gradients
-from regard.lab.checks.shared.grids import elu
+from regard.lab.checks.shared.comparing import F64, gap_with_gradients, streamed
+from regard.lab.checks.shared.grids import around, elu, turned
+from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.grid import GridAttention
@@ -53,20 +52,6 @@ def _() -> tuple[float, float]:
     return spread(mala, 8) / spread(mala, 1), spread(plain, 8) / spread(plain, 1)
 
 
-def turned(x: Tensor, width: int) -> Tensor:
-    """Two-dimensional rotary as complex numbers, a token and a pair of channels at a time."""
-    n, d = x.shape[-2:]
-    out = x.clone()
-    for t in range(n):
-        for pair in range(d // 2):
-            quarter = d // 4
-            at, rate = (t // width, pair) if pair < quarter else (t % width, pair - quarter)
-            angle = at * 10000 ** -(rate / max(quarter - 1, 1))
-            z = torch.complex(x[..., t, 2 * pair], x[..., t, 2 * pair + 1]) * complex(math.cos(angle), math.sin(angle))
-            out[..., t, 2 * pair], out[..., t, 2 * pair + 1] = z.real, z.imag
-    return out
-
-
 @check(
     "mala",
     "the layer on a 5 x 6 grid: rotary in the numerator alone, convolution of v, gate == loops",
@@ -74,19 +59,30 @@ def turned(x: Tensor, width: int) -> Tensor:
     control="z from turned features",
 )
 def _() -> tuple[float, float]:
-    layer = GridAttention(16, 2, (5, 6), "mala").double()
+    layer = drawn(GridAttention(16, 2, (5, 6), "mala"))
     x = torch.randn(2, 30, 16, dtype=F64)
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     fq, fk = 8**-0.5 * elu(q), elu(k)
     tq, tk = turned(fq, 6), turned(fk, 6)
-    assert layer.local is not None and layer.gate is not None
-    plane = v.permute(0, 1, 3, 2).reshape(2, 16, 5, 6)
-    local = F.conv2d(plane, layer.local.weight, layer.local.bias, padding=2, groups=16).flatten(2).mT
 
     def truth(zq: Tensor, zk: Tensor) -> Tensor:
         z = (zq @ zk.mT).mean(-1, keepdim=True)
-        o = (1 + 1 / (z + 1e-6)) * (tq @ tk.mT) @ v / 30 - z * v.mean(-2, keepdim=True)
-        return layer.out((o.transpose(1, 2).flatten(-2) + local) * layer.gate(x))  # type: ignore[misc]
+        return around(layer, (1 + 1 / (z + 1e-6)) * (tq @ tk.mT) @ v / 30 - z * v.mean(-2, keepdim=True), v, x, gate="linear")
 
-    y = layer(x)
-    return naive.gap(y, truth(fq, fk)), naive.gap(y, truth(tq, tk))
+    y, plane = layer(x), layer(x.mT.unflatten(-1, (5, 6))).flatten(2).mT
+    return max(naive.gap(y, truth(fq, fk)), naive.gap(plane, y)), naive.gap(y, truth(tq, tk))
+
+
+@check(
+    "mala", "under a causal mask sums and counts run up to each token, in chunks and streams", below=1e-10, control="sums over all tokens"
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(24, 16)
+    s, rows = 16**-0.5 * elu(q) @ elu(k).mT, []
+    for t in range(24):
+        z = s[:, :, t, : t + 1].mean(-1, keepdim=True)
+        w = (1 + 1 / (z + 1e-6)) * s[:, :, t, : t + 1] / (t + 1) - z / (t + 1)
+        rows.append(w[:, :, None] @ v[:, :, : t + 1])
+    truth = torch.cat(rows, 2)
+    own = max(naive.gap(attend(q, k, v, "mala", mask=Causal()), truth), naive.gap(streamed("mala", q, k, v, (1, 2, 20)), truth))
+    return own, naive.gap(attend(q, k, v, "mala"), truth)

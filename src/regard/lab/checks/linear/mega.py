@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.mega import ema_loop
 from regard.lab.verification import check
 from regard.nn.decoder import Decoder
@@ -101,7 +102,7 @@ def _() -> tuple[float, float]:
 
     def moved(layer: MegaLayer, token: int, rows: slice) -> float:
         other = x.clone()
-        other[:, token] += 1
+        other[:, token] = torch.linspace(-1, 2, 12, dtype=F64).square()  # a shift of all channels alike would be lost in the norm
         return naive.gap(layer(other)[:, rows], layer(x)[:, rows])
 
     bare, full = MegaLayer(12, 6, ndim=4, chunk=8, ema=False).double(), MegaLayer(12, 6, ndim=4, chunk=8).double()
@@ -126,3 +127,52 @@ def _() -> tuple[float, float]:
         return float(sizes[1] - sizes[0])
 
     return grown(8), grown(None)
+
+
+def both_ways(layer: MegaLayer, x: Tensor, keep: Tensor, norm: str, causal: bool = False) -> Tensor:
+    """A layer in both directions from its formulas, zero at padding; causal: with a mask that it must not have."""
+    n = x.shape[1]
+    i = torch.arange(n)
+    y = x if norm == "rms" else x - x.mean(-1, keepdim=True)
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.norm.weight  # type: ignore[operator]
+    y = y if norm == "rms" else y + layer.norm.bias  # type: ignore[operator]
+    assert layer.ema is not None
+    counted = y * keep[..., None]
+    ema = ema_loop(layer.ema, counted) + ema_loop(layer.ema, counted.flip(1), 1).flip(1)
+    m = layer.m(F.silu(ema + layer.ema.omega * y))
+    u, z, r, hx = m.split([layer.dim, layer.zdim, layer.hdim, layer.dim], -1)
+    z, v = F.silu(z), F.silu(layer.v(y))
+    q, k = layer.kappa[0] * z + layer.mu[0], layer.kappa[1] * z + layer.mu[1]
+    if layer.offsets is not None:
+        bias = layer.offsets[(i[:, None] - i).clamp(-4, 4) + 4]
+    else:
+        assert layer.alpha is not None and layer.beta is not None
+        angle = (i[:, None, None] - i[:, None]) * 10000 ** (-torch.arange(3, dtype=F64) / 3)
+        a, b = layer.alpha.chunk(2)
+        bias = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1) @ layer.beta
+    seen = keep[:, None] & ((i[:, None] >= i) | (not causal))
+    if layer.attn == "softmax":
+        w = (q @ k.mT / layer.zdim**0.5 + bias).masked_fill(~seen, -math.inf).softmax(-1)
+    else:
+        s = q @ k.mT / seen.sum(-1, keepdim=True) + bias
+        w = (F.relu(s) ** 2 if layer.attn == "relu2" else (1 + torch.erf((s - 0.707107) / (0.282095 * 2**0.5))) / 2) * seen
+    h = F.silu(hx + (F.silu(r) * (w @ v)) @ layer.h.weight.T + layer.h.bias)
+    return (x + torch.sigmoid(u) * (h - x)) * keep[..., None]
+
+
+@check(
+    "mega",
+    "every parameter moved, both directions, rotary offsets, an RMS norm, other widths, padding == the formulas",
+    below=1e-9,
+    control="causal",
+)
+def _() -> tuple[float, float]:
+    own, other = [], math.inf
+    keep = torch.arange(13) < torch.tensor([[13], [9]])
+    for positions, norm, attn in (("simple", "rms", "softmax"), ("rotary", "layer", "laplace"), ("rotary", "rms", "relu2")):
+        layer = MegaLayer(8, 6, 10, 4, attn=attn, causal=False, reach=5, positions=positions, norm=norm, norm_eps=1e-3)
+        layer, x = drawn(layer, 0.8), torch.randn(2, 13, 8, dtype=F64)
+        out = layer(x, keep) * keep[..., None]
+        own.append(naive.gap(out, both_ways(layer, x, keep, norm)))
+        other = min(other, naive.gap(out, both_ways(layer, x, keep, norm, causal=True)))
+    return max(own), other

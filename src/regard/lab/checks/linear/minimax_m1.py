@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import F64
+from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.verification import check
 from regard.zoo.linear.minimax_01 import MiniMaxConfig, MiniMaxLike
-from regard.zoo.linear.minimax_m1 import cispo_loss, group_advantages, grpo_loss, policy_run, ppo_loss
+from regard.zoo.linear.minimax_m1 import cispo_loss, dapo_loss, group_advantages, grpo_loss, policy_run, ppo_loss, repeats, sampled
 
 
 def policy_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -101,15 +102,67 @@ def _() -> tuple[float, float]:
     return share(8), share(4)
 
 
-@check("minimax-m1", "40 rounds on sums of digits: mean reward of the last five", above=0.8, control="rewards drawn at random")
+@check(
+    "minimax-m1",
+    "ratios of all sizes, a mask, drawn advantages: CISPO, PPO, GRPO and DAPO == their sums token by token, values and gradients",
+    below=1e-10,
+    control="each with another's clip or average",
+)
 def _() -> tuple[float, float]:
-    from regard.zoo.linear import minimax_m1 as policy
+    logp = (-torch.rand(4, 6, dtype=F64)).requires_grad_()
+    old, a = logp.detach() + 0.5 * torch.randn(4, 6, dtype=F64), torch.randn(4, dtype=F64)
+    mask = torch.rand(4, 6) < 0.7
+    mask[:, 0] = True
 
-    own = sum(policy_run("cispo").rewards[-5:]) / 5
-    real, torch_rand = policy.group_advantages, torch.randn
-    try:  # the same run, told nothing of the rewards
-        policy.group_advantages = lambda r, eps=1e-6: real(torch_rand(r.shape), eps)  # type: ignore[assignment]
-        blind = sum(policy_run("cispo").rewards[-5:]) / 5
-    finally:
-        policy.group_advantages = real
-    return own, blind
+    def token(kind: str, i: int, t: int) -> Tensor:
+        r = torch.exp(logp[i, t] - old[i, t])
+        if kind.startswith("cispo"):
+            w = r.detach().clamp(0.7, 1.3)
+            over = bool((a[i] > 0) & (r > 1.3)) or bool((a[i] < 0) & (r < 0.7))
+            return 0 * logp[i, t] if kind == "cispo drop" and over else w * a[i] * logp[i, t]
+        low, high = (0.8, 1.28) if kind == "dapo" else (0.8, 1.2)
+        return torch.minimum(r * a[i], r.clamp(low, high) * a[i])
+
+    def truth(kind: str) -> Tensor:
+        rows = [[token(kind, i, t) for t in range(6) if mask[i, t]] for i in range(4)]
+        if kind == "grpo":  # each response's mean first
+            return -torch.stack([torch.stack(row).mean() for row in rows]).mean()
+        return -torch.cat([torch.stack(row) for row in rows]).mean()
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        "cispo": lambda: cispo_loss(logp, old, a, mask, 0.3, 0.3),
+        "cispo drop": lambda: cispo_loss(logp, old, a, mask, 0.3, 0.3, drop=True),
+        "ppo": lambda: ppo_loss(logp, old, a, mask),
+        "grpo": lambda: grpo_loss(logp, old, a, mask),
+        "dapo": lambda: dapo_loss(logp, old, a, mask),
+    }
+    names = list(losses)
+    own = max(gap_with_gradients(losses[name](), truth(name), (logp,)) for name in names)
+    others = zip(names, names[1:] + names[:1], strict=True)
+    return own, min(gap_with_gradients(losses[name](), truth(other), (logp,)) for name, other in others)
+
+
+@check(
+    "minimax-m1",
+    "sampling tells each token's probability under the full pass; a rollout is stuck after `run` tokens above the limit",
+    below=1e-5,
+    control="probabilities of the tokens before",
+)
+def _() -> tuple[float, float]:
+    model = MiniMaxLike(MiniMaxConfig(vocab=6, dim=32, layers=4, heads=2, period=4, hidden=16, experts=1))
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    prompt = torch.randint(5, (3, 2))
+    tokens, logp = sampled(model, prompt, 5)
+    logits = model(torch.cat((prompt, tokens), 1))[:, 1:-1, :5].log_softmax(-1).detach()
+    truth = logits.gather(-1, tokens[..., None])[..., 0]
+    high = torch.full((20,), 0.995)
+    dip = high.clone()
+    dip[12] = 0.5
+    stuck = (repeats(high, run=20), repeats(high, run=21), repeats(dip, run=20), repeats(dip, run=7), repeats(high, limit=0.996, run=5))
+    bad = 0.0 if stuck == (True, False, False, True, False) else math.inf
+    return max(bad, naive.gap(logp, truth)), naive.gap(logp[:, :-1], truth[:, 1:])
+
+
+@check("minimax-m1", "25 rounds on sums of digits: mean reward of the last five", above=0.8, control="without steps")
+def _() -> tuple[float, float]:
+    return sum(policy_run("cispo", rounds=25).rewards[-5:]) / 5, sum(policy_run("cispo", rounds=25, lr=0.0).rewards[-5:]) / 5

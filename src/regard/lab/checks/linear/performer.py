@@ -6,14 +6,17 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from regard.algebra import Sizes
+from regard.algebra import Causal, Sizes
 from regard.algebra.feature_map import orthogonal_gaussian, positive_random
 from regard.catalog import get
 from regard.engine.door import attend
+from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.recurrent import qkv
 from regard.lab.verification import check
+from regard.zoo.linear.performer import redraw
 
 
 def feature_error(m: int, copies: int = 1) -> float:
@@ -46,36 +49,118 @@ def _() -> tuple[float, float]:
 
 @check(
     "performer",
-    "orthogonal features are unbiased: |mean / truth - 1| over 6000 draws of 8 features",
+    "orthogonal features are unbiased: |mean / truth - 1| over 24000 draws of 8 features",
     below=0.015,
     control="QR without the sign fix",
 )
 def _() -> tuple[float, float]:
-    draws = torch.stack([orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 8, 8), 8, seed=seed) for seed in range(6000)]).to(F64)
+    draws = 24_000
+    rows = orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 8, 8), 8 * draws).to(F64)  # every 8 rows are a draw
     x, y = torch.zeros(8, dtype=F64), torch.zeros(8, dtype=F64)
     x[0], y[0], y[1] = 0.9, 0.9 * math.cos(0.4), 0.9 * math.sin(0.4)
-    shape = positive_random(torch.stack((x, y)), draws.flatten(0, 1), 0.0, False) * math.sqrt(6000 * 8)
-    own = float((shape[0] * shape[1]).mean() / torch.exp(x @ y))
-    turn, _ = torch.linalg.qr(torch.randn(6000, 8, 8, dtype=F64))
-    w = (turn * torch.randn(6000, 8, 8, dtype=F64).norm(dim=-1, keepdim=True)).flatten(0, 1)
-    skew = positive_random(torch.stack((x, y)), w, 0.0, False) * math.sqrt(6000 * 8)
-    return abs(own - 1), abs(float((skew[0] * skew[1]).mean() / torch.exp(x @ y)) - 1)
+    turn, _ = torch.linalg.qr(torch.randn(draws, 8, 8, dtype=F64))
+    skew = (turn * torch.randn(draws, 8, 8, dtype=F64).norm(dim=-1, keepdim=True)).flatten(0, 1)
+
+    def bias(w: Tensor) -> float:
+        phi = positive_random(torch.stack((x, y)), w, 0.0, False)
+        return abs(float((phi[0] * phi[1]).sum() / torch.exp(x @ y)) - 1)
+
+    return bias(rows), bias(skew)
 
 
-@check("performer", "iid features' squared error over its closed form, |log ratio|", below=0.15, control="without exp(-|x|^2/2)")
+@check(
+    "performer",
+    "rows of a block are orthogonal, their lengths those of normal vectors, or sqrt(D) if regularised",
+    below=0.05,
+    control="rows drawn apart",
+)
 def _() -> tuple[float, float]:
-    d = m = 8
-    x, y = (F.normalize(torch.randn(d, dtype=F64), dim=0) * 0.9 for _ in range(2))
-    w = torch.randn(40_000, m, d, dtype=F64)
-    truth = float(torch.exp(x @ y))
-    total = float((x + y).square().sum())
-    closed = math.exp(total) * truth**2 * (1 - math.exp(-total)) / m
+    sizes = Sizes(1, 1, 1, 1, 1, 8, 8)
 
-    def squared(damping: float) -> float:
-        estimate = (torch.exp(w @ x - damping * 0.405) * torch.exp(w @ y - damping * 0.405)).mean(-1)
-        return float((estimate - truth).square().mean())
+    def cosine(w: Tensor) -> float:
+        unit = F.normalize(w.double().view(-1, 8, 8), dim=-1)
+        return float((unit @ unit.mT - torch.eye(8, dtype=F64)).abs().max())
 
-    return abs(math.log(squared(1.0) / closed)), abs(math.log(squared(0.0) / closed))
+    w, even = orthogonal_gaussian(sizes, 8 * 400), orthogonal_gaussian(sizes, 8 * 400, regularised=True)
+    square = w.double().square().sum(-1)  # chi squared with 8 degrees of freedom: mean 8, variance 16
+    moments = max(abs(float(square.mean()) / 8 - 1), abs(float(square.var()) / 16 - 1) / 4)
+    lengths = naive.gap(even.double().norm(dim=-1), torch.full((3200,), 8**0.5, dtype=F64))
+    return max(cosine(w), cosine(even), moments, lengths), cosine(orthogonal_gaussian(sizes, 8 * 400, orthogonal=False))
+
+
+@check("performer", "iid features' squared error over its closed form, |log ratio|", below=0.15, control="hyperbolic features")
+def _() -> tuple[float, float]:
+    x, y = (F.normalize(torch.randn(8, dtype=F64), dim=0) * 0.9 for _ in range(2))
+    truth, total = float(torch.exp(x @ y)), float((x + y).square().sum())
+    closed = math.exp(total) * truth**2 * (1 - math.exp(-total)) / 8
+    draws = orthogonal_gaussian(Sizes(1, 1, 1, 1, 1, 8, 8), 8 * 40_000, orthogonal=False).to(F64)
+
+    def squared(hyperbolic: bool) -> float:
+        phi = positive_random(torch.stack((x, y)), draws, 0.0, hyperbolic) * math.sqrt((2 if hyperbolic else 1) * len(draws))
+        each = (phi[0] * phi[1]).unflatten(0, (-1, len(draws)))  # hyperbolic: of w and of -w
+        return float((each.mean(0).view(-1, 8).mean(-1) - truth).square().mean())
+
+    return abs(math.log(squared(False) / closed)), abs(math.log(squared(True) / closed))
+
+
+def features_by_hand(x: Tensor, w: Tensor, hyperbolic: bool) -> tuple[Tensor, Tensor]:
+    """w.x of every feature, and |x|^2 / 2, x scaled by D^(-1/4)."""
+    x = x / x.shape[-1] ** 0.25
+    at = torch.stack([(x * row).sum(-1) for row in w], -1)
+    return torch.cat((at, -at), -1) if hyperbolic else at, x.square().sum(-1, keepdim=True) / 2
+
+
+@check(
+    "performer",
+    "FAVOR+ in both directions, causal and hyperbolic, with its eps and shifts == features and sums by hand; other kernels too",
+    below=1e-9,
+    control="without the eps",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20, 8)
+    w = torch.randn(6, 8, dtype=F64)
+    own, other = [], math.inf
+    for hyperbolic in (False, True):
+        for causal in (False, True):
+            (a, x), (b, y) = (features_by_hand(z, w, hyperbolic) for z in (q, k))
+            top = torch.tensor(0.0 if causal else 1.0) * b.amax((-1, -2), keepdim=True)
+            m = a.shape[-1]
+
+            def truth(
+                eps: float, a: Tensor = a, x: Tensor = x, b: Tensor = b, y: Tensor = y, top: Tensor = top, m: int = m, causal: bool = causal
+            ) -> Tensor:
+                fq, fk = torch.exp(a - x - a.amax(-1, keepdim=True)) + eps, torch.exp(b - y - top) + eps
+                s = (fq @ fk.mT).tril() if causal else fq @ fk.mT
+                more = m**0.5 * 1e-6 * fq.sum(-1, keepdim=True) if causal else 0.0  # eps of the sum of key features, each over sqrt(m)
+                return s @ v / (s.sum(-1, keepdim=True) + more)
+
+            mechanism = get("performer", features=6, hyperbolic=hyperbolic, eps=0.01)
+            out = attend(q, k, v, mechanism, mask=Causal() if causal else None, projection=w)
+            own.append(naive.gap(out, truth(0.01)))
+            other = min(other, naive.gap(out, truth(0.0)))
+    for name, function in (("relu", lambda z: z.clamp_min(0)), ("exp", torch.exp), ("gelu", F.gelu), ("softplus", F.softplus)):
+        for normalize in (False, True):
+            fq, fk = (function(z / (8**0.25 if normalize else 1) @ w.T) + 0.02 for z in (q, k))
+            out = attend(q, k, v, get("performer", features=6, kernel=name, eps=0.02, normalize=normalize), projection=w)
+            own.append(naive.gap(out, (fq @ fk.mT) @ v / (fq @ fk.mT).sum(-1, keepdim=True)))
+    defaults = [get("performer", features=6), get("performer", features=6, eps=1e-4)]
+    own.append(naive.gap(*(attend(q, k, v, m, projection=w) for m in defaults)))
+    defaults = [get("performer", features=6, kernel="relu"), get("performer", features=6, kernel="relu", eps=1e-3)]
+    own.append(naive.gap(*(attend(q, k, v, m, projection=w) for m in defaults)))
+    return max(own), other
+
+
+@check(
+    "performer",
+    "a redrawn projection is another; the same seed gives the same, the mechanism's own draw",
+    below=0.0,
+    control="seeds 0 and 1",
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20, 8)
+    out = attend(q, k, v, get("performer", features=24, seed=1))
+    found = [naive.gap(attend(q, k, v, get("performer", features=24), projection=redraw(8, 24, seed)), out) for seed in (1, 0)]
+    return found[0], found[1]
 
 
 @check("performer", "the mechanism approaches softmax attention: relative error with m = 4096", below=0.25, control="m = 16")

@@ -11,8 +11,10 @@ from regard.catalog import get
 from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, streamed
+from regard.lab.checks.shared.layers import drawn, joined, misshapen, rms, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
+from regard.nn.attention import Attention
 from regard.zoo.linear.regla import refined, safe_query
 
 
@@ -74,3 +76,29 @@ def _() -> tuple[float, float]:
         return float(torch.autograd.grad(refined(gate, torch.tensor(r, dtype=F64)), logit)[0] / (0.999 * 0.001))
 
     return slope(0.0) if inside else math.nan, slope(0.5)
+
+
+@check(
+    "regla",
+    "the layer == its formula by hand: both gates from one projection of low rank, the factor a, a norm a head",
+    below=1e-9,
+    control="r in place of 2 r",
+)
+def _() -> tuple[float, float]:
+    layer = Attention(16, 2, get("regla", rank=5))
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (16, 16) for name in ("q", "k", "v", "out")}
+    shapes |= {"inputs.projected.log_decay.down.weight": (5, 16), "inputs.projected.log_decay.up.weight": (32, 5)}
+    bad = misshapen(layer, shapes | {"inputs.projected.log_decay.up.bias": (32,), "out_norm.weight": (8,)})
+    project = layer.inputs.projected["log_decay"]
+    bad = max(bad, naive.gap(project.up.bias, torch.full((32,), 3.0)))  # type: ignore[arg-type, union-attr]
+    layer, x = drawn(layer), torch.randn(2, 9, 16, dtype=F64)
+    logits = x @ project.down.weight.T @ project.up.weight.T + project.up.bias  # type: ignore[union-attr, operator]
+    g, r = (1 / (1 + torch.exp(-y)) for y in split(logits, 2).chunk(2, -1))
+    q, k, v = (split(y(x), 2) for y in (layer.q, layer.k, layer.v))
+
+    def truth(gate: Tensor) -> Tensor:
+        o = regla_loop(q, k, v, gate) / (math.e * math.sqrt(8 * (math.e**2 - 1)))
+        return layer.out(joined(rms(o, 1e-6, layer.out_norm.weight)))  # type: ignore[arg-type, no-any-return]
+
+    refining = (1 - r) * g**2 + r * (1 - (1 - g) ** 2)
+    return max(bad, naive.gap(layer(x), truth(refining))), naive.gap(layer(x), truth(g * (g + r * (1 - g))))

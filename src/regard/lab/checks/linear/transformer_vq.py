@@ -13,6 +13,7 @@ from regard.engine.door import attend
 from regard.lab import naive
 from regard.lab.checks.shared.codes import dense, nearest
 from regard.lab.checks.shared.comparing import F64, gradients
+from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.codes import code_attention, code_step, normed
@@ -133,7 +134,7 @@ def _() -> tuple[float, float]:
     with torch.no_grad():
         before = alone - float(bits(test))
     model.train()
-    for _ in range(150):
+    for _ in range(50):
         loss = bits(batch(8)) + 1e-4 * sum(block.mixer.commitment for block in model.blocks)  # type: ignore[union-attr, misc]
         optimiser.zero_grad()
         loss.backward()
@@ -143,3 +144,69 @@ def _() -> tuple[float, float]:
         out = model.generate(test[:1, :70], 4)
         same = torch.equal(model(out[:, :-1])[:, 69:].argmax(-1), out[:, 70:])
         return (alone - float(bits(test))) if same else math.nan, before
+
+
+@check(
+    "transformer-vq",
+    "the codebook: averages of the keys' counts and sums, counts of at least 0.01; the commitment; both by loops, in training alone",
+    below=1e-10,
+    control="averages that keep nothing",
+)
+def _() -> tuple[float, float]:
+    layer, x = VQAttention(16, 2, codes=5, block=8).double(), torch.randn(3, 20, 16, dtype=F64)
+    book = layer.codebook
+    book.counts[0, 1] = 1e-3
+    old = book.codes.clone(), book.sums.clone(), book.counts.clone()
+    k = normed(layer.k(x).unflatten(-1, (2, 8)).transpose(1, 2)).detach()
+    commitment, fresh = 0.0, [torch.zeros_like(old[1]), torch.zeros_like(old[2])]
+    for b in range(3):
+        for h in range(2):
+            for t in range(20):
+                far = (k[b, h, t] - old[0][h]).square().sum(-1)
+                commitment += float(far.min()) / 60
+                fresh[0][h, int(far.argmin())] += k[b, h, t]
+                fresh[1][h, int(far.argmin())] += 1
+    layer.eval()(x)
+    still = naive.gap(book.codes, old[0])
+    layer.train()(x)
+
+    def codes(keep: float) -> Tensor:
+        sums, counts = keep * old[1] + (1 - keep) * fresh[0], keep * old[2] + (1 - keep) * fresh[1]
+        return sums / counts.clamp_min(0.01)[..., None]
+
+    return max(still, abs(float(layer.commitment.detach()) - commitment), naive.gap(book.codes, codes(0.99))), naive.gap(
+        book.codes, codes(0.0)
+    )
+
+
+@check(
+    "transformer-vq",
+    "memory, reach and a window alone (aggregate=False), blocks and steps == one dense matrix",
+    below=1e-9,
+    control="older tokens read by codes",
+)
+def _() -> tuple[float, float]:
+    x, other = torch.randn(1, 30, 16, dtype=F64), math.inf
+    own: list[float] = []
+    for memory, reach, aggregate in ((4, 3, True), (12, None, True), (6, None, False)):
+        layer = drawn(VQAttention(16, 2, codes=5, block=8, key_dim=4, value_dim=20, memory=memory, reach=reach, aggregate=aggregate)).eval()
+        q, k = (normed(y(x).unflatten(-1, (2, 4)).transpose(1, 2)) for y in (layer.q, layer.k))
+        v = F.silu(layer.v(x)).unflatten(-1, (2, 10)).transpose(1, 2)
+        hat, gap = nearest(k, layer.codebook.codes), torch.arange(30)[:, None] - torch.arange(30)
+        r = layer.r(sinusoids(reach or memory + 1, 16, x.device, x.dtype)).unflatten(-1, (2, 4)).transpose(0, 1) * 4**-0.25
+        bias = (q + 4**-0.25 * layer.w) @ r.mT
+        s = (q + 4**-0.25 * layer.u) @ hat.mT
+        s = s + torch.where((gap >= 0) & (gap < bias.shape[-1]), bias.gather(-1, gap.clamp(0, bias.shape[-1] - 1).expand_as(s)), 0.0)
+        for seen, to in (((gap >= 0) & ((gap <= memory) | aggregate), own), (gap >= 0, None)):
+            o = s.masked_fill(~seen, -math.inf).softmax(-1) @ v
+            y = layer.out(o.transpose(1, 2).flatten(-2) * F.silu(layer.gate(x)))
+            if to is not None:
+                to += [naive.gap(layer(x), y), naive.gap(layer.step(x)[0], y)]
+            elif not aggregate:
+                other = naive.gap(layer(x), y)
+    places = sinusoids(6, 8, x.device, F64)
+    for d in range(6):
+        for c in range(4):
+            angle = d * 10000 ** (-2 * c / 8)
+            own.append(max(abs(float(places[d, c]) - math.sin(angle)), abs(float(places[d, 4 + c]) - math.cos(angle))))
+    return max(own), other

@@ -72,3 +72,28 @@ def _() -> tuple[float, float]:
         for m in (diagonal(16), diagonal(16, "rela"), layers[-1])
     ]
     return max(found[:2]), found[2]
+
+
+@check("transnormer", "norm='all': over all heads' channels together; another eps", below=1e-10, control="over a head's")
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20)
+    x = torch.where(q > 0, q + 1, torch.exp(q)) @ torch.where(k > 0, k + 1, torch.exp(k)).mT @ v
+    out = attend(q, k, v, get("transnormer", norm="all", eps=0.5))
+    size = x.square().mean((1, 3), keepdim=True).sqrt()
+    return naive.gap(out, x / (size + 0.5)), naive.gap(out, x / (x.square().mean(-1, keepdim=True).sqrt() + 0.5))
+
+
+@check(
+    "transnormer", "DiagAttention == attention inside blocks by hand, softmax's (T2) and ReLA's (T1)", below=1e-10, control="over all keys"
+)
+def _() -> tuple[float, float]:
+    q, k, v = qkv(20)
+    at = torch.arange(20) // 8
+    own = at[:, None] == at
+    s = q @ k.mT / math.sqrt(8)
+    layers = [transnormer_layers(5, kind, 8) for kind in ("T1", "T2")]
+    same = all(one[2:] == [get("transnormer")] * 3 and one[0] == one[1] for one in layers)
+    found = [attend(q, k, v, one[0]) for one in layers]
+    truths = [(s.clamp_min(0) * own) @ v, s.masked_fill(~own, -math.inf).softmax(-1) @ v]
+    gap = max(naive.gap(x, y) for x, y in zip(found, truths, strict=True))
+    return gap if same else math.inf, min(naive.gap(found[0], s.clamp_min(0) @ v), naive.gap(found[1], s.softmax(-1) @ v))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
+from regard.lab.checks.shared.layers import drawn, joined, misshapen, rms, silu, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.zoo.linear.vig import BiGLA2D, both_directions
+from regard.zoo.linear.vig import BiGLA2D, ViG, both_directions
 
 
 def gated_matrix(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
@@ -64,23 +67,55 @@ def _() -> tuple[float, float]:
     return max(shares), local
 
 
-@check("vig", "the layer == its formula by hand, with a class token", below=1e-10, control="without the gate of local features")
+@check(
+    "vig",
+    "the layer == its formula by hand: with a class token; with other widths, rank and temperature",
+    below=1e-10,
+    control="without the gate of local features",
+)
 def _() -> tuple[float, float]:
-    layer = BiGLA2D(16, 2, cls=True).double()
-    x = torch.randn(2, 13, 16, dtype=F64)
-    plane = F.silu(layer.conv(x[:, 1:].mT.unflatten(-1, (3, 4)))).flatten(2).mT
-    local = torch.cat((x[:, :1], plane), 1)
-    q, k, v = layer.qkv(local).split([8, 8, 16], -1)
-    gates = layer.gates(local)
-    heads = [y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k, v, *gates.chunk(2, -1))]
-    a, b = (torch.log(torch.sigmoid(g)) / 16 for g in heads[3:])
-    first, second = gated_matrix(*heads[:2], a), gated_matrix(heads[0].flip(-2), heads[1].flip(-2), b.flip(-2)).flip(-1, -2)  # type: ignore[arg-type]
+    x, own, other = torch.randn(2, 13, 16, dtype=F64), [], math.inf
+    for cls, options in ((True, {}), (False, {"expand_k": 0.25, "expand_v": 1.5, "rank": 3, "tau": 4.0})):
+        layer = BiGLA2D(16, 2, cls=cls, **options)  # type: ignore[arg-type]
+        key, value, rank, tau = (4, 24, 3, 4.0) if options else (8, 16, 16, 16.0)
+        shapes: dict[str, tuple[int, ...]] = {"conv.weight": (16, 1, 3, 3), "conv.bias": (16,), "qkv.weight": (2 * key + value, 16)}
+        shapes |= {"gates.0.weight": (rank, 16), "gates.1.weight": (2 * key, rank), "gates.1.bias": (2 * key,), "out.weight": (16, value)}
+        shapes |= {"mix.weight": (value, 16), "mix.bias": (value,), "norm_far.weight": (value // 2,), "norm_near.weight": (value // 2,)}
+        own.append(misshapen(layer, shapes | ({"near.weight": (24, 16)} if options else {})))
+        layer, y = drawn(layer), x if cls else x[:, 1:]
+        plane = silu(F.conv2d(y[:, int(cls) :].mT.unflatten(-1, (3, 4)), layer.conv.weight, layer.conv.bias, padding=1, groups=16))
+        local = torch.cat((y[:, : int(cls)], plane.flatten(2).mT), 1)
+        q, k, v = (split(z, 2) for z in (local @ layer.qkv.weight.T).split([key, key, value], -1))
+        down, up = layer.gates
+        a, b = (torch.log(torch.sigmoid(split(g, 2))) / tau for g in (local @ down.weight.T @ up.weight.T + up.bias).chunk(2, -1))  # type: ignore[operator, union-attr]
+        first, second = gated_matrix(q, k, a), gated_matrix(q.flip(-2), k.flip(-2), b.flip(-2)).flip(-1, -2)
+        far = joined(rms((first + second) @ v / 2, 1e-5, layer.norm_far.weight))
+        seen = local @ layer.near.weight.T if options else local  # type: ignore[operator]
+        near = joined(rms(split(seen, 2), 1e-5, layer.norm_near.weight))
+        r = torch.sigmoid(local @ layer.mix.weight.T + layer.mix.bias)
+        own.append(naive.gap(layer(y, (3, 4)), (r * far + (1 - r) * near) @ layer.out.weight.T))
+        other = min(other, naive.gap(layer(y, (3, 4)), far @ layer.out.weight.T))
+    return max(own), other
 
-    def rms(y: Tensor) -> Tensor:
-        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
-    o = rms(((first + second) @ heads[2] / 2).transpose(1, 2)).flatten(-2)
-    near = rms(local.unflatten(-1, (2, 8))).flatten(-2)
-    r = torch.sigmoid(layer.mix(local))
-    y = layer(x, (3, 4))
-    return naive.gap(y, layer.out(r * o + (1 - r) * near)), naive.gap(y, layer.out(o))
+@check(
+    "vig",
+    "the model == patches, x + mixer(norm x), x + gated MLP(norm x), the mean, by hand, at two resolutions",
+    below=1e-9,
+    control="without the norm at the end",
+)
+def _() -> tuple[float, float]:
+    model, own, other = drawn(ViG(3, 5, dim=16, heads=2, layers=2, patch=2)), [], math.inf
+    for size in ((8, 6), (4, 10)):
+        image = torch.randn(2, 3, *size, dtype=F64)
+        grid = (size[0] // 2, size[1] // 2)
+        cells = image.unflatten(2, (grid[0], 2)).unflatten(4, (grid[1], 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = cells @ model.patch.weight.flatten(1).T + model.patch.bias  # type: ignore[operator]
+        for n1, mixer, n2, mlp in zip(model.norms1, model.mixers, model.norms2, model.mlps, strict=True):
+            x = x + mixer(rms(x, 0.0, n1.weight), grid)  # type: ignore[arg-type]
+            z = rms(x, 0.0, n2.weight)  # type: ignore[arg-type]
+            x = x + (silu(z @ mlp.gate.weight.T) * (z @ mlp.up.weight.T)) @ mlp.down.weight.T  # type: ignore[operator, union-attr]
+        out = model(image)
+        own.append(naive.gap(out, model.head(rms(x, 0.0, model.norm.weight).mean(1))))
+        other = min(other, naive.gap(out, model.head(x.mean(1))))
+    return max(own), other

@@ -1,11 +1,13 @@
-"""Streams in pieces, values and gradients side by side."""
+"""Streams in pieces, values and gradients side by side, floating-point operations."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard.algebra import Mechanism
 from regard.engine import step
@@ -32,3 +34,10 @@ def gradients(out: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def gap_with_gradients(found: Tensor, truth: Tensor, leaves: tuple[Tensor, ...]) -> float:
     pairs = zip(gradients(found, leaves), gradients(truth, leaves), strict=True)
     return max(naive.gap(found, truth), *[naive.gap(a, b) for a, b in pairs])
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Multiplications and additions of the matrix products in a run: a count, the same on every machine."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
