@@ -40,3 +40,9 @@ def test_a_layer_runs_one_way_or_the_other(name, causal):
     except RegardError as why:
         assert f"pass causal={not causal}" in str(why)
         assert nn.Attention(16, 2, name, causal=not causal)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["offset", "i", "k_len", "mask", "two words"])
+def test_inputs_of_taken_names_are_refused(name):
+    with pytest.raises(RegardError, match="expected a name"):
+        regard.algebra.Input(name, "h")

@@ -37,6 +37,9 @@ KEPT_CALLS = {"len", "int", "float", "bool", "str", "list", "tuple", "dict", "se
 Path = tuple[tuple[str, int | None], ...]
 
 
+SILENT_KEYWORDS = {None, "device", "strict"}  # no number depends on them
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One change of a program. line: where; what: the change in words; text: the line before the change."""
@@ -119,7 +122,7 @@ def alternatives(node: ast.AST, guard: bool) -> Iterator[tuple[str, ast.AST]]:
                 yield f"{name}() left out", only
         case ast.Call(keywords=[*keywords]) if keywords:
             for keyword in keywords:
-                if keyword.arg is not None:
+                if keyword.arg not in SILENT_KEYWORDS:
                     rest = [other for other in keywords if other is not keyword]
                     yield f"{keyword.arg}= left out", ast.Call(node.func, node.args, rest)
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(value)):

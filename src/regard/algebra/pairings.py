@@ -79,7 +79,7 @@ def far(sizes: Sizes, reach: int, channels: bool) -> Tensor:
 class Relative(Pairing):
     """s_ij = D^-1/2 ((q_i + u_h).k_j + q_i.E_(i-j),h + b_(i-j),h): content and position of Transformer-XL, with learned tables.
 
-    Inputs `content` u (H, D), `table` E (2 reach, H, D) and `offset` b (2 reach, H), all from 0; row i - j + reach is offset i - j, which
+    Inputs `content` u (H, D), `table` E (2 reach, H, D) and `apart` b (2 reach, H), all from 0; row i - j + reach is offset i - j, which
     must lie in [-reach, reach).
     """
 
@@ -91,7 +91,7 @@ class Relative(Pairing):
         return (
             Input("content", "hd", layer=Learned(0.0)),
             Input("table", "fhd", layer=Learned(table)),
-            Input("offset", "fh", layer=Learned(offset)),
+            Input("apart", "fh", layer=Learned(offset)),
         )
 
     @property
@@ -106,7 +106,7 @@ class Relative(Pairing):
         near = slice(low + self.reach, high + self.reach + 1)
         content = (q + env["content"].to(q.dtype)[heads].unsqueeze(-2)) @ k.transpose(-1, -2)
         table = env["table"].to(q.dtype)[near][:, heads].movedim(0, -1)  # (..., g, D, offsets)
-        position = q @ table + env["offset"].to(q.dtype)[near][:, heads].movedim(0, -1).unsqueeze(-2)
+        position = q @ table + env["apart"].to(q.dtype)[near][:, heads].movedim(0, -1).unsqueeze(-2)
         place = (apart - low).expand(content.shape)
         return q.shape[-1] ** -0.5 * (content + position.expand(*content.shape[:-1], -1).gather(-1, place))
 

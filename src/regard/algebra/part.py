@@ -224,6 +224,10 @@ class Headwise(Part):
     std: float = 0.0
 
 
+# What functions are told by these names already, or what calls take by them.
+TAKEN = frozenset(["b", "h", "i", "j", "q", "k", "v", "n", "offset", "k_len", "mask", "scale", "executor", "state", "return_state", "dropout_p", "source"])
+
+
 @described
 class Input(Part):
     """A tensor a mechanism reads beside q, k and v.
@@ -241,6 +245,11 @@ class Input(Part):
     layer: Learned | Projected | Headwise | None = None
     dtype: str = "float"
     at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name.isidentifier() or self.name in TAKEN:
+            raise RegardError(f"an input called {self.name!r}; expected a name of Python's that is none of {', '.join(sorted(TAKEN))}")
 
     @property
     def elementwise(self) -> bool:

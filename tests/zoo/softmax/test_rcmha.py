@@ -40,7 +40,7 @@ def by_hand(layer: RelativeConvMHA, x: Tensor, kernel: int) -> Tensor:
                 score = q[i, h] @ k[j, h]
                 if "table" in learned:
                     at = i - j + 16
-                    score = score + learned["content"][h] @ k[j, h] + q[i, h] @ learned["table"][at, h] + learned["offset"][at, h]
+                    score = score + learned["content"][h] @ k[j, h] + q[i, h] @ learned["table"][at, h] + learned["apart"][at, h]
                 s.append(score / math.sqrt(d))
             o[i, h] = torch.stack(s).softmax(0) @ v[: i + 1, h]
     return layer.out(o.flatten(1))

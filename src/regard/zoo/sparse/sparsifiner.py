@@ -100,6 +100,8 @@ class SparsifinerAttention(Momentary):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """token_mask (B, N - 1) bool: False for tokens that a layer before has pruned; their q, k and v are zero, and their rows too."""
+        if x.dim() != 3 or x.shape[1] != len(self.down):
+            raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, tokens={len(self.down)}, dim), for which the predictor is made")
         q, k, v = self.split(x)
         real = None
         if token_mask is not None:

@@ -37,7 +37,7 @@ def _() -> tuple[float, float]:
                         (
                             (q[0, h, i] + t["content"][h]) @ k[0, h, j]
                             + q[0, h, i] @ t["table"][at - j + shift + 40, h]
-                            + t["offset"][at - j + shift + 40, h]
+                            + t["apart"][at - j + shift + 40, h]
                         )
                         for j in range(at + 1)
                     ]
