@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from layers import given, make
 
 from regard.nn import Attention, Decoder
 
 COUNT = 2
+STEPS = ["dma", "landmark-attention", "lalte", "longvq", "mega", "mta", "nats", "recurrent-memory-transformer", "superlinear-attention"]
 
 
 def run(shard):
@@ -21,10 +23,15 @@ def run(shard):
         shard(model)
     found = [layer(x), model(ids)]
     with torch.no_grad():
-        for one, given in ((layer, x), (model, ids)):
-            first, state = one.step(given[:, :4])
-            rest, state = one.step(given[:, 4:5], state)
-            found += [first, rest, one.step(given[:, 5:], state)[0]]
+        for name in STEPS:
+            one = make(name).eval()
+            if shard is not None:
+                shard(one)
+            found.append(one.step(*given(name))[0])
+        for one, tokens in ((layer, x), (model, ids)):
+            first, state = one.step(tokens[:, :4])
+            rest, state = one.step(tokens[:, 4:5], state)
+            found += [first, rest, one.step(tokens[:, 5:], state)[0]]
     return [out.detach() for out in found]
 
 

@@ -20,7 +20,7 @@ from regard.engine.door import attend
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
 from regard.nn.attention import Attention
-from regard.nn.parts import Momentary
+from regard.nn.parts import Momentary, whole
 from regard.zoo.linear.deltanet import gated_deltanet
 
 MARGIN = 6  # tokens on either side that a decision reads: three convolutions of width 3, dilated by 2
@@ -141,6 +141,7 @@ class LTEAttention(Momentary):
         score = x.new_full((b, h, places), float("-inf"))
         return EvictionState(none, none, none, none, empty, empty, score, torch.zeros_like(score, dtype=torch.long), 0)
 
+    @whole
     def step(self, x: Tensor, state: EvictionState | None = None) -> tuple[Tensor, EvictionState]:
         """New tokens (B, n, dim) after those in `state`, one at a time; equal to `forward` while the budget holds all that is kept."""
         state = self.start(x) if state is None else state

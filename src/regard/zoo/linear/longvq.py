@@ -16,7 +16,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
 from regard.nn.ema import MultiHeadEMA
-from regard.nn.parts import Momentary
+from regard.nn.parts import Momentary, whole
 
 
 @dataclass
@@ -93,6 +93,7 @@ class LongVQBlock(Momentary):
             self.codebook.update(k, which)
         return self.close(x, u, r, hx, o)
 
+    @whole
     def step(self, x: Tensor, state: LongVQState | None = None) -> tuple[Tensor, LongVQState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
         if not self.causal:

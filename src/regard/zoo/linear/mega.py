@@ -19,7 +19,7 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.ema import MultiHeadEMA
-from regard.nn.parts import head_norm
+from regard.nn.parts import head_norm, whole
 
 
 def relu_squared(s: Tensor) -> Tensor:
@@ -146,6 +146,7 @@ class MegaLayer(nn.Module):
         u, z, r, hx, v = self.parts(normed, normed if self.ema is None else self.ema(normed, keep))
         return self.close(x, u, r, hx, self.attended(z, z, v, keep))
 
+    @whole
     def step(self, x: Tensor, state: MegaState | None = None) -> tuple[Tensor, MegaState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` over all of them."""
         if not self.causal:

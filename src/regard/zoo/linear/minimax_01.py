@@ -17,7 +17,7 @@ from regard.algebra import Mask, Padding, Recipe, Rope, Weighted
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
-from regard.nn.parts import Momentary, SwiGLU
+from regard.nn.parts import Momentary, SwiGLU, whole
 from regard.zoo.linear.lightning_attention_2 import lightning, lightning_blocks
 
 
@@ -110,6 +110,7 @@ class MiniMaxBlock(nn.Module):
         if config.experts > 1:
             self.mlp = Experts(config.dim, config.hidden, config.experts, config.top_k, config.capacity)
 
+    @whole
     def step(self, x: Tensor, state: LayerState | None, mask: Mask | None, **inputs: Any) -> tuple[Tensor, LayerState]:
         h = self.norm1(x)
         y, state = self.mixer.step(h, state, mask, **inputs)
@@ -164,6 +165,7 @@ class MiniMaxLike(nn.Module):
             x = block(x, mask, **inputs)
         return self.logits(x)
 
+    @whole
     def step(
         self, tokens: Tensor, states: Sequence[LayerState] | None = None, patches: Tensor | None = None, keep: Tensor | None = None
     ) -> tuple[Tensor, list[LayerState]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
-from regard.nn.parts import Momentary
+from regard.nn.parts import Momentary, whole
 
 
 def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -76,6 +76,7 @@ class VQAttention(Momentary):
             self.codebook.update(k, which)
         return self.close(o, x)
 
+    @whole
     def step(self, x: Tensor, state: CodeState | None = None) -> tuple[Tensor, CodeState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
         q, k, v, bias = self.heads_of(x)

@@ -24,6 +24,7 @@ from regard.engine.reference import repeat_heads
 from regard.engine.stream import State
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
+from regard.nn.parts import whole
 
 
 class SymbolicAttention(nn.Module):
@@ -145,6 +146,7 @@ class RelationalAttention(nn.Module):
             out = out + alpha @ repeat_heads(self.values(symbols, x.shape[0]), self.heads)
         return out.transpose(1, 2).flatten(-2)
 
+    @whole
     def step(self, x: Tensor, symbols: Tensor, state: State | None, first: int) -> tuple[Tensor, State]:
         """New tokens and their symbols; relations must be linear and symbols belong to tokens or positions."""
         if self.activation is not None:
@@ -232,6 +234,7 @@ class DualAttention(nn.Module):
     def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
         return torch.cat((self.sensory(x), self.out(self.relational(x, symbols, relative))), -1)
 
+    @whole
     def step(self, x: Tensor, symbols: Tensor, state: tuple[LayerState, State] | None = None) -> tuple[Tensor, tuple[LayerState, State]]:
         """New tokens (B, n, dim) with their symbols (B, n, dim) or (n, dim), after those in `state`."""
         sensed, first = self.sensory.step(x, None if state is None else state[0])

@@ -17,6 +17,7 @@ from regard.algebra import Rope, row_softmax
 from regard.catalog.registry import register
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
+from regard.nn.parts import whole
 
 ROWS = 256  # queries worked on at once
 
@@ -165,6 +166,7 @@ class MultiTokenAttention(nn.Module):
             outs.append(checkpoint(self.rows, *given, use_reentrant=False) if torch.is_grad_enabled() else self.rows(*given))
         return torch.cat(outs, 2)
 
+    @whole
     def step(self, x: Tensor, state: TokenCache | None = None) -> tuple[Tensor, TokenCache]:
         """New tokens x (B, n, dim) after those in `state`; equal to `forward` over all of them."""
         q, k, v = self.heads_of(x, 0 if state is None else state.length)

@@ -20,6 +20,7 @@ from regard.engine.door import attend
 from regard.engine.given import given_mask
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
+from regard.nn.parts import whole
 
 
 def even(s: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class RelaxedAttention(Attention):
             gamma = min(1.0, max(0.0, gamma + self.fuzzy_std * float(torch.randn(()))))
         return super().forward(x, context, mask, blend=torch.tensor((1 - gamma, gamma), device=x.device), **inputs)
 
+    @whole
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
         if self.relaxing:
             return super().step(x, state, mask, **inputs)

@@ -20,6 +20,7 @@ from regard.engine import step
 from regard.engine.door import attend
 from regard.engine.stream import State
 from regard.errors import RegardError
+from regard.nn.parts import whole
 
 
 @register("super-attention", kind="module")
@@ -93,6 +94,7 @@ class FrugalAttention(nn.Module):
         given: dict[str, Any] = {} if keep is None else {"keep": keep}
         return self.out(attend(q, k, self.split(v), mask=mask, **given).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @whole
     def step(self, x: Tensor, state: tuple[State | None, Tensor] | None = None) -> tuple[Tensor, tuple[State | None, Tensor]]:
         """New tokens (B, n, dim) after those in `state`: the cache holds raw inputs where keys or values are raw."""
         if not self.causal:

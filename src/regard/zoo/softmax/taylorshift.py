@@ -18,6 +18,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention
+from regard.nn.parts import whole
 
 
 def powers(x: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ class TaylorShiftAttention(Attention):
     def close(self, o: Tensor, x: Tensor) -> Tensor:
         return super().close(o * (x.shape[1] / self.key_dim) ** 0.5 if self.output_scale else o, x)
 
+    @whole
     def step(self, x: Tensor, state: Any = None, mask: Mask | None = None, **inputs: Any) -> Any:
         if self.output_scale:
             raise RegardError("step with output_scale=True: the scale depends on the final length; build the layer with output_scale=False")

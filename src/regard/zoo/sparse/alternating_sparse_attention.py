@@ -18,6 +18,7 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.compressed_sparse import NSAAttention, check_sizes
+from regard.nn.parts import whole
 
 
 @dataclass
@@ -89,6 +90,7 @@ class LocalLatentAttention(LatentAttention):
         k = torch.cat((k, k_turned[:, None].expand(-1, self.heads, -1, -1)), -1)
         return self.close(attend(q, k, v, mask=Causal() & Window(self.window), scale=self.scale))
 
+    @whole
     def step(self, x: Tensor, cache: LatentCache | None = None) -> tuple[Tensor, LatentCache]:
         """New tokens (B, n, dim), one after another, with absorbed weights: keys and values are never opened."""
         outs = []
@@ -158,6 +160,7 @@ class GlobalLatentAttention(LatentAttention):
             rows.append(self.over_latents(part, c[:, : start + part.shape[1]], start))
         return self.close(torch.cat(rows, 2))
 
+    @whole
     def step(self, x: Tensor, cache: LatentCache | None = None) -> tuple[Tensor, LatentCache]:
         first, c = 0 if cache is None else cache.position, self.latents(x)
         c = c if cache is None else torch.cat((cache.latents, c), 1)

@@ -17,6 +17,7 @@ from regard.algebra.blocks import block_sums, lengths
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import whole
 
 
 def add(s: Tensor, bias: Tensor) -> Tensor:
@@ -144,6 +145,7 @@ class DynamicMaskAttention(nn.Module):
             o = attend(q, k, v, BIASED, bias=wide, until=until)
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @whole
     def step(self, x: Tensor, state: WindowedState | None = None) -> tuple[Tensor, WindowedState]:
         """One or more new tokens (B, n, dim) after those in `state`."""
         if self.smooth:

@@ -19,7 +19,7 @@ from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 from regard.nn.decoder import Decoder
-from regard.nn.parts import Momentary
+from regard.nn.parts import Momentary, whole
 
 
 class LayerRouter(nn.Module):
@@ -103,6 +103,7 @@ class FluxAttention(Momentary):
                 out[rows] = attend(q[rows], k[rows], v[rows], mechanism)
         return self.inner.close(out, x)
 
+    @whole
     def step(self, x: Tensor, state: RoutedState | None = None) -> tuple[Tensor, RoutedState]:
         """The prompt decides the path; later tokens keep to it."""
         position = 0 if state is None else state.position

@@ -18,6 +18,7 @@ from regard.algebra.permute import taken
 from regard.catalog.registry import register
 from regard.engine.stream import KeyValueState
 from regard.errors import RegardError
+from regard.nn.parts import whole
 
 
 def grouped_softmax(s: Tensor, block: int, first: int = 0, retrieved: Tensor | None = None) -> Tensor:
@@ -144,6 +145,7 @@ class LandmarkAttention(nn.Module):
             rows.append(w @ v[:, :, :stop])
         return self.out(torch.cat(rows, 2).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @whole
     def step(self, x: Tensor, cache: LandmarkCache | None = None) -> tuple[Tensor, LandmarkCache]:
         """New tokens (B, n, dim): landmarks of complete blocks are scored, the best `top_blocks` opened, and nothing else of the cache is read."""
         cache = cache or LandmarkCache()

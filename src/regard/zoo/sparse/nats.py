@@ -15,7 +15,7 @@ from regard.algebra import Causal, Lifetime, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import one_by_one
+from regard.nn.parts import one_by_one, whole
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
 MASKED = Weighted(mask=Causal() & Lifetime())
@@ -136,6 +136,7 @@ class NAtSAttention(nn.Module):
             o = attend(q, k, v, MASKED, until=until)
         return self.out(o.transpose(1, 2).flatten(-2)), expected_size(y, self.window)
 
+    @whole
     @one_by_one
     def step(self, x: Tensor, cache: NAtSCache | None = None) -> tuple[Tensor, NAtSCache]:
         """New tokens (B, n, dim), types by argmax."""

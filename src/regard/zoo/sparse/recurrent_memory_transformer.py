@@ -15,7 +15,7 @@ from regard.algebra import Causal, Input, Rope, Sinks, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import one_by_one
+from regard.nn.parts import one_by_one, whole
 
 
 def biased(s: Tensor, slot_bias: Tensor) -> Tensor:
@@ -122,6 +122,7 @@ class RecurrentMemoryBlock(nn.Module):
         y = self.join(torch.cat(outs, 2), q, k, v)
         return (y, memory) if return_memory else y
 
+    @whole
     @one_by_one
     def step(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """New tokens (B, n, dim), one after the other; the state does not grow unless there is a global branch."""

@@ -16,6 +16,7 @@ from regard.algebra import Rope
 from regard.algebra.blocks import HIDDEN, heads_of
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import whole
 
 
 def anchors_of(t: int, skip: int, power: float = 2.0) -> list[int]:
@@ -164,6 +165,7 @@ class SuperlinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.mixed(*self.split(x, 0), 0)
 
+    @whole
     def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """New tokens (B, n, dim) after the keys and values of `state`."""
         first = 0 if state is None else state[0].shape[2]
