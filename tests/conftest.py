@@ -1,11 +1,13 @@
-"""Shared fixtures: fixed seeds, two threads, and sample calls of every registered mechanism."""
+"""Shared fixtures: fixed seeds, as many threads as there are cores for each worker, and sample calls of every registered mechanism."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 
 
 @pytest.fixture(autouse=True)

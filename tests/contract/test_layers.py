@@ -75,6 +75,17 @@ def test_few_tokens_or_a_reason(name):
             assert all(x.isfinite().all() for x in tensors(out))
 
 
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"gaam"}))  # which takes a tensor of any shape
+def test_other_shapes_are_refused(name):
+    layer, inputs = make(name).eval(), given(name)
+    if not inputs[0].is_floating_point():
+        return
+    channels = 1 if name == "halonet" else -1
+    for bad in (torch.cat((inputs[0], inputs[0].narrow(channels, 0, 2)), channels), inputs[0][0], None):
+        with pytest.raises(RegardError, match="expected"):
+            layer(bad, *inputs[1:])
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_outputs_do_not_read_later_tokens(name):
     layer, inputs = make(name).double().eval(), cast(given(name), torch.float64)

@@ -18,7 +18,7 @@ from ..engine.door import attend
 from ..engine.given import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, whole
+from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, takes, whole
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -149,11 +149,10 @@ class Attention(Momentary):
         o = activation_of(self.recipe.merge_activation)(self.merge_norm(o.transpose(1, 2).flatten(-2)))
         return self.out(o if self.gate is None else o * GATES[self.recipe.out_gate](self.gate(x)))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
         """x (B, L, dim), context (B, Lk, dim) for cross-attention -> (B, L, dim). mask is added to the causal one; `inputs`: tensors the
         mechanism declares and the layer does not make (segments, a mask's ids)."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, length, {self.dim})")
         given: dict[str, Any] = dict(inputs)
         mechanism: str | Mechanism = self.mechanism
         if isinstance(mask, Tensor):
@@ -176,6 +175,7 @@ class Attention(Momentary):
         return mask if not self.causal else Causal() if mask is None else Causal() & mask
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
         """New tokens x (B, n, dim) after those in `state` -> (y (B, n, dim), new state); equal to `forward` over all of them. mask: beside the
         causal one; its inputs cover all tokens so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -34,6 +35,35 @@ def whole(method: Method) -> Method:
         return method(self, *args, **options)
 
     return run  # type: ignore[return-value]
+
+
+def takes(**shapes: str) -> Callable[[Method], Method]:
+    """Decorator of a layer's method: these arguments are tensors of these shapes, or a RegardError says what came and what was expected.
+
+    A word of a shape is the layer's attribute of that name, if it is a number; else a size that is the same wherever the word stands.
+    """
+    wanted = {name: shape.split() for name, shape in shapes.items()}
+
+    def put(method: Method) -> Method:
+        places = {name: at - 1 for at, name in enumerate(inspect.signature(method).parameters)}
+
+        @functools.wraps(method)
+        def run(self: nn.Module, *args: Any, **options: Any) -> Any:
+            sizes: dict[str, int] = {}
+            for name, words in wanted.items():
+                x = args[places[name]] if places[name] < len(args) else options.get(name)
+                known = {word: getattr(self, word, None) for word in words}
+                sizes.update({word: size for word, size in known.items() if type(size) is int})
+                fits = isinstance(x, Tensor) and x.dim() == len(words)
+                if not fits or any(sizes.setdefault(word, size) != size for word, size in zip(words, x.shape)):  # type: ignore[union-attr]
+                    came = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                    shape = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
+                    raise RegardError(f"{name} is {came}; expected ({shape})")
+            return method(self, *args, **options)
+
+        return run  # type: ignore[return-value]
+
+    return put
 
 
 def one_by_one(step: Method) -> Method:

@@ -15,6 +15,7 @@ from regard.catalog.registry import register
 from regard.engine import weights
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 HEADS = ("mu", "sigma2", "eta2", "gamma2", "nu", "tau2")
 
@@ -193,6 +194,7 @@ class AdaptiveFilterAttention(nn.Module):
         noise: float = 0.1,
     ):
         super().__init__()
+        self.dim = dim
         if frequencies not in ("learned", "rope"):
             raise RegardError(f"frequencies={frequencies!r}; expected learned or rope")
         d = head_dim or max(1, dim // heads)
@@ -243,6 +245,7 @@ class AdaptiveFilterAttention(nn.Module):
         flat = torch.cat((o.real, o.imag), -1).transpose(1, 2).flatten(-2)
         return self.out(flat.to(self.out.weight.dtype))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
         found = self.filtered(x, times, self.gated)
         o = found.output

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 PATTERNS = ("fixed", "logsparse", "axial")
 
@@ -147,6 +148,7 @@ class CombinerAttention(torch.nn.Module):
 
     def __init__(self, dim: int, heads: int, pattern: str = "fixed", seg_len: int | None = None, causal: bool = True, pool: str = "max"):
         super().__init__()
+        self.dim = dim
         if dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
         self.heads, self.pattern, self.seg_len, self.causal, self.pool = heads, pattern, seg_len, causal, pool
@@ -159,6 +161,7 @@ class CombinerAttention(torch.nn.Module):
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return combiner_attention(q, k, v, self.pattern, self.seg_len, self.causal, self.pool)
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.attended(*self.heads_of(x)).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def modrelu(z: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -39,6 +40,7 @@ class SpectralMixer(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
+        self.dim = dim
         if dim % heads or seq_len < 2:
             raise RegardError(f"dim={dim}, heads={heads}, seq_len={seq_len}: expected a multiple of heads, and at least 2 tokens")
         if activation not in ("modrelu", "gelu", "none"):
@@ -73,6 +75,7 @@ class SpectralMixer(nn.Module):
             spectrum = spectrum * (F.gelu(size) / size.clamp_min(self.eps))
         return torch.fft.irfft(spectrum, n=n, dim=-2, norm="ortho").transpose(1, 2).flatten(-2).to(given)
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.mix(self.norm(x)))  # type: ignore[no-any-return]
 

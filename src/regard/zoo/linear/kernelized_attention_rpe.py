@@ -16,6 +16,7 @@ from regard.algebra import Sizes
 from regard.algebra.feature_map import orthogonal_gaussian, positive_random
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 SLICE = 1 << 24  # numbers of the N x features x values block worked on at once
 
@@ -102,6 +103,8 @@ class NormalizedPerformerRPE(torch.nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
         if axes not in (1, 2) or (causal and axes > 1):
             raise RegardError(f"axes={axes}, causal={causal}: expected 1 or 2 axes, and no order on a grid")
         self.causal, self.scale, self.reach = causal, scale, reach
@@ -117,6 +120,7 @@ class NormalizedPerformerRPE(torch.nn.Module):
             table = table.index_select(axis + 1, offset)
         return table
 
+    @takes(q="batch heads length head_dim", k="batch heads length head_dim", v="batch heads length values")
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         phi_q, phi_k = normalised_features(q, k, self.projection, self.scale)
         return kernel_attention_rpe(phi_q, phi_k, v, self.table((v.shape[-2],) if grid is None else grid), self.causal, grid)

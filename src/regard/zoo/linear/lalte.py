@@ -20,7 +20,7 @@ from regard.engine.door import attend
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
 from regard.nn.attention import Attention
-from regard.nn.parts import Momentary, whole
+from regard.nn.parts import Momentary, takes, whole
 from regard.zoo.linear.deltanet import gated_deltanet
 
 MARGIN = 6  # tokens on either side that a decision reads: three convolutions of width 3, dilated by 2
@@ -103,6 +103,7 @@ class LTEAttention(Momentary):
         self, dim: int, heads: int, kv_heads: int | None = None, window: int = 768, sinks: int = 4, budget: int = 512, dropout: float = 0.1
     ):
         super().__init__()
+        self.dim = dim
         kv_heads = kv_heads or heads
         if dim % heads or heads % kv_heads:
             raise RegardError(f"dim={dim}, heads={heads}, kv_heads={kv_heads}: expected multiples")
@@ -121,6 +122,7 @@ class LTEAttention(Momentary):
         ]
         return made[0], made[1], made[2]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
         self.scores = self.router(k, v)
@@ -142,6 +144,7 @@ class LTEAttention(Momentary):
         return EvictionState(none, none, none, none, empty, empty, score, torch.zeros_like(score, dtype=torch.long), 0)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: EvictionState | None = None) -> tuple[Tensor, EvictionState]:
         """New tokens (B, n, dim) after those in `state`, one at a time; equal to `forward` while the budget holds all that is kept."""
         state = self.start(x) if state is None else state

@@ -16,7 +16,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
 from regard.nn.ema import MultiHeadEMA
-from regard.nn.parts import Momentary, whole
+from regard.nn.parts import Momentary, takes, whole
 
 
 @dataclass
@@ -84,6 +84,7 @@ class LongVQBlock(Momentary):
     def bias(self) -> Tensor | None:
         return None if self.offsets is None else self.offsets[None, None, None]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         normal = self.norm(x)
         u, r, hx, q, k, v = self.parts(normal, self.ema(normal))
@@ -94,6 +95,7 @@ class LongVQBlock(Momentary):
         return self.close(x, u, r, hx, o)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: LongVQState | None = None) -> tuple[Tensor, LongVQState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
         if not self.causal:

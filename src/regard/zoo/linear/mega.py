@@ -19,7 +19,7 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.ema import MultiHeadEMA
-from regard.nn.parts import head_norm, whole
+from regard.nn.parts import head_norm, takes, whole
 
 
 def relu_squared(s: Tensor) -> Tensor:
@@ -140,6 +140,7 @@ class MegaLayer(nn.Module):
         h = F.silu(hx + self.h(r * out))
         return x + u * (h - x)
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """keep (B, N) bool: what is no padding."""
         normed = self.norm(x)
@@ -147,6 +148,7 @@ class MegaLayer(nn.Module):
         return self.close(x, u, r, hx, self.attended(z, z, v, keep))
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: MegaState | None = None) -> tuple[Tensor, MegaState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` over all of them."""
         if not self.causal:

@@ -18,6 +18,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def lengths_of(length: int, causal: bool, device: torch.device) -> Tensor:
@@ -149,6 +150,7 @@ class SEAAttention(nn.Module):
         grouped: bool = True,
     ):
         super().__init__()
+        self.head_dim = head_dim
         shrink = 4 if causal else 1
         if cells % shrink:
             raise RegardError(f"cells={cells}; expected a multiple of {shrink}")
@@ -210,6 +212,7 @@ class SEAAttention(nn.Module):
         share = torch.sigmoid(found.gates[1])
         return share * sparse + (1 - share) * self.average(v, found.probabilities)
 
+    @takes(q="batch heads length head_dim", k="batch heads length head_dim", v="batch heads length head_dim")
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.combined(q, k, v, self.estimate(q, k, v))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.codes import Codebook, CodeState, code_attention, code_step, normed, pieces
-from regard.nn.parts import Momentary, whole
+from regard.nn.parts import Momentary, takes, whole
 
 
 def sinusoids(count: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -46,6 +46,7 @@ class VQAttention(Momentary):
         aggregate: bool = True,
     ):
         super().__init__()
+        self.dim = dim
         key_dim, value_dim = key_dim or dim // heads, value_dim or 2 * dim
         if value_dim % heads:
             raise RegardError(f"value_dim={value_dim} is not a multiple of heads={heads}")
@@ -68,6 +69,7 @@ class VQAttention(Momentary):
     def close(self, o: Tensor, x: Tensor) -> Tensor:
         return self.out(o.transpose(1, 2).flatten(-2) * F.silu(self.gate(x)))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.heads_of(x)
         o, which = code_attention(q, k, v, self.codebook.codes, self.block, bias, **self.near)  # type: ignore[arg-type]
@@ -77,6 +79,7 @@ class VQAttention(Momentary):
         return self.close(o, x)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: CodeState | None = None) -> tuple[Tensor, CodeState]:
         """New tokens (B, n, dim) after those in `state`; equal to `forward` in eval over all of them."""
         q, k, v, bias = self.heads_of(x)

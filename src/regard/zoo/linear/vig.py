@@ -13,6 +13,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def both_directions(q: Tensor, k: Tensor, v: Tensor, forward_decay: Tensor, backward_decay: Tensor, scale: float | None = None) -> Tensor:
@@ -39,6 +40,7 @@ class BiGLA2D(nn.Module):
         self, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0, rank: int = 16, tau: float = 16.0, cls: bool = False
     ):
         super().__init__()
+        self.dim = dim
         self.key, self.value = int(dim * expand_k), int(dim * expand_v)
         if self.key % heads or self.value % heads:
             raise RegardError(f"heads={heads}: expected a divisor of the widths {self.key} of q and k and {self.value} of v")
@@ -56,6 +58,7 @@ class BiGLA2D(nn.Module):
         found = F.silu(self.conv(plane)).flatten(2).transpose(1, 2)
         return torch.cat((x[:, : self.cls], found), 1)
 
+    @takes(x="batch tokens dim")
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if x.shape[1] != grid[0] * grid[1] + self.cls:
             raise RegardError(f"x has {x.shape[1]} tokens; expected {grid[0]} x {grid[1]}{' + 1' * self.cls}")

@@ -24,7 +24,7 @@ from regard.engine.reference import repeat_heads
 from regard.engine.stream import State
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 
 class SymbolicAttention(nn.Module):
@@ -222,6 +222,7 @@ class DualAttention(nn.Module):
         **options: Any,
     ):
         super().__init__()
+        self.dim = dim
         heads = heads_sa + heads_ra
         if dim % heads or not heads_sa or not heads_ra:
             raise RegardError(f"dim={dim}, heads_sa={heads_sa}, heads_ra={heads_ra}: expected heads of both kinds, whose sum divides dim")
@@ -231,10 +232,12 @@ class DualAttention(nn.Module):
         self.relational = RelationalAttention(dim, heads_ra, width, causal=causal, rope=rope, kv_heads=kv_heads, **options)
         self.out = nn.Linear(heads_ra * width, heads_ra * width, bool(options.get("bias", False)))
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
         return torch.cat((self.sensory(x), self.out(self.relational(x, symbols, relative))), -1)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, symbols: Tensor, state: tuple[LayerState, State] | None = None) -> tuple[Tensor, tuple[LayerState, State]]:
         """New tokens (B, n, dim) with their symbols (B, n, dim) or (n, dim), after those in `state`."""
         sensed, first = self.sensory.step(x, None if state is None else state[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regard.algebra import row_softmax
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 PROCESSES = ("none", "relu", "silu", "softplus", "sharp_softplus", "sigmoid", "binary", "top_k")
 
@@ -109,12 +110,14 @@ class GINAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, paper: bool = False, project: bool = True, mlp: nn.Module | None = None, **options: object):
         super().__init__()
+        self.dim = dim
         self.adjacency = Adjacency(dim, heads, **options)  # type: ignore[arg-type]
         width = dim // heads
         self.heads, self.paper, self.eps = heads, paper, nn.Parameter(torch.zeros(()))
         self.mlp = HeadMLP(heads, width, 2 * width, width) if mlp is None else mlp
         self.out = nn.Linear(dim, dim, bias=False) if project else nn.Identity()
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         own = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         y = self.mlp((self.eps + (1 if self.paper else 0)) * own + self.adjacency(x) @ own)

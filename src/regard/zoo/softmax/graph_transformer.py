@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def laplacian_positions(edges: Tensor, nodes: int, k: int, flip: bool = False) -> Tensor:
@@ -73,6 +74,7 @@ class GraphTransformerLayer(nn.Module):
         eps: float | None = None,
     ):
         super().__init__()
+        self.dim = dim
         if dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
         self.heads, self.eps = heads, (1e-6 if edge_stream else 0.0) if eps is None else eps
@@ -106,6 +108,7 @@ class GraphTransformerLayer(nn.Module):
         strength = torch.where(adjacency, torch.exp(w.sum(-1).clamp(-5, 5)), 0.0)
         return self.divided(strength @ v, strength.sum(-1, keepdim=True)).transpose(0, 1).flatten(-2)
 
+    @takes(h="nodes dim")
     def forward(self, h: Tensor, edges: Tensor, e: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if (self.e is not None) != (e is not None):
             raise RegardError(

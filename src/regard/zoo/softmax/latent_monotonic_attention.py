@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.algebra import row_softmax
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 NEVER = -1e30  # a finite stand-in for log 0: a sum over impossible pasts then has a gradient
 
@@ -78,6 +79,7 @@ class MonotonicDecoder(nn.Module):
 
     def __init__(self, inputs: int, classes: int, dim: int = 64, context: str = "segment", width: int = 5):
         super().__init__()
+        self.inputs = inputs
         if context not in ("hard", "window", "segment", "global"):
             raise RegardError(f"context={context!r}; expected hard, window, segment or global")
         self.context, self.width = context, width
@@ -119,6 +121,7 @@ class MonotonicDecoder(nn.Module):
         scores = self.label(context).log_softmax(-1).gather(-1, y[:, None].expand(-1, context.shape[1], -1))
         return scores.transpose(1, 2).unflatten(-1, (frames + 1, frames))  # type: ignore[no-any-return]
 
+    @takes(x="batch frames inputs")
     def forward(self, x: Tensor, y: Tensor, alignment: Tensor | None = None) -> Tensor:
         """log p (B,): summed over all alignments, or of one alignment t (B, S)."""
         h, u = self.encode(x)

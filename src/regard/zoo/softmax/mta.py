@@ -17,7 +17,7 @@ from regard.algebra import Rope, row_softmax
 from regard.catalog.registry import register
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 ROWS = 256  # queries worked on at once
 
@@ -98,6 +98,7 @@ class MultiTokenAttention(nn.Module):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
+        self.dim = dim
         if head_dim is None and dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}; pass head_dim=... to choose it")
         self.kv_heads = kv_heads or heads
@@ -145,6 +146,7 @@ class MultiTokenAttention(nn.Module):
         o = o if self.gate is None else torch.sigmoid(self.gate(o)) * o
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """documents (B, L): ids of packed documents, one after another; convolutions and attention stay inside each."""
         q, k, v = self.heads_of(x, 0)
@@ -167,6 +169,7 @@ class MultiTokenAttention(nn.Module):
         return torch.cat(outs, 2)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: TokenCache | None = None) -> tuple[Tensor, TokenCache]:
         """New tokens x (B, n, dim) after those in `state`; equal to `forward` over all of them."""
         q, k, v = self.heads_of(x, 0 if state is None else state.length)

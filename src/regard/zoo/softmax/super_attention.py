@@ -20,7 +20,7 @@ from regard.engine import step
 from regard.engine.door import attend
 from regard.engine.stream import State
 from regard.errors import RegardError
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 
 @register("super-attention", kind="module")
@@ -44,6 +44,7 @@ class FrugalAttention(nn.Module):
         mix_bias: bool = False,
     ):
         super().__init__()
+        self.dim = dim
         kinds = ("standard", "optimised", "efficient", "super")
         if kind not in kinds or start not in ("eye", "xavier"):
             raise RegardError(f"kind={kind!r}, start={start!r}; expected kind from {', '.join(kinds)} and start eye or xavier")
@@ -77,6 +78,7 @@ class FrugalAttention(nn.Module):
         corner = self.mix.tril() if self.causal else self.mix
         return corner[queries, :keys]
 
+    @takes(x="batch tokens dim")
     def forward(self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """context (B, Lk, dim): what keys are read from, and values unless `value` (B, Lk, dim) is given. keep: (B, Lk) bool, False at
         padding."""
@@ -95,6 +97,7 @@ class FrugalAttention(nn.Module):
         return self.out(attend(q, k, self.split(v), mask=mask, **given).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     @whole
+    @takes(x="batch tokens dim")
     def step(self, x: Tensor, state: tuple[State | None, Tensor] | None = None) -> tuple[Tensor, tuple[State | None, Tensor]]:
         """New tokens (B, n, dim) after those in `state`: the cache holds raw inputs where keys or values are raw."""
         if not self.causal:

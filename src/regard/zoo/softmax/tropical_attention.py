@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 ROOM = 1 << 22  # entries of the difference tensor that are formed at once
 
@@ -104,6 +105,7 @@ class TropicalAttention(nn.Module):
         self, dim: int, heads: int, tropical_proj: bool = True, tropical_norm: bool = False, symmetric: bool = True, causal: bool = False
     ):
         super().__init__()
+        self.dim = dim
         if dim % heads:
             raise RegardError(f"dim={dim} is not a multiple of heads={heads}")
         self.heads, self.symmetric, self.causal = heads, symmetric, causal
@@ -112,6 +114,7 @@ class TropicalAttention(nn.Module):
         self.q, self.k, self.v = (TropicalLinear(width, width) if tropical_proj else nn.Identity() for _ in range(3))
         self.out = nn.Linear(dim, dim, bias=False)
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u = torch.log1p(torch.relu(x))
         u = u if self.shift is None else u - self.shift

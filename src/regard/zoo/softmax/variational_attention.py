@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 MODES = ("soft", "exact", "hard", "enumerate", "sample", "gumbel", "wake_sleep", "dirichlet")
 
@@ -80,6 +81,7 @@ class LatentAlignment(nn.Module):
         leave_one_out: bool = False,
     ):
         super().__init__()
+        self.dim = dim
         if mode not in MODES:
             raise RegardError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
         self.mode, self.samples, self.temperature, self.floor, self.baseline = mode, samples, temperature, floor, baseline
@@ -94,6 +96,7 @@ class LatentAlignment(nn.Module):
         target = y.view(-1, *(1,) * (context.dim() - 2)).expand(logits.shape[:-1])
         return -F.cross_entropy(logits.movedim(-1, 1), target, reduction="none")
 
+    @takes(h="batch dim", memory="batch items dim")
     def forward(self, h: Tensor, memory: Tensor, y: Tensor, mode: str | None = None) -> Estimate:
         """mode: another than the module's, for this call."""
         log_p = self.prior(h, memory).log_softmax(-1)

@@ -14,6 +14,7 @@ from regard.algebra.permute import tiles
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def by_region(q: Tensor, k: Tensor, view: View, regions: Tensor, real: Tensor) -> Selection:
@@ -52,6 +53,7 @@ class BiLevelRoutingAttention(nn.Module):
         padded: str = "hidden", layout: str = "nhwc",
     ):  # fmt: skip
         super().__init__()
+        self.dim = dim
         self.qk_dim = qk_dim or dim
         if not 1 <= top_k <= regions * regions or self.qk_dim % heads or dim % heads:
             raise RegardError(
@@ -94,6 +96,7 @@ class BiLevelRoutingAttention(nn.Module):
             return self.mixed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.mixed(x)
 
+    @takes(x="batch height width dim")
     def mixed(self, x: Tensor) -> Tensor:
         """x (N, H, W, C) -> (N, H, W, C)."""
         height, width = x.shape[1:3]

@@ -17,7 +17,7 @@ from regard.algebra.blocks import block_sums, lengths
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 
 def add(s: Tensor, bias: Tensor) -> Tensor:
@@ -108,6 +108,7 @@ class DynamicMaskAttention(nn.Module):
         dt_bias: bool = True,
     ):
         super().__init__()
+        self.dim = dim
         kv_heads = kv_heads or heads
         if bias not in ("linear", "exp") or mask not in ("topk", "relu") or window < 1 or smooth < 0:
             raise RegardError(
@@ -135,6 +136,7 @@ class DynamicMaskAttention(nn.Module):
         bias = F.softplus(self.dt(v.transpose(1, 2).flatten(-2))).transpose(1, 2) * self.strength[:, None]
         return q, k, v, bias.exp() if self.form == "exp" else bias
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.heads_of(x, 0)
         until = top_lifetimes(bias, self.window) if self.kind == "topk" else positive_lifetimes(bias)
@@ -146,6 +148,7 @@ class DynamicMaskAttention(nn.Module):
         return self.out(o.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: WindowedState | None = None) -> tuple[Tensor, WindowedState]:
         """One or more new tokens (B, n, dim) after those in `state`."""
         if self.smooth:

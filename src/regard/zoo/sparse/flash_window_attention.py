@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, chunk: int) -> Tensor:
@@ -96,6 +97,7 @@ class SwinWindowAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int = 7, shift: int = 0, *, flash: bool = True, chunk: int = 16):
         super().__init__()
+        self.dim = dim
         if not 0 <= shift < window or dim % heads:
             raise RegardError(f"shift={shift}, window={window}, dim={dim}, heads={heads}: expected 0 <= shift < window, and a multiple")
         self.heads, self.window, self.shift, self.flash, self.chunk = heads, window, shift, flash, chunk
@@ -109,6 +111,7 @@ class SwinWindowAttention(nn.Module):
         index = (y[:, None] - y + self.window - 1) * (2 * self.window - 1) + x[:, None] - x + self.window - 1
         return self.table[index].permute(2, 0, 1)
 
+    @takes(x="batch height width dim")
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         if height % self.window or width % self.window:

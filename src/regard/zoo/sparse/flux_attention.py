@@ -19,7 +19,7 @@ from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 from regard.nn.decoder import Decoder
-from regard.nn.parts import Momentary, whole
+from regard.nn.parts import Momentary, takes, whole
 
 
 class LayerRouter(nn.Module):
@@ -72,6 +72,7 @@ class FluxAttention(Momentary):
         full: Mechanism | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.dim = inner.dim
         self.inner, self.router, self.tau = inner, LayerRouter(inner.key_dim, ends), 1.0
         self.sinks, self.window = sinks, window
         self.full = full or Weighted(mask=Causal())
@@ -90,6 +91,7 @@ class FluxAttention(Momentary):
         soft = ((logits + noise) / self.tau).softmax(-1)[..., 1]
         return (soft > 0.5).to(x) + soft - soft.detach()
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, _ = self.inner.heads_of(x, x, 0, None)
         z = self.z = self.route(x)
@@ -104,6 +106,7 @@ class FluxAttention(Momentary):
         return self.inner.close(out, x)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: RoutedState | None = None) -> tuple[Tensor, RoutedState]:
         """The prompt decides the path; later tokens keep to it."""
         position = 0 if state is None else state.position

@@ -13,6 +13,7 @@ from regard.algebra import Input, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def biased(s: Tensor, relative: Tensor, real: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class HaloAttention2d(nn.Module):
         pool: bool = False, steps: str = "pixels",
     ):  # fmt: skip
         super().__init__()
+        self.dim = dim
         out = out or dim
         if block % stride or halo < 0 or relative not in ("unscaled", "scaled", "none") or steps not in ("pixels", "queries"):
             raise RegardError(
@@ -73,6 +75,7 @@ class HaloAttention2d(nn.Module):
         columns = torch.einsum("nhijd,jbd->nhijb", q, self.rel_w[index])
         return (rows[..., :, None] + columns[..., None, :]).flatten(-2).flatten(2, 3)
 
+    @takes(x="batch dim height width")
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         b, s = self.block, self.stride

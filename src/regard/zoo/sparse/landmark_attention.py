@@ -18,7 +18,7 @@ from regard.algebra.permute import taken
 from regard.catalog.registry import register
 from regard.engine.stream import KeyValueState
 from regard.errors import RegardError
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 
 def grouped_softmax(s: Tensor, block: int, first: int = 0, retrieved: Tensor | None = None) -> Tensor:
@@ -109,6 +109,7 @@ class LandmarkAttention(nn.Module):
         selection: str = "token_and_head", bias: bool = False,
     ):  # fmt: skip
         super().__init__()
+        self.dim = dim
         if dim % heads or block < 1 or (top_blocks is not None and top_blocks < 1):
             raise RegardError(
                 f"dim={dim}, heads={heads}, block={block}, top_blocks={top_blocks}: expected a multiple, and at least one token a block, and "
@@ -129,6 +130,7 @@ class LandmarkAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor, landmarks: Tensor | None = None) -> Tensor:
         """landmarks (B, L) bool: which tokens are landmarks, where they do not stand at every block + 1-st place."""
         if landmarks is not None and (landmarks.dtype != torch.bool or landmarks.shape != x.shape[:2]):
@@ -146,6 +148,7 @@ class LandmarkAttention(nn.Module):
         return self.out(torch.cat(rows, 2).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, cache: LandmarkCache | None = None) -> tuple[Tensor, LandmarkCache]:
         """New tokens (B, n, dim): landmarks of complete blocks are scored, the best `top_blocks` opened, and nothing else of the cache is read."""
         cache = cache or LandmarkCache()

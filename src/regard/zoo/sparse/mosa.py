@@ -12,6 +12,7 @@ from regard.algebra import Causal, Explicit, Weighted, Window
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 
 def rotate_part(x: Tensor, place: Tensor, share: float, base: float = 10000.0) -> Tensor:
@@ -56,6 +57,7 @@ class MoSA(nn.Module):
         window: int | None = None,
     ):
         super().__init__()
+        self.dim = dim
         if sparse < 1 or sparsity < 1:
             raise RegardError(f"sparse={sparse}, sparsity={sparsity}: expected at least 1")
         self.sparse, self.dense, self.head_dim, self.sparsity, self.first, self.share = sparse, dense, head_dim, sparsity, first, rope_share
@@ -78,6 +80,7 @@ class MoSA(nn.Module):
             ranked[..., 0] = float("inf")
         return ranked.topk(self.taken(scores.shape[-1]), -1).indices.sort(-1).values
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         r = torch.sigmoid(torch.einsum("btd,ed->bet", x, self.router))

@@ -15,7 +15,7 @@ from regard.algebra import Causal, Lifetime, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import one_by_one, whole
+from regard.nn.parts import one_by_one, takes, whole
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
 MASKED = Weighted(mask=Causal() & Lifetime())
@@ -110,6 +110,7 @@ class NAtSAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, kv_heads: int | None = None, *, window: int = 64, tau: float = 1.0):
         super().__init__()
+        self.dim = dim
         if dim % heads or heads % (kv_heads or heads) or window < 0 or tau <= 0:
             raise RegardError(
                 f"dim={dim}, heads={heads}, kv_heads={kv_heads}, window={window}, tau={tau}: expected multiples, a window of 0 or more, tau > 0"
@@ -123,6 +124,7 @@ class NAtSAttention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.width)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
         return q, k, v, self.types(x).unflatten(-1, (self.kv_heads, 3)).transpose(1, 2)
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, logits = self.heads_of(x)
         group = self.heads // self.kv_heads
@@ -137,6 +139,7 @@ class NAtSAttention(nn.Module):
         return self.out(o.transpose(1, 2).flatten(-2)), expected_size(y, self.window)
 
     @whole
+    @takes(x="batch length dim")
     @one_by_one
     def step(self, x: Tensor, cache: NAtSCache | None = None) -> tuple[Tensor, NAtSCache]:
         """New tokens (B, n, dim), types by argmax."""

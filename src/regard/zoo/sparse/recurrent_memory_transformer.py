@@ -15,7 +15,7 @@ from regard.algebra import Causal, Input, Rope, Sinks, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import one_by_one, whole
+from regard.nn.parts import one_by_one, takes, whole
 
 
 def biased(s: Tensor, slot_bias: Tensor) -> Tensor:
@@ -55,6 +55,7 @@ class RecurrentMemoryBlock(nn.Module):
         rope_bases: tuple[float, float] = (1e3, 1e5),
     ):  # fmt: skip
         super().__init__()
+        self.dim = dim
         if dim % heads or (slots and not 1 <= written <= slots) or chunk < max(1, written):
             raise RegardError(
                 f"dim={dim}, heads={heads}, slots={slots}, written={written}, chunk={chunk}: expected a multiple, and 1 <= written <= slots, chunk"
@@ -102,6 +103,7 @@ class RecurrentMemoryBlock(nn.Module):
             local = a * local + (1 - a) * attend(q, k, v, mask=Causal())
         return self.out(local.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(
         self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, return_memory: bool = False, first: int = 0
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -123,6 +125,7 @@ class RecurrentMemoryBlock(nn.Module):
         return (y, memory) if return_memory else y
 
     @whole
+    @takes(x="batch length dim")
     @one_by_one
     def step(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """New tokens (B, n, dim), one after the other; the state does not grow unless there is a global branch."""

@@ -16,6 +16,7 @@ from regard.algebra.blocks import HIDDEN, cut, heads_of, pooled, top_k
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 POOLS = ("max", "min", "avg")
 
@@ -141,6 +142,9 @@ class SeerAttention(nn.Module):
         k_pools: tuple[str, ...] = POOLS, map_q: bool = True, base: float = 10000.0,
     ):  # fmt: skip
         super().__init__()
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
         if ratio is not None and not 0 < ratio <= 1:
             raise RegardError(f"ratio={ratio}; expected a share in (0, 1]")
         if last_dense < 0:
@@ -167,6 +171,7 @@ class SeerAttention(nn.Module):
             k, torch.arange(k.shape[-2], device=k.device)
         )
 
+    @takes(q="batch heads queries head_dim", k="batch kv_heads length head_dim", v="batch kv_heads length values")
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         turned_q, turned_k = self.rotated(q, k)
         if q.shape[-2] != k.shape[-2] or (self.threshold <= 0 and self.ratio is None):

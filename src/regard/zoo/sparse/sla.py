@@ -15,6 +15,7 @@ from regard.algebra.blocks import cut, lengths, pooled
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.parts import takes
 
 FEATURES = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
 
@@ -72,6 +73,7 @@ class SparseLinearAttention(nn.Module):
         over: str = "marginal",
     ):
         super().__init__()
+        self.head_dim = head_dim
         if feature not in FEATURES or over not in ("marginal", "all"):
             raise RegardError(f"feature={feature!r}, over={over!r}; expected one of {', '.join(FEATURES)}, and marginal or all")
         self.top, self.bottom, self.block_size, self.feature, self.over = top, bottom, block_size, feature, over
@@ -88,6 +90,7 @@ class SparseLinearAttention(nn.Module):
             return sparse, phi_q @ (phi_k.transpose(-1, -2) @ v) / (phi_q @ phi_k.sum(-2)[..., None] + 1e-5)
         return sparse, marginal_linear(phi_q, phi_k, v, marginal, self.block_size)
 
+    @takes(q="batch heads queries head_dim", k="batch heads length head_dim", v="batch heads length head_dim")
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparse, linear = self.branches(q, k, v)
         return sparse + self.linear(linear)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from regard.algebra.blocks import top_k
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.parts import Momentary
+from regard.nn.parts import Momentary, takes
 
 
 @register("sparsifiner", kind="module")
@@ -40,6 +40,8 @@ class SparsifinerAttention(Momentary):
         coefficient_top: int = 0, estimate_threshold: float | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.tokens = tokens
+        self.dim = dim
         if not 0 < keep <= 1:
             raise RegardError(f"keep={keep}; expected a share in (0, 1]")
         width = dim // heads
@@ -98,6 +100,7 @@ class SparsifinerAttention(Momentary):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    @takes(x="batch tokens dim")
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """token_mask (B, N - 1) bool: False for tokens that a layer before has pruned; their q, k and v are zero, and their rows too."""
         if x.dim() != 3 or x.shape[1] != len(self.down):

@@ -16,7 +16,7 @@ from regard.algebra import Rope
 from regard.algebra.blocks import HIDDEN, heads_of
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.parts import whole
+from regard.nn.parts import takes, whole
 
 
 def anchors_of(t: int, skip: int, power: float = 2.0) -> list[int]:
@@ -133,6 +133,7 @@ class SuperlinearAttention(nn.Module):
         power: float = 2.0, span_power: float = 0.5, rope: bool = True,
     ):  # fmt: skip
         super().__init__()
+        self.dim = dim
         if top < 1 or skip < 0 or backward < 0 or forward < 0 or power < 1:
             raise RegardError(
                 f"top={top}, skip={skip}, backward={backward}, forward={forward}, power={power}: expected top >= 1, power >= 1, the others >= 0"
@@ -162,10 +163,12 @@ class SuperlinearAttention(nn.Module):
             outs.append(span_attention(q[:, :, rows], k, v, anchors, scores, first + start, self.skip, *self.spans, self.power))
         return self.out(torch.cat(outs, 2).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
+    @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
         return self.mixed(*self.split(x, 0), 0)
 
     @whole
+    @takes(x="batch length dim")
     def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """New tokens (B, n, dim) after the keys and values of `state`."""
         first = 0 if state is None else state[0].shape[2]

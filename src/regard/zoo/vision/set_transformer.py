@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.algebra import Padding
 from regard.catalog.registry import register
 from regard.engine.door import attend
+from regard.nn.parts import takes
 
 
 class MAB(nn.Module):
@@ -84,10 +85,12 @@ class SetTransformer(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, dim: int = 128, heads: int = 4, inducing: int = 32, outputs: int = 1, norm: bool = False):
         super().__init__()
+        self.dim_in = dim_in
         widths = (dim_in, dim)
         self.encoder = nn.ModuleList([ISAB(w, dim, heads, inducing, norm) if inducing else SAB(w, dim, heads, norm) for w in widths])
         self.pool, self.mix, self.head = PMA(dim, heads, outputs, norm), SAB(dim, dim, heads, norm), nn.Linear(dim, dim_out)
 
+    @takes(x="batch items dim_in")
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """keep (B, n) bool: which elements exist."""
         for layer in self.encoder:
