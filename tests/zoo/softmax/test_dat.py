@@ -72,6 +72,9 @@ def test_relational_heads(options: dict[str, object]) -> None:
     for b in range(2):
         want = by_hand(layer, x[b], lambda i, j: pairs.library[min(max(i - j, -3), 3) + 3])
         torch.testing.assert_close(layer(x, pairs(6, 6), relative=True)[b], want)
+        torch.testing.assert_close(layer(x, pairs.library, relative=True)[b], want)
+    with pytest.raises(RegardError, match="odd"):
+        layer(x, pairs.library[:-1], relative=True)
 
 
 @pytest.mark.parametrize("options", [one for one in OPTIONS if "activation" not in one and one.get("causal", True)])

@@ -66,6 +66,16 @@ class RelativeSymbols(nn.Module):
         return self.library[apart.clamp(-self.max_rel, self.max_rel) + self.max_rel]
 
 
+def by_offset(alpha: Tensor, count: int) -> Tensor:
+    """Weights (B, H, L, L) summed by their offset i - j, clipped to the `count` offsets around 0: (B, H, L, count)."""
+    if count % 2 == 0:
+        raise RegardError(f"symbols has {count} offsets; expected an odd number, from -r to r")
+    length, reach = alpha.shape[-1], count // 2
+    at = torch.arange(length, device=alpha.device)
+    place = ((at[:, None] - at).clamp(-reach, reach) + reach).expand(alpha.shape)
+    return alpha.new_zeros(*alpha.shape[:-1], count).scatter_add(-1, place, alpha)
+
+
 class RelationalAttention(nn.Module):
     """The relational heads: x (B, L, dim), symbols (B, L, dim) of tokens or (L, dim) of positions -> (B, L, heads * width).
 
@@ -128,7 +138,8 @@ class RelationalAttention(nn.Module):
         return torch.cat((k_rel.unsqueeze(1).expand(-1, self.kv_heads, -1, -1), v), -1)
 
     def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
-        """relative: symbols are (L, L, dim), one for each pair; relations and pairs of symbols are then formed in full."""
+        """relative: symbols are (2 r + 1, dim), one for each offset i - j in -r .. r, where those beyond share the outermost, or (L, L, dim),
+        one for each pair. Relations are then formed in full."""
         (q, q_rel), (k, k_rel) = self.queries(x, 0), self.keys(x, 0)
         mask = Causal() if self.causal else None
         if not relative and self.activation is None:
@@ -141,7 +152,8 @@ class RelationalAttention(nn.Module):
         out = torch.einsum("bhij,brij,hwr->bhiw", alpha, relations, self.w_r)
         if relative:
             s = self.v(symbols).unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.heads // self.kv_heads, -2)
-            out = out + torch.einsum("bhij,ijhw->bhiw", alpha, s)
+            pairs = s.dim() == 4
+            out = out + torch.einsum("bhij,ijhw->bhiw" if pairs else "bhio,ohw->bhiw", alpha if pairs else by_offset(alpha, len(s)), s)
         else:
             out = out + alpha @ repeat_heads(self.values(symbols, x.shape[0]), self.heads)
         return out.transpose(1, 2).flatten(-2)
