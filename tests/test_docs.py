@@ -34,12 +34,21 @@ def test_the_readme_runs():
     space: dict[str, object] = {}
     for source in blocks("README.md"):
         exec(compile(source, "README.md", "exec"), space)
+    finite(space)
 
 
 def test_the_guide_runs():
     q, k, v = (torch.randn(1, 8, 32, 64) for _ in range(3))
     for source in blocks("docs/own.md"):
-        exec(compile(source, "own.md", "exec"), {"torch": torch, "regard": regard, "q": q, "k": k, "v": v})
+        space = {"torch": torch, "regard": regard, "q": q, "k": k, "v": v}
+        exec(compile(source, "own.md", "exec"), space)
+        finite(space)
+
+
+def finite(space):
+    """What a text computes are numbers, and there are some."""
+    found = [x for x in space.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    assert found and all(x.isfinite().all() for x in found)
 
 
 def test_names_that_docstrings_point_to_exist():

@@ -61,7 +61,10 @@ def test_equal_rows(name, dtype):
 def test_scores_of_ten_thousand(name):
     call = sample(name, dtype=torch.float32, q_len=17)
     call.q = call.q * 4e3
-    checked(call, float("inf") if name in WITHOUT_DIGITS else 2e-2, mask=mask_of(name))
+    assert call.run(mask=mask_of(name)).isfinite().all()
+    if name in WITHOUT_DIGITS:
+        call.q = call.q / 100  # where float32 has some
+    checked(call, 2e-2, mask=mask_of(name))
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
