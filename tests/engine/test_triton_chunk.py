@@ -15,7 +15,7 @@ SCRIPT = """
 import torch
 from dataclasses import replace
 from test_chunk_backward import scan_of
-from regard.engine.recurrent.chunk import on_device
+from regard.engine.recurrent.chunked import on_device
 from regard.engine.recurrent.chunked import chunked
 from regard.engine.recurrent.step import step
 
