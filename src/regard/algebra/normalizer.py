@@ -40,6 +40,7 @@ class RowLocal(Normalizer):
     both weigh nothing.
     anchor: how much, relative to a weight, weights may depend on c being the row's extreme itself (as where divide adds to a shifted sum);
     executors may leave the shift out where scores are small and their precision is coarser than this.
+    usual: the same rule, quicker to compute, for calls that leave `inputs` at their defaults.
     """
 
     weight: Function = torch.exp
@@ -49,6 +50,7 @@ class RowLocal(Normalizer):
     inputs: tuple[Input, ...] = ()
     floor: Function | float = 1.0
     anchor: float = 0.0
+    usual: RowLocal | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,9 @@ WITH_STATS = ("native", "tiled")  # executors whose rows come with the statistic
 def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: Any, inputs: dict[str, Any], executor: str | None) -> Plan:
     """The plan of a call, remembered by everything it depends on."""
     description = settle(resolved(mechanism))
+    rule = getattr(description, "normalizer", None)
+    if getattr(rule, "usual", None) is not None and not any(item.name in inputs for item in rule.inputs):  # type: ignore[union-attr]
+        description = usual(description)
     mask = None if mask is None else settle(as_mask(mask))
     lasting = fixed(description) and (mask is None or fixed(mask))
     try:
@@ -71,6 +74,12 @@ def planned(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: A
         if lasting:
             _plans[key] = found
     return found
+
+
+@functools.lru_cache(256)
+def usual(description: Weighted) -> Weighted:
+    """A mechanism whose normalizer's inputs keep their defaults."""
+    return replace(description, normalizer=description.normalizer.usual)  # type: ignore[union-attr, arg-type, attr-defined]
 
 
 def attend(

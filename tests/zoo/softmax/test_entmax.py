@@ -123,3 +123,11 @@ def test_alpha_below_one_is_refused() -> None:
         regard.attend(q, q, q, "entmax", alpha=torch.tensor([0.9]))
     with pytest.raises(regard.RegardError, match="at least 1"):
         entmax_weights(q, 0.9)
+
+
+@pytest.mark.parametrize("executor", [None, "tiled", "reference"])
+def test_left_at_its_default_alpha_runs_as_a_number(executor):
+    q, k, v = (torch.randn(2, 2, 40, 8, dtype=torch.float64) for _ in range(3))
+    given = regard.attend(q, k, v, "entmax", alpha=torch.full((2,), 1.5, dtype=torch.float64), executor=executor)
+    assert (regard.attend(q, k, v, "entmax", executor=executor) - given).abs().max() < 1e-6
+    assert not regard.plan(q, k, v, "entmax").mechanism.declared and regard.get("entmax").declared

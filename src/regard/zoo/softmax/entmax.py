@@ -64,7 +64,8 @@ def entmax(alpha: float | None = None, init: float = 0.0, bounds: tuple[float, f
     if alpha is None:
         transform = one_plus_sigmoid if bounds is None else bind(chosen, low=float(bounds[0]), high=float(bounds[1]))
         spec = Input("alpha", "h", default=1.5, layer=Learned(init, transform), at_least=1.0)
-        return Weighted(normalizer=RowLocal(tempered, shift="root", floor=reach, inputs=(spec,)))
+        half = RowLocal(tempered_half, shift="root", floor=2.0)
+        return Weighted(normalizer=RowLocal(tempered, shift="root", floor=reach, inputs=(spec,), usual=half))
     if alpha <= 1:
         raise RegardError(f"alpha={alpha}: expected a number above 1 (softmax is the limit at 1)")
     if alpha in (1.5, 2.0):
