@@ -7,7 +7,6 @@ o = c o1 + (1 - c) o2, c = 1 / (1 + e^{lse2 - lse1});  causal: first half recurs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from regard.algebra.blocks import heads_of
 from regard.algebra.permute import Permutation, taken
 from regard.catalog.registry import register
 from regard.engine.composed import Call
+from regard.engine.door import attend_with_stats
 from regard.engine.meter import add, counting
 from regard.errors import RegardError
 
@@ -106,17 +106,24 @@ def exact(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, extra: fl
     return p @ v, lse + extra
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Part:
+    """`exact` of all keys, or of those up to the query's own place: q (B, H, n, D), its queries at the end of the keys."""
+    if not (counting() or any(x.requires_grad for x in (q, k, v))):  # statistics of rows have no gradient
+        out, stats = attend_with_stats(q, k, v, mask=Causal() if causal else None, scale=1.0)
+        return out, stats.shift + stats.total.log()
+    rows = torch.arange(k.shape[-2] - q.shape[-2], k.shape[-2], device=q.device)
+    at = torch.arange(k.shape[-2], device=q.device)
+    found = [
+        exact(part, k, v, at <= now[:, None] if causal else None) for part, now in zip(q.split(1024, -2), rows.split(1024), strict=True)
+    ]
+    return torch.cat([o for o, _ in found], -2), torch.cat([lse for _, lse in found], -2)
+
+
 def merged(a: Part, b: Part) -> Part:
     """One softmax over two disjoint sets of keys; either may be empty (lse -inf)."""
     lse = torch.logaddexp(a[1], b[1])
     safe = torch.where(lse.isfinite(), lse, 0.0)
     return a[0] * torch.exp(a[1] - safe) + b[0] * torch.exp(b[1] - safe), lse
-
-
-def by_rows(attention: Callable[..., Part], q: Tensor, *rest: Tensor, rows: int = 1024) -> Part:
-    """Rows of queries a piece at a time: no matrix wider than `rows` x keys."""
-    found = [attention(part, *rest) for part in q.split(rows, -2)]
-    return torch.cat([o for o, _ in found], -2), torch.cat([lse for _, lse in found], -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +148,7 @@ def cross(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Part:
     """All keys for all queries: sorted blocks and sampled keys. q comes scaled."""
     n, m, size = k.shape[-2], q.shape[-2], sizes.block
     if m < sizes.min_length or (n <= size and not sizes.zero_keys):
-        return by_rows(exact, q, k, v)
+        return whole(q, k, v, causal=False)
     order_q, order_k = (Permutation(angular_order(x.detach(), sizes.directions, sizes.buckets)) for x in (q, k))
     qs, ks, vs = order_q.apply(q), order_k.apply(k), order_k.apply(v)
     count = -(-n // size)
@@ -169,9 +176,7 @@ def triangle(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> Part:
     """Causal: both halves by themselves, side by side as heads, and the second half over all of the first."""
     n, behind = q.shape[-2], k.shape[-2] - q.shape[-2]
     if k.shape[-2] <= sizes.min_length or behind:
-        at, rows = torch.arange(k.shape[-2], device=q.device), torch.arange(behind, behind + n, device=q.device)
-        found = [exact(part, k, v, at <= now[:, None]) for part, now in zip(q.split(1024, -2), rows.split(1024), strict=True)]
-        return torch.cat([o for o, _ in found], -2), torch.cat([lse for _, lse in found], -2)
+        return whole(q, k, v, causal=True)
     q, k, v = (filled(x, 2) for x in (q, k, v))  # a last, zero row sees all and is seen by none
     half = q.shape[-2] // 2
     halves = [x.unflatten(2, (2, half)).flatten(1, 2) for x in (q, k, v)]
