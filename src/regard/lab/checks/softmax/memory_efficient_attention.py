@@ -65,8 +65,8 @@ def _() -> tuple[float, float]:
 
 @check(
     "memory-efficient-attention",
-    "one query over streamed keys equals the softmax, at logits of +-1e3",
-    below=1e-12,
+    "one query over streamed keys equals the softmax, at logits of +-1e3: share of entries off by more than 1e-12, or no numbers",
+    below=0,
     control="without the running maximum",
 )
 def _() -> tuple[float, float]:
@@ -76,4 +76,8 @@ def _() -> tuple[float, float]:
         lazy.update(key, value)
     truth = naive.softmax(k @ q / math.sqrt(8)) @ v
     e = torch.exp((k @ q / math.sqrt(8)).float())
-    return naive.gap(lazy.value(), truth), naive.gap(((e @ v.float()) / e.sum()).double(), truth)
+
+    def off(out: Tensor) -> float:
+        return 1 - float(((out.double() - truth).abs() <= 1e-12).double().mean())
+
+    return off(lazy.value()), off((e @ v.float()) / e.sum())
