@@ -136,6 +136,10 @@ def attend_now(
     if isinstance(q, Tensor) and q.dim() == 3:
         return single(q, k, v, mechanism, mask, scale=scale, executor=executor, **inputs)
     if isinstance(mask, Tensor):
+        if mask.dtype == torch.bool and executor is None and not inputs and plain(mechanism) and not meter.counting():
+            out = sdpa.table(q, k, v, mask, scale)
+            if out is not None:
+                return out
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     chosen = planned(q, k, v, mechanism, mask, inputs, executor)
     if chosen.direct and chosen.form is not None and not meter.counting():
@@ -208,6 +212,11 @@ def single(q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, mask: An
     return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mechanism, mask=mask, **options).squeeze(1)
 
 
+def plain(mechanism: str | Mechanism) -> bool:
+    """Whether a mechanism is softmax over dot products and nothing else."""
+    return mechanism == "softmax" if isinstance(mechanism, str) else getattr(mechanism, "plain", False)
+
+
 _eager: list[Callable[..., Any]] = []
 
 
@@ -222,8 +231,7 @@ def compiled(
     inputs: dict[str, Any],
 ) -> Tensor:
     """`attend` inside torch.compile: plain softmax is traced; everything else is a break between two compiled parts."""
-    plain = mechanism == "softmax" if isinstance(mechanism, str) else getattr(mechanism, "plain", False)
-    if plain and executor is None and not inputs and q.dim() == 4:
+    if plain(mechanism) and executor is None and not inputs and q.dim() == 4:
         how = sdpa.traced(q, k, v, mask)
         if how is not None:
             return sdpa.call(*how[:3], how[3], scale, how[4])

@@ -3,7 +3,7 @@ enough to spell out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..algebra.part import Input, Sizes
 from ..algebra.token_mask import Explicit, Kept, Padding, Segments
 from ..errors import RegardError
 from .pairs import indices, visible
-from .problem import Problem, fill_inputs, keys_in_sight
+from .problem import Problem, fill_inputs, keys_in_sight, sizes_of
 
 SMALL_MASK = 1 << 20  # elements of an explicit mask worth building
 
@@ -65,15 +65,30 @@ def given(
 ) -> Tensor:
     """Softmax under a mask whose tensors come with the call."""
     tensors = fill_inputs(declared, inputs, sizes, q)
-    seen = pairs(mask, sizes, tensors, q.device)
+    return under(q, k, v, pairs(mask, sizes, tensors, q.device), lambda: keys_in_sight(mask, tensors), scale)
+
+
+def under(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, in_sight: Callable[[], Tensor | None], scale: float | None) -> Tensor:
+    """Softmax under a table. in_sight: keys that some query sees, (B or 1, Lk or 1), or None where that is not known."""
     if not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or q.requires_grad)):
         out = call(q, k, v, "given", scale, seen)  # what stands where no query looks matters only if it is no number
         if not bool(out.sum().isnan()):
             return out
-    read = keys_in_sight(mask, tensors)
+    read = in_sight()
     if read is not None and not bool(read.all()):
         k, v = (torch.where(read[:, None, :, None], x, 0.0) for x in (k, v))
     return call(q, k, v, "given", scale, seen)
+
+
+def table(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor | None:
+    """Softmax under a table of bools, without a plan: decoding asks for it token by token. None: the call is to be looked at."""
+    if seen.dim() != 4 or seen.device != q.device or any(x.dim() != 4 for x in (q, k, v)):
+        return None
+    sizes = sizes_of(q, k, v)
+    whole = (sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
+    if sizes.empty or any(size not in (1, full) for size, full in zip(seen.shape, whole, strict=True)):
+        return None
+    return under(q, k, v, seen, lambda: seen.any(2).any(1), scale)
 
 
 def traced(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None] | None:
