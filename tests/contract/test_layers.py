@@ -12,6 +12,12 @@ from regard import RegardError
 
 CAUSAL = [name for name in MODULES if LAYERS[name].causal]
 STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
+UNFELT = {  # softmax does not feel what is added to all scores of a row, nor anything where there is one key
+    "latent-monotonic-attention": ("energy.bias",),
+    "rcmha": ("head_convs.1.bias",),
+    "sea": ("last.bias",),
+    "set-transformer": ("k.bias", "mix.mab.k.weight"),
+}
 WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}
 ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have none themselves
     "lalte": "the router learns straight through its decisions",
@@ -45,12 +51,13 @@ def test_every_layer_is_here():
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - set(TRAINED_APART)))
 def test_every_parameter_learns(name):
-    layer = make(name)
+    layer = make(name).double()
     for p in layer.parameters():  # away from first values of zero, which stop gradients on their way
         p.data.add_(0.1 * torch.randn_like(p))
-    loss_of(layer(*given(name))).backward()
-    idle = [key for key, p in layer.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert not idle
+    loss_of(layer(*cast(given(name), torch.float64))).backward()
+    for key, p in layer.named_parameters():
+        size = 0.0 if p.grad is None else float(p.grad.abs().max())
+        assert (size < 1e-12) if key.endswith(UNFELT.get(name, ())) and name in UNFELT else (1e-9 < size < float("inf")), (key, size)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ONE_SAMPLE])
