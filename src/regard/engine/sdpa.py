@@ -15,7 +15,7 @@ from ..algebra.part import Input, Sizes
 from ..algebra.token_mask import Explicit, Kept, Padding, Segments
 from ..errors import RegardError
 from .pairs import indices, visible
-from .problem import Problem, fill_inputs, keys_in_sight, sizes_of
+from .problem import Problem, fill_inputs, keys_in_sight
 
 SMALL_MASK = 1 << 20  # elements of an explicit mask worth building
 
@@ -82,11 +82,18 @@ def under(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, in_sight: Callable[[], 
 
 def table(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor | None:
     """Softmax under a table of bools, without a plan: decoding asks for it token by token. None: the call is to be looked at."""
-    if seen.dim() != 4 or seen.device != q.device or any(x.dim() != 4 for x in (q, k, v)):
+    if not (
+        seen.dim() == q.dim() == k.dim() == v.dim() == 4
+        and seen.device == q.device == k.device == v.device
+        and q.dtype == k.dtype == v.dtype
+    ):
         return None
-    sizes = sizes_of(q, k, v)
-    whole = (sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
-    if sizes.empty or any(size not in (1, full) for size, full in zip(seen.shape, whole, strict=True)):
+    (batch, heads, q_len, dim), (k_batch, kv_heads, k_len, k_dim) = q.shape, k.shape
+    fit = batch == k_batch and dim == k_dim and kv_heads and heads % kv_heads == 0 and v.shape[:3] == k.shape[:3]
+    if not (fit and batch and q_len and k_len and dim and v.shape[3] and q.is_floating_point()):
+        return None
+    rows = seen.shape
+    if not (rows[0] in (1, batch) and rows[1] in (1, heads) and rows[2] in (1, q_len) and rows[3] in (1, k_len)):
         return None
     return under(q, k, v, seen, lambda: seen.any(2).any(1), scale)
 
