@@ -107,6 +107,8 @@ def alternatives(node: ast.AST, guard: bool) -> Iterator[tuple[str, ast.AST]]:
             yield "And -> Or", ast.BoolOp(ast.Or(), node.values)
         case ast.BoolOp(op=ast.Or()):
             yield "Or -> And", ast.BoolOp(ast.And(), node.values)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
+            return  # an axis counted from the end, most often the same as one counted from the front
         case ast.UnaryOp(op=ast.USub() | ast.Not(), operand=operand):
             yield f"{type(node.op).__name__} left out", operand
         case ast.Constant(value=bool(value)):
