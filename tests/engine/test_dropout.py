@@ -7,7 +7,7 @@ import torch
 from samples import NAMES, sample
 
 import regard
-from regard import Causal, Padding, RegardError, nn
+from regard import Causal, Padding, RegardError, Segments, nn
 
 ALL_SAME = 7  # the seed of a draw
 
@@ -69,3 +69,43 @@ def test_layer_drops_in_training_alone():
     same = nn.Attention(8, 2).eval()
     same.load_state_dict(layer.state_dict())
     assert torch.allclose(layer(x), same(x))
+
+
+LEFT = torch.ones(2, 29, dtype=torch.bool)
+LEFT[0, :7] = False
+MASKS = {
+    "left padding": (Padding(), {"keep": LEFT}),
+    "documents": (Segments(), {"segments": (torch.arange(29) >= 11).long()[None].expand(2, -1)}),
+    "a table": (torch.ones(29, 29, dtype=torch.bool).tril() & LEFT[:, None, None], {}),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_each_sequence_alone(name, case):
+    """What `attend` gives under padding and in packed documents is what its weights give, and so what dropout drops from."""
+    call, (mask, inputs) = sample(name), MASKS[case]
+    mask = Causal() & mask if call.causal and not isinstance(mask, torch.Tensor) else mask
+    try:
+        out = call.run(mask=mask, **inputs)
+        p = regard.weights(call.q, call.k, call.mechanism, mask=mask, **{**call.inputs, **inputs})
+    except RegardError:
+        return
+    if p is None:
+        return
+    live = LEFT if case != "documents" else torch.ones_like(LEFT)
+    assert float(((out - p @ call.v).abs() * live[:, None, :, None]).max()) < 1e-8
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
+def test_nothing_to_drop(sizes):
+    batch, queries, keys = sizes
+    q, k, v = torch.randn(batch, 2, queries, 4), torch.randn(batch, 2, keys, 4), torch.randn(batch, 2, keys, 3)
+    out = regard.attend(q, k, v, dropout_p=0.5)
+    assert out.shape == (batch, 2, queries, 3) and not out.any()
+
+
+def test_what_is_no_tensor_is_refused():
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(RegardError, match="q is list"):
+        regard.attend([1.0], x, x, dropout_p=0.5)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra.mask import as_mask
+from ..algebra.mask import Mask, as_mask
 from ..algebra.mechanism import Mechanism, Recurrent, Weighted
 from ..errors import RegardError
+from . import alone, reference
 from . import recurrent as scans
-from . import reference
 from .given import given_mask
 from .names import resolved
 from .problem import pose, sizes_of
@@ -30,10 +30,10 @@ def weights(
     if isinstance(mask, Tensor):
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     description = settle(resolved(mechanism))
-    v = torch.zeros_like(k[..., :1])
+    if isinstance(description, (Weighted, Recurrent)) and 0 in (q.shape[0], q.shape[-2], k.shape[-2]):
+        return torch.zeros(*q.shape[:-1], k.shape[-2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if isinstance(description, Weighted):
-        problem = pose(description, as_mask(mask), q, k, v, scale, inputs)
-        return reference.weights(reference.in_precision(problem, torch.promote_types(q.dtype, torch.float32)))
+        return of_sequences(q, k, description, as_mask(mask), scale, inputs)
     if isinstance(description, Recurrent):
 
         def read(values: Tensor) -> Tensor:
@@ -49,13 +49,32 @@ def weights(
     return None
 
 
+def of_sequences(q: Tensor, k: Tensor, mechanism: Weighted, mask: Mask, scale: float | None, inputs: dict[str, Any]) -> Tensor:
+    """Weights of a weighted mechanism; where it counts places, each padded row and packed document by itself, as `attend` runs them."""
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+
+    def matrix(q: Tensor, k: Tensor, mechanism: Weighted, mask: Mask, inputs: dict[str, Any]) -> Tensor:
+        problem = pose(mechanism, mask, q, k, torch.zeros_like(k[..., :1]), scale, inputs)
+        return reference.weights(reference.in_precision(problem, q.dtype))
+
+    def one(q: Tensor, k: Tensor, places: Tensor, mechanism: Weighted, *, mask: Mask, **inputs: Any) -> tuple[Tensor, None]:
+        return matrix(q, k, mechanism, mask, inputs) @ repeat_heads(places, q.shape[1]), None
+
+    if alone.counts_places(mechanism) and alone.may_divide(mask):
+        places = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)  # as values: where a weight goes
+        divided = alone.run(mechanism, {item.name: item for item in mechanism.declared}, mask, q, k, places, inputs, one)
+        if divided is not None:
+            return divided[0]
+    return matrix(q, k, mechanism, mask, inputs)
+
+
 def dropped(
     q: Tensor, k: Tensor, v: Tensor, mechanism: str | Mechanism, rate: float, *, mask: Any = None, scale: float | None = None, **inputs: Any
 ) -> tuple[Tensor, Tensor]:
     """Attention with a share `rate` of its weights dropped and the others divided by 1 - rate, and those weights."""
     if not 0 <= rate < 1:
         raise RegardError(f"dropout_p is {rate}; expected at least 0 and less than 1")
-    if q.dim() == 3:
+    if isinstance(q, Tensor) and q.dim() == 3:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
         mask = mask.unsqueeze(-3) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
         out, kept = dropped(q, k, v, mechanism, rate, mask=mask, scale=scale, **inputs)
