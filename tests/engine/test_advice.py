@@ -46,3 +46,15 @@ def test_a_layer_runs_one_way_or_the_other(name, causal):
 def test_inputs_of_taken_names_are_refused(name):
     with pytest.raises(RegardError, match="expected a name"):
         regard.algebra.Input(name, "h")
+
+
+def test_plans_ignore_no_argument():
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(RegardError, match="unknown input 'dropout_p'"):
+        regard.plan(x, x, x, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("context", [torch.randn(2, 5, 15), torch.randn(1, 5, 16), torch.randn(5, 16)])
+def test_contexts_that_do_not_fit_are_refused(context):
+    with pytest.raises(RegardError, match="context is a tensor of shape"):
+        nn.Attention(16, 2, causal=False)(torch.randn(2, 5, 16), context=context)

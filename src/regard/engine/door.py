@@ -364,6 +364,7 @@ def plan(
     if isinstance(mask, Tensor):
         mechanism, mask, inputs = given_mask(mechanism, mask, inputs)
     found = planned(q, k, v, mechanism, mask, inputs, executor)
+    check_names(inputs, found.inputs, found.mechanism)
     if not source:
         return found
     if not isinstance(found.mechanism, Weighted):

@@ -149,7 +149,7 @@ class Attention(Momentary):
         o = activation_of(self.recipe.merge_activation)(self.merge_norm(o.transpose(1, 2).flatten(-2)))
         return self.out(o if self.gate is None else o * GATES[self.recipe.out_gate](self.gate(x)))  # type: ignore[no-any-return]
 
-    @takes(x="batch length dim")
+    @takes(x="batch length dim", context="batch keys dim")
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
         """x (B, L, dim), context (B, Lk, dim) for cross-attention -> (B, L, dim). mask is added to the causal one; `inputs`: tensors the
         mechanism declares and the layer does not make (segments, a mask's ids)."""

@@ -41,17 +41,22 @@ def takes(**shapes: str) -> Callable[[Method], Method]:
     """Decorator of a layer's method: these arguments are tensors of these shapes, or a RegardError says what came and what was expected.
 
     A word of a shape is the layer's attribute of that name, if it is a number; else a size that is the same wherever the word stands.
+    Arguments whose default is None may be left out.
     """
     wanted = {name: shape.split() for name, shape in shapes.items()}
 
     def put(method: Method) -> Method:
-        places = {name: at - 1 for at, name in enumerate(inspect.signature(method).parameters)}
+        known_as = inspect.signature(method).parameters
+        places = {name: at - 1 for at, name in enumerate(known_as)}
+        optional = {name for name in wanted if known_as[name].default is None}
 
         @functools.wraps(method)
         def run(self: nn.Module, *args: Any, **options: Any) -> Any:
             sizes: dict[str, int] = {}
             for name, words in wanted.items():
                 x = args[places[name]] if places[name] < len(args) else options.get(name)
+                if x is None and name in optional:
+                    continue
                 known = {word: getattr(self, word, None) for word in words}
                 sizes.update({word: size for word, size in known.items() if type(size) is int})
                 fits = isinstance(x, Tensor) and x.dim() == len(words)
