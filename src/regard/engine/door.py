@@ -321,7 +321,7 @@ def weighted(
         meter.add_problem(problem)
     if by_table(chosen.executor, problem):
         return table.run(problem)
-    if chosen.executor in ("native", "tiled", "triton"):
+    if chosen.executor in ("native", "table", "tiled", "triton"):
         return order.run(problem, functools.partial(in_blocks, chosen.executor))
     if chosen.executor == "sdpa":
         return sdpa.run(problem), None
@@ -345,6 +345,8 @@ def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
 
 def by_table(executor: str, problem: Problem) -> bool:
     """Whether a selection is looked up pair by pair: what the planner chose, or blocks that the chosen kernel cannot follow."""
+    if problem.selection is None:  # a selector may leave everything to be read
+        return False
     if executor != "native" or problem.want_count or native.takes(problem):
         return executor == "table"
     return not table.refusal(problem.mechanism, problem.sizes, problem.q.device)

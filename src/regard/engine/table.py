@@ -45,11 +45,10 @@ def run(problem: Problem) -> tuple[Tensor, Stats | None]:
 def pairs_of(problem: Problem) -> Tensor:
     """What the mask shows of what was chosen, (B, H, Lq, Lk) bool."""
     selection, sizes = problem.selection, problem.sizes
+    assert selection is not None
     at = indices(sizes, problem.q.device)
     around = {**problem.inputs, "offset": problem.offset, "k_len": sizes.k_len}
     seen = visible(problem.mask, at["b"], at["h"], at["i"], at["j"], around)
-    if selection is None:  # a selector may leave everything to be read
-        return seen
     chosen = selection.keep
     for dim, size, length in ((-2, selection.block_q, sizes.q_len), (-1, selection.block_k, sizes.k_len)):
         if size > 1:

@@ -30,6 +30,7 @@ TIMING = 0.15  # of the budget, for time and memory against length
 SLACK = 0.85  # of the time that is left is planned with: machines slow down while one looks away
 ENOUGH = {"language": 150, "recall": 100, "copying": 100}  # steps below which fewer seeds are better than shorter runs
 LEAST = 20
+MEASURING = {"language": 15, "recall": 8, "copying": 3}  # what making and measuring a model takes, in training steps
 
 
 def fingerprint(config: Config, corpus: Corpus) -> str:
@@ -147,7 +148,7 @@ def decide(config: Config, bar: Progress, seconds: float) -> tuple[dict[str, int
     seconds = SLACK * (seconds - (time.perf_counter() - start)) * workers_of(config)
     rounds = config.seeds
     while True:
-        steps = {task: int(SHARES[task] * seconds / rounds / cost[task]) if cost[task] else LEAST for task in TASKS}
+        steps = {task: int(SHARES[task] * seconds / rounds / cost[task]) - MEASURING[task] if cost[task] else LEAST for task in TASKS}
         if rounds == 1 or all(steps[task] >= ENOUGH[task] for task in TASKS):
             return {task: max(LEAST, n) for task, n in steps.items()}, rounds
         rounds -= 1
