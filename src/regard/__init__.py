@@ -86,7 +86,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Sub-packages load when first used, so that `import regard` stays fast."""
-    if name in ("adapt", "catalog", "engine", "lab", "models", "nn", "parallel", "search", "taps", "tasks", "zoo"):
+    if name in ("adapt", "catalog", "engine", "interpret", "lab", "models", "nn", "parallel", "search", "taps", "tasks", "zoo"):
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

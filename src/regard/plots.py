@@ -34,3 +34,21 @@ def figure(title: str, x: str, y: str, lines: dict[str, list[tuple[float, float]
     fig.savefig(text, format="svg", metadata={"Date": None})
     plt.close(fig)
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def heatmap(title: str, x: str, y: str, values: list[list[float]]) -> str:
+    """An SVG of a table of numbers, its first row on top; NaN stays white. MissingDependency without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise MissingDependency("plots need matplotlib: pip install 'regard[report]'") from None
+    fig, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    fig.colorbar(axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest"), ax=axes)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    text = io.StringIO()
+    fig.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(fig)
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -178,6 +178,11 @@ def named_by(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's forward takes its cache: transformers 5.40 renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def shape_of(module: nn.Module) -> tuple[int, int, int]:
     """(heads, kv_heads, head_dim) of an attention module: its own numbers where it has them, else its config's."""
     config: Any = module.config

@@ -3,17 +3,27 @@
 from typing import Any
 
 from ..lazy import listed, load
+from .heads import ablated, gated, head_counts, importance, removable
+from .surgery import prune
+from .tables import HeadTable
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
 ROWS = {
+    "HeadMask": "analysis.headmask",
+    "ablation_table": "analysis.head_pruning",
+    "best_heads": "analysis.head_pruning",
     "blank_out": "analysis.rollout_and_flow",
     "flow": "analysis.rollout_and_flow",
     "input_gradients": "analysis.rollout_and_flow",
+    "inequality": "analysis.headmask",
+    "prune_schedule": "analysis.head_pruning",
     "rank_correlation": "analysis.rollout_and_flow",
+    "needle_recall": "analysis.retrieval_head",
+    "retrieval_scores": "analysis.retrieval_head",
     "rollout": "analysis.rollout_and_flow",
 }
 
-__all__ = [*ROWS]
+__all__ = ["HeadTable", "ablated", "gated", "head_counts", "importance", "prune", "removable", *ROWS]
 
 
 def __getattr__(name: str) -> Any:
