@@ -79,10 +79,10 @@ def _() -> tuple[float, float]:
         found, chosen = silent(model, ids), torch.stack(list(mask.masks.values()))
         with torch.no_grad(), read(model, "heads", layers=[0]) as after:
             model(ids)
-    with torch.no_grad(), read(model, "heads", layers=[0]) as own:
+    with torch.no_grad(), read(model, "heads", layers=[0]) as plain:
         model(ids)
     truth = torch.zeros(2, 8, dtype=torch.bool).scatter(1, slopes.topk(3).indices, True)
-    factor = naive.gap(after["heads", 0][:, ~truth[0]], own["heads", 0][:, ~truth[0]] * 8 / 5)
+    factor = naive.gap(after["heads", 0][:, ~truth[0]], plain["heads", 0][:, ~truth[0]] * 8 / 5)
     no_slopes = all(p.grad is None for p in model.parameters())
     wrong = int((found != truth).sum()) + int((chosen != truth).sum()) + int(not no_slopes)
     return wrong + factor, int((found != torch.zeros(2, 8, dtype=torch.bool).scatter(1, slopes.topk(3, largest=False).indices, True)).sum())
