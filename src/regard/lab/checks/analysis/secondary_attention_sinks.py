@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -137,7 +139,7 @@ def _() -> tuple[float, float]:
     def failures(along: Tensor) -> int:
         runs = [studied(c, along=along) for c in (0.0, 2.0, 8.0, 32.0)]
         scores, lives = [run[0] for run in runs], [run[1] for run in runs]
-        growing = sum(b <= a for a, b in zip(scores, scores[1:], strict=False)) + sum(b < a for a, b in zip(lives, lives[1:], strict=False))
+        growing = sum(b <= a for a, b in itertools.pairwise(scores)) + sum(b < a for a, b in itertools.pairwise(lives))
         return growing + int(lives[-1] <= lives[0]) + int(runs[-1][2] < 0.95) + int(runs[-1][3] < 30)
 
     return failures(U), failures(torch.zeros(32, dtype=F64).index_fill(0, torch.tensor(5), 1.0))
