@@ -36,6 +36,11 @@ class Shape:
     def of(paths: Paths) -> Shape:
         return Shape(tuple(check_paths(paths)))
 
+    @staticmethod
+    def read(text: str) -> Shape:
+        """Paths of ranks below ten, a digit a rank: "0 1 00 01"."""
+        return Shape.of([[int(rank) for rank in path] for path in text.split()])
+
     @cached_property
     def parents(self) -> Tensor:
         """(n + 1,): the number of each node's parent; node 0 is the root and its own."""
@@ -52,6 +57,20 @@ class Shape:
         """First and one past last number of the nodes of each depth from 1 on."""
         depths = [len(path) for path in self.paths]
         return [(1 + depths.index(d), 1 + depths.index(d) + depths.count(d)) for d in range(1, max(depths, default=0) + 1)]
+
+
+def best_shape(accuracies: Tensor, nodes: int) -> Shape:
+    """The `nodes` paths of the largest products of accuracies (depth, rank), found one after another; of equal ones the first in order."""
+    depth, ranks = accuracies.shape
+    table = accuracies.tolist()
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    open_: dict[tuple[int, ...], float] = {(rank,): table[0][rank] for rank in range(ranks)}
+    while open_ and len(found) <= nodes:
+        path = min(open_, key=lambda one: (-open_[one], len(one), one))
+        found[path] = open_.pop(path)
+        if len(path) < depth:
+            open_ |= {(*path, rank): found[path] * table[len(path)][rank] for rank in range(ranks)}
+    return Shape.of([path for path in found if path])
 
 
 def ancestors(parents: Tensor) -> Tensor:
