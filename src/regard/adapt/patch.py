@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import RegardError
 from ..nn.inputs import Inputs
 from .call import Call
 from .fit import always_causal, check_host, compares_places, dressed, reads_places, shifts_freely
-from .host import attention_modules, interface, own_attention, route, routed, shape_of, unroute
+from .host import attention_modules, interface, route, routed, shape_of, unroute
 from .policies import check_policy, run_policy
 from .sight import Piece, Sight, pieces
 
@@ -229,15 +229,23 @@ def whole(sight: Sight) -> Piece:
 def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> tuple[Tensor, Any]:
     """What transformers calls in every attention layer: q (B, H, Lq, D), k, v (B, Hkv, Lk, D) -> (B, Lq, H, Dv), and weights or None."""
     view = routed(module)
-    if view is not None:
-        view.calls += 1
-        call = Call(module, query, key, value, attention_mask, given)
-        for patch in reversed(view.patches):
-            found: tuple[Tensor, Any] | None = patch.run(call)
-            if found is not None:
-                return found
-    own: tuple[Tensor, Any] = own_attention(module)(module, query, key, value, attention_mask, **given)
-    return own
+    call = Call(module, query, key, value, attention_mask, given)
+    if view is None:
+        return call.own()
+    view.calls += 1
+    if view.station is None:
+        return answered(call, view.patches)
+    seen: tuple[Tensor, Any] = view.station.attend(call, view.patches)
+    return seen
+
+
+def answered(call: Call, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
+    """What the newest patch of this call gives, or the model's own attention."""
+    for patch in reversed(patches):
+        found = patch.run(call)
+        if found is not None:
+            return found
+    return call.own()
 
 
 def chosen(name: str, wanted: Iterable[int] | None, count: int) -> list[int]:

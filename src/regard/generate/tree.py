@@ -73,6 +73,15 @@ def best_shape(accuracies: Tensor, nodes: int) -> Shape:
     return Shape.of([path for path in found if path])
 
 
+def within(depth: int, product: int) -> Shape:
+    """All paths up to `depth` whose ranks + 1 multiply to `product` at most."""
+    found: list[tuple[tuple[int, ...], int]] = [((), 1)]
+    for path, size in found:
+        if len(path) < depth:
+            found += [((*path, rank), size * (rank + 1)) for rank in range(product // size)]
+    return Shape.of([path for path, _ in found if path])
+
+
 def ancestors(parents: Tensor) -> Tensor:
     """parents (B, n), each at most the node's own number and the root's its own -> (B, n, n) bool: [i, j], node j is i or on the way to it."""
     n = parents.shape[-1]

@@ -103,10 +103,11 @@ def _() -> tuple[float, float]:
         p.data.add_(0.3 * torch.randn_like(p))
     ids = torch.randint(20, (2, 9))
     hidden = model.model(ids, use_cache=False).last_hidden_state.detach().requires_grad_()
+    blocks: list[Any] = list(heads.heads)
 
     def by_hand(late: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for k, head in enumerate(heads.heads, 1):
+        for k, head in enumerate(blocks, 1):
             rows = []
             for b, t in itertools.product(range(2), range(9 - k - late)):
                 x = hidden[b, t]
@@ -123,8 +124,8 @@ def _() -> tuple[float, float]:
     logits = model(ids, use_cache=False).logits
     own = -torch.stack([logits[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(8)]).mean()
     before = torch.randn_like(logits)
-    p = before.softmax(-1)
-    apart = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
+    was = before.softmax(-1)
+    apart = (was * (was.log() - logits.log_softmax(-1))).sum(-1).mean()
     joint = max(
         naive.gap(heads.joint_loss(model, ids), own + 0.2 * by_hand(1)),
         naive.gap(heads.joint_loss(model, ids, weight=0.5, before=before), apart + 0.5 * by_hand(1)),
