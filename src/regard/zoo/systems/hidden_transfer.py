@@ -38,13 +38,15 @@ class HiddenTransfer(nn.Module, Strategy):
         if not layers or list(layers) != sorted(layers) or layers[0] < 1 or layers[-1] >= count:
             raise RegardError(f"layers={list(layers)}: expected numbers from 1 to {count - 1} that do not fall, one a guess")
         if not hasattr(decoder, "rotary_emb"):
-            raise RegardError(f"{type(decoder).__name__} has no rotary positions of its own; hidden transfer gives them to tokens born late")
+            raise RegardError(
+                f"{type(decoder).__name__} has no rotary positions of its own; hidden transfer gives them to tokens born late"
+            )
         self.layers = tuple(layers)
         self.shape = within(len(layers), 6) if tree is None else tree if isinstance(tree, Shape) else Shape.of(tree)
         if len(self.shape.levels) > len(layers):
             raise RegardError(f"tree: {len(self.shape.levels)} deep; expected at most {len(layers)}, a level a layer")
         self.maps = nn.ModuleList(nn.Linear(dim, dim, bias=bias) for _ in layers).to(model.get_input_embeddings().weight)  # type: ignore[operator, union-attr]
-        for one in self.maps if identity else ():
+        for one in list[Any](self.maps) if identity else []:
             nn.init.eye_(one.weight)
             if bias:
                 nn.init.zeros_(one.bias)
