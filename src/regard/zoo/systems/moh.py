@@ -145,14 +145,14 @@ def convert_moh(model: nn.Module, shared: float = 0.5, routed: float = 0.25) -> 
     The first int(shared * heads) heads are always on; of the others a token takes int(routed * heads), by the length of its query; gates are
     0 or 1, and learning goes straight through them to softmax(length / its standard deviation over those heads).
     """
-    layers = [
+    layers: list[Any] = [
         module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "o_proj") and hasattr(module, "head_dim")
     ]
     routing = MoHRouting()
     if not layers:
         raise RegardError(f"{type(model).__name__}: expected attention layers with q_proj and o_proj")
     for number, layer in enumerate(layers):
-        heads = layer.q_proj.weight.shape[0] // layer.head_dim
+        heads: int = layer.q_proj.weight.shape[0] // layer.head_dim
         s, k = int(shared * heads), int(routed * heads)
         if not 1 <= k <= heads - s or heads - s < 2:
             routing.remove()
