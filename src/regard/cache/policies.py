@@ -110,6 +110,9 @@ class Wrapped(Policy):
     def begin(self, layers: int, heads: int) -> None:
         self.base.begin(layers, heads)
 
+    def compute(self, view: View, places: Tensor) -> Tensor:
+        return self.base.compute(view, places)
+
     def observe(self, view: View) -> None:
         self.base.observe(view)
 
@@ -178,6 +181,9 @@ class Planned(Policy):
             raise RegardError(f"plan names layers {wrong}; expected 0 to {layers - 1}")
         for one in self.plan.values():
             one.begin(layers, heads)
+
+    def compute(self, view: View, places: Tensor) -> Tensor:
+        return self.plan.get(view.layer, super()).compute(view, places)
 
     def run(self, layer: Any, number: int, view: View) -> None:
         if view.layer in self.plan:

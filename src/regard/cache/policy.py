@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegardError
-from .layer import KeptLayer
+from .layer import KeptLayer, Part
 from .session import Session
-from .view import View
+from .view import View, read
 
 
 class Policy:
@@ -26,6 +26,14 @@ class Policy:
 
     def begin(self, layers: int, heads: int) -> None:
         """A model with so many layers and key heads takes the policy up; RegardError where they do not fit."""
+
+    def reading(self, view: View) -> Part:
+        """What the call reads of what a part remembers; its new tokens are the last entries."""
+        return view.part
+
+    def compute(self, view: View, places: Tensor) -> Tensor:
+        """Attention of the call's queries at places (n,): (B, h, group, n, Dv)."""
+        return read(view.query, self.reading(view), places, view.scale, view.window)
 
     def observe(self, view: View) -> None:
         """See a call, before anything is dropped."""

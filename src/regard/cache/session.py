@@ -7,13 +7,12 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegardError
 from ..nn.timm_host import operators
-from .layer import KeptLayer, Part
-from .view import View, Watcher, visible
+from .layer import KeptLayer
+from .view import View, Watcher
 
 NAME = "regard_kept"
 CHANGES = ("softcap", "s_aux", "sinks", "position_bias", "indices")
@@ -107,7 +106,8 @@ class Session:
         out: Any = None
         for part in layer.parts:
             q = grouped.index_select(1, part.heads)
-            o = read(q, part, places, scale, window)
+            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window)
+            o = self.policy.compute(view, places)
             out = o.new_zeros(*grouped.shape[:4], o.shape[-1]) if out is None else out
             out[:, part.heads] = o
         with torch.no_grad():
@@ -120,16 +120,3 @@ class Session:
                 self.policy.run(layer, number, view)
                 number += 1 + len(layer.parts) - before
         return out.flatten(1, 2).transpose(1, 2)  # type: ignore[no-any-return]
-
-
-def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv)."""
-    n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
-    k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
-    whole = window is None or int(places[-1]) < window
-    if whole and bool(part.alive.all()) and (n == 1 or n == m):
-        return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
-    shown = visible(part, places, window)
-    blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
-    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
-    return o.unflatten(1, (-1, group))

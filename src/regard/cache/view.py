@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layer import KeptLayer, Part
@@ -60,9 +61,24 @@ def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
     return shown if window is None else shown & (places[:, None] - keys < window)
 
 
+def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv)."""
+    n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
+    k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
+    whole = window is None or int(places[-1]) < window
+    if whole and bool(part.alive.all()) and (n == 1 or n == m):
+        return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
+    shown = visible(part, places, window)
+    blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
+    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
+    return o.unflatten(1, (-1, group))
+
+
 class Watcher(Protocol):
     """What a session asks of a policy."""
 
     def begin(self, layers: int, heads: int) -> None: ...
+
+    def compute(self, view: View, places: Tensor) -> Tensor: ...
 
     def run(self, layer: KeptLayer, number: int, view: View) -> None: ...
