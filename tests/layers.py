@@ -31,7 +31,8 @@ def heads(count: int = 2, kv: int | None = None, dim: int = 8) -> Inputs:
 @dataclass(frozen=True)
 class Layer:
     """options: of the constructor. inputs: what forward takes. causal: whether outputs read earlier tokens alone. length: tokens that
-    fit. batched: whether rows of a batch are apart in evaluation. first: the call's shortest length."""
+    fit. batched: whether rows of a batch are apart in evaluation. first: the call's shortest length. channels: the dimension whose size
+    is the layer's."""
 
     options: dict[str, Any]
     inputs: Inputs = tokens()
@@ -40,6 +41,7 @@ class Layer:
     shortest: int = 1
     call: dict[str, Any] = field(default_factory=dict)
     factory: Callable[..., nn.Module] | None = None
+    channels: int = -1
 
 
 def flux(**options: Any) -> nn.Module:
@@ -84,16 +86,18 @@ SMALL = {"dim": 16, "heads": 2}
 LAYERS: dict[str, Layer] = {
     "afa": Layer(SMALL, causal=True),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
+    "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
     "flash-window-attention": Layer({**SMALL, "window": 4, "shift": 2}, image(8, 8, 16)),
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
     "gaam": Layer({"heads": 2}),
     "gin-attention": Layer(SMALL, causal=True),
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
-    "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8)),
+    "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),
     "kernelized-attention-rpe": Layer({"heads": 2, "head_dim": 8, "features": 16, "reach": 16}, heads()),
     "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 32}, causal=True),
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
@@ -104,6 +108,7 @@ LAYERS: dict[str, Layer] = {
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
+    "polarized-attention": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "rcmha": Layer(SMALL),
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
     "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
@@ -116,6 +121,7 @@ LAYERS: dict[str, Layer] = {
     "superlinear-attention": Layer({**SMALL, "skip": 1}, causal=True),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
+    "ulsam": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "exact"}, alignment),
     "vig": Layer(SMALL, grid, shortest=4),
 }

@@ -102,11 +102,16 @@ ROWS = {
     "SparsifinerAttention": "sparse.sparsifiner",
     "SSAAttention": "sparse.ssa",
     "SuperlinearAttention": "sparse.superlinear_attention",
+    "CBAM": "vision.cbam",
+    "CoordinateAttention": "vision.ela",
+    "ELA": "vision.ela",
+    "PolarizedSelfAttention": "vision.polarized_attention",
     "ISAB": "vision.set_transformer",
     "MAB": "vision.set_transformer",
     "PMA": "vision.set_transformer",
     "SAB": "vision.set_transformer",
     "SetTransformer": "vision.set_transformer",
+    "ULSAM": "vision.ulsam",
 }
 
 __all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", *ROWS]
