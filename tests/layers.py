@@ -84,10 +84,12 @@ def grid(batch: int, length: int) -> tuple[Tensor, tuple[int, int]]:
 
 SMALL = {"dim": 16, "heads": 2}
 LAYERS: dict[str, Layer] = {
+    "activator": Layer({"dim": 16, "hidden": 24}),
     "afa": Layer(SMALL, causal=True),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
+    "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
@@ -103,11 +105,13 @@ LAYERS: dict[str, Layer] = {
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
     "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
+    "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
+    "ninformer": Layer({"dim": 16, "tokens": LENGTH, "token_hidden": 8, "channel_hidden": 24}),
     "polarized-attention": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "rcmha": Layer(SMALL),
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
@@ -122,6 +126,7 @@ LAYERS: dict[str, Layer] = {
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
     "ulsam": Layer({"channels": 16}, image(16, 6, 7), channels=1),
+    "van-lka": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "exact"}, alignment),
     "vig": Layer(SMALL, grid, shortest=4),
 }
