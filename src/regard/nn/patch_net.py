@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from .parts import takes
+from .planes import Patches
 
 
 class FeedForward(nn.Sequential):
@@ -84,7 +85,7 @@ class PatchNet(nn.Module):
     def __init__(self, block: Callable[[], nn.Module], dim: int, layers: int, channels: int = 3, patch: int = 4, classes: int = 10):
         super().__init__()
         self.channels = channels
-        self.patches = nn.Conv2d(channels, dim, patch, patch)
+        self.patches = Patches(channels, dim, patch)
         self.blocks = nn.Sequential(*[block() for _ in range(layers)])
         self.head = nn.Linear(dim, classes)
 

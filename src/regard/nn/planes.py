@@ -48,3 +48,15 @@ class BatchNorm(nn.BatchNorm2d):
                 f"x is one value a channel, {tuple(x.shape)}, in training; expected more images or pixels for BatchNorm, or eval()"
             )
         return super().forward(x)
+
+
+class Patches(nn.Conv2d):
+    """A convolution whose stride is its size, (B, C, H, W) -> (B, out, H // size, W // size); rows and columns that fill no patch are left out."""
+
+    def __init__(self, channels: int, out: int, size: int):
+        super().__init__(channels, out, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self.stride[0]:
+            raise RegardError(f"x has a map of {tuple(x.shape[2:])}; expected at least one patch of {self.stride[0]} x {self.stride[0]}")
+        return super().forward(x)

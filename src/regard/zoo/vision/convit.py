@@ -18,6 +18,7 @@ from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.parts import takes
 from regard.nn.patch_net import DropPath, FeedForward, depth_rates, small_values
+from regard.nn.planes import Patches
 from regard.nn.token_attention import TokenAttention, known_grid
 
 BIASED = Weighted(position=Bias())
@@ -184,7 +185,7 @@ class ConViT(nn.Module):
             )
         dim = heads * width
         self.channels, self.local, self.grid = channels, local, (side // patch, side // patch)
-        self.patches = nn.Conv2d(channels, dim, patch, patch)
+        self.patches = Patches(channels, dim, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.places = nn.Parameter(torch.zeros(1, self.grid[0] ** 2, dim)) if positions else None
         self.drop, (rates,) = nn.Dropout(dropout), depth_rates(drop_path, [depth])
