@@ -49,6 +49,7 @@ bench: $(VENV)/installed-test
 
 docs: $(VENV)/installed-test
 	$(BIN)/python docs/catalogue.py > docs/catalogue.md
+	$(BIN)/python scripts/cards.py > cards.tmp && mv cards.tmp src/regard/catalog/cards.json
 	$(BIN)/mkdocs build --strict
 
 clean:
