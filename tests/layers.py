@@ -57,6 +57,25 @@ def minimax(**options: Any) -> nn.Module:
     return MiniMaxLike(MiniMaxConfig(vocab=20, dim=16, layers=2, heads=2, period=2, hidden=8, experts=2, **options))
 
 
+def vit(depth: int = 2) -> nn.Module:
+    from regard.nn import timm_host
+
+    made = timm_host.load("timm").models.vision_transformer.VisionTransformer
+    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=3)  # type: ignore[no-any-return]
+
+
+def prompted(**options: Any) -> nn.Module:
+    from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
+
+    return GatedPromptTuner(vit(), **options)
+
+
+def coordinated(**options: Any) -> nn.Module:
+    from regard.zoo.vision.tcpa import TCPA
+
+    return TCPA(vit(), 3, **options)
+
+
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
 
@@ -99,6 +118,7 @@ LAYERS: dict[str, Layer] = {
     "flash-window-attention": Layer({**SMALL, "window": 4, "shift": 2}, image(8, 8, 16)),
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
     "gaam": Layer({"heads": 2}),
+    "gated-prompt-tuning": Layer({"prompts": 3, "classes": 3, "gate_init": 0.5}, image(3, 8, 8), channels=1, factory=prompted),
     "gin-attention": Layer(SMALL, causal=True),
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
     "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),
@@ -111,6 +131,7 @@ LAYERS: dict[str, Layer] = {
     "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
+    "moment-probing": Layer({"dim": 16, "classes": 3, "proj": 32}),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
@@ -126,6 +147,12 @@ LAYERS: dict[str, Layer] = {
     "ssa": Layer({**SMALL, "block_size": 4, "top_k": 2}, causal=True),
     "super-attention": Layer({**SMALL, "length": LENGTH}),
     "superlinear-attention": Layer({**SMALL, "skip": 1}, causal=True),
+    "tcpa": Layer(
+        {"own": {"size": 4, "length": 1, "top": 2}, "shared": {"size": 4, "length": 2, "top": 4}},
+        image(3, 8, 8),
+        channels=1,
+        factory=coordinated,
+    ),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
     "twins": Layer(
