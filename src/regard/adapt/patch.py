@@ -81,7 +81,7 @@ class Patch:
         self.heads = None if wanted is None else [chosen("heads", wanted, count) for count, _, _ in self.shapes].pop()
         self.inputs = nn.ModuleList([self.inputs_of(*shape) for shape in self.shapes])
         if isinstance(self.mechanism, Mechanism):
-            self.probe(self.mechanism)
+            self.probe(self.mechanism, next(model.parameters()).device)
         for module in self.modules:
             route(module, self)
 
@@ -90,10 +90,14 @@ class Patch:
         made = Inputs(mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None, self.given)
         return made.to(next(self.model.parameters()).device)
 
-    def probe(self, mechanism: Mechanism) -> None:
+    def at(self, module: nn.Module) -> int:
+        """Which of the patched modules this is."""
+        return self.modules.index(module)
+
+    def probe(self, mechanism: Mechanism, device: torch.device) -> None:
         """Try the mechanism on a small call: RegardError where it cannot do what the layers do."""
         heads, kv_heads, width = self.shapes[0]
-        device, seed = next(self.model.parameters()).device, torch.Generator().manual_seed(0)
+        seed = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, count, 16, width, generator=seed).to(device) for count in (heads, kv_heads, kv_heads))
         made = {**self.inputs[0](None, {"q": q, "k": k, "v": v}), **self.given}
         check_host(mechanism, self.name, self.modules, (q, k, v), made)
@@ -106,7 +110,7 @@ class Patch:
         q, k, v = call.heads()
         with torch.autocast(q.device.type, enabled=False):
             if isinstance(self.mechanism, Policy):
-                out, p = run_policy(self.mechanism, self.modules.index(call.module), q, k, v, call), None
+                out, p = run_policy(self.mechanism, self.at(call.module), q, k, v, call), None
             else:
                 out, p = self.attention(call, q, k, v)
         out = out.transpose(1, 2).contiguous()
@@ -158,7 +162,7 @@ class Patch:
     ) -> tuple[Mechanism, dict[str, Any]]:
         """The mechanism with the host's changes, and the options of its call on a piece."""
         assert isinstance(self.mechanism, Mechanism)
-        at, batch, sinks = self.modules.index(call.module), call.query.shape[0], call.sinks
+        at, batch, sinks = self.at(call.module), call.query.shape[0], call.sinks
         added = call.softcap, bias is not None, sinks is not None
         if added not in self.dressed:
             self.dressed[added] = dressed(self.mechanism, *added)
