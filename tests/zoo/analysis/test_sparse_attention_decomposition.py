@@ -23,7 +23,7 @@ def firing(model, ids, layer):
     with torch.no_grad(), regard.taps(model, ["weights", "logits"], layers=[layer]) as seen:
         model(ids)
     w, s = seen["weights", layer][0], seen["logits", layer][0]
-    found = [(h, i, j) for h, i, j in (w >= 0.5).nonzero().tolist() if j and float(s[h, i, j]) > 0]
+    found = [(h, i, j) for h, i, j in (w >= 0.5).nonzero().tolist() if 0 < j < i and float(s[h, i, j]) > 0]
     return found[0]
 
 

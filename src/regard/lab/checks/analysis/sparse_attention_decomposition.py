@@ -125,7 +125,7 @@ def _() -> tuple[float, float]:
         directions = omega_svd(w, 0)
         x = model.blocks[1].norm1(stream)  # type: ignore[union-attr, operator]
         for e in best.values():
-            layer, head = e.sender
+            head = e.sender[1]
             out = model.layer(0).out.weight[:, 8 * head : 8 * head + 8] @ z[head, e.token]
             if norm:
                 out = (out - out.mean()) / (stream[e.token].var(correction=0) + 1e-5).sqrt()
