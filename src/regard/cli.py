@@ -9,16 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .errors import RegardError, nearest
+from .errors import RegardError
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention."
-)
-out = Console()
+app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention.")
+EXAMPLES = """regard: one engine for attention. Try:
+
+  regard compare softmax gla deltanet --minutes 4    which attention learns best here, and what does it cost
+  regard show softpick                               the formula, the paper, how it runs, what is checked
+  regard list --family linear                        who there is
+
+  regard --help                                      all commands
+"""
 Family = Annotated[str | None, typer.Option(help="softmax, linear, sparse, systems, vision, generative, multimodal or analysis")]
+
+
+@app.callback()
+def start(context: typer.Context) -> None:
+    """One engine for attention."""
+    if context.invoked_subcommand is None:
+        say(EXAMPLES.rstrip())
 
 
 @app.command("list")
@@ -32,26 +42,31 @@ def list_rows(
 
     found = records(family, status)
     if as_json:
-        print(json.dumps([record.as_dict() for record in found]))  # noqa: T201
+        say(json.dumps([record.as_dict() for record in found]))
         return
-    table = Table("id", "name", "family", "year", "status", "what")
-    for record in found:
-        table.add_row(str(record.id), record.slug, record.family, str(record.year), record.status, record.short)
-    out.print(table)
+    rows = [("id", "name", "family", "year", "status", "what")]
+    rows += [(str(r.id), r.slug, r.family, str(r.year), r.status, r.short) for r in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
     works = sum(record.status == "works" for record in found)
-    out.print(f"{len(found)} systems: {works} work, {len(found) - works} planned")
+    say(f"{len(found)} systems: {works} work, {len(found) - works} planned")
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a name from `regard list`")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="a name from `regard list`")],
+    as_json: Annotated[bool, typer.Option("--json", help="the record and the card, as JSON")] = False,
+) -> None:
     """One system: formula, parts, paper, executors, cost, check."""
-    from .catalog import records
-    from .lab.card import card
+    from .catalog.cards import card, record_of
 
-    known = {record.slug: record for record in records()}
-    if name != "softmax" and name not in known:
-        raise RegardError(f"{name!r} is not in the catalogue.{nearest(name, known)}")
-    out.print(card(name, known.get(name)), markup=False, highlight=False)
+    text = card(name)
+    if not as_json:
+        say(text)
+        return
+    record = record_of(name)
+    say(json.dumps({"name": name, "card": text, "record": record and record.as_dict()}))
 
 
 @app.command()
@@ -74,14 +89,14 @@ def verify(
     for record, results in run(names or [], family):
         done.append((record, results))
         for result in results:
-            out.print(f"{'ok  ' if result.passed else 'FAIL'} {record.slug}: {result.claim}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{'ok  ' if result.passed else 'FAIL'} {record.slug}: {result.claim}")
             detail = f"     measured {result.measured:.4g}, expected {result.threshold}; control {result.control}"
-            out.print(detail + ("" if result.passed else f"; {result.verdict}"), markup=False, highlight=False, soft_wrap=True)
+            say(detail + ("" if result.passed else f"; {result.verdict}"))
     summary = report(done, family)
     if file is not None:
         write_text(file, json.dumps(summary, indent=1))
     counts = summary["summary"]
-    out.print(f"{counts['works']} work, {counts['planned']} planned, {counts['failed']} failed")
+    say(f"{counts['works']} work, {counts['planned']} planned, {counts['failed']} failed")
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -91,19 +106,32 @@ def compare(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: six that span the shapes)")] = None,
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
     minutes: Annotated[float, typer.Option(help="budget of the whole comparison")] = 4.0,
-    seq_len: Annotated[int, typer.Option(help="training length in bytes")] = 256,
+    seq_len: Annotated[int, typer.Option(help="training length in bytes")] = 128,
     directory: Annotated[Path, typer.Option("--out", help="where report.json and report.html go")] = Path("runs/compare"),
-    seed: Annotated[int, typer.Option(help="seed of all models and data")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the first run's models and data")] = 0,
+    seeds: Annotated[int, typer.Option(help="runs of each model, where the budget allows")] = 3,
+    parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
+    backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, measure all of them, and write a report."""
     from .lab.compare import Config, default_mechanisms
     from .lab.compare import compare as run
 
-    config = Config(tuple(mechanisms or default_mechanisms()), text, minutes, seq_len, directory, seed)
+    config = Config(
+        tuple(mechanisms or default_mechanisms()),
+        text,
+        minutes,
+        seq_len,
+        directory,
+        seed,
+        seeds=seeds,
+        parallel=parallel,
+        backend=backend,
+    )
     report, finished = run(config, resume)
-    out.print(report["verdict"], markup=False, highlight=False)
-    out.print(f"report: {directory / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    say(report["verdict"])
+    say(f"report: {directory / 'report.html'}")
     if not finished:
         raise typer.Exit(130)
 
@@ -134,10 +162,37 @@ def sweep(
         write_points(result, directory)
         p = result.points[-1]
         line = f"{p.name:16} density {p.density:.3f}  bits/byte {p.bits_per_byte:.3f}  needles {p.found:.2f}  prefill {p.prefill:.2f}x  "
-        out.print(line + p.settings, markup=False, highlight=False, soft_wrap=True)
+        say(line + p.settings)
     assert result is not None
     write(result, directory)
-    out.print(f"report: {directory / 'table.md'}", markup=False, highlight=False, soft_wrap=True)
+    say(f"report: {directory / 'table.md'}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="tiny, smollm2-135m, or a folder in transformers' format")],
+    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    strategy: Annotated[str, typer.Option(help="how tokens are guessed; `plain` guesses none")] = "prompt-lookup",
+    draft: Annotated[str | None, typer.Option(help="a smaller model of the same vocabulary that guesses instead")] = None,
+    tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token each time; else tokens are drawn")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of what is drawn")] = 0,
+) -> None:
+    """Continue a prompt, several tokens a pass of the model: text on standard output, a line of statistics on standard error."""
+    from .lab.speak import speak
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    line = speak(model, prompt, strategy, draft, tokens, temperature, seed, show)
+    say("")
+    sys.stderr.write(line + "\n")
+
+
+def say(line: str) -> None:
+    """A line on standard output, as it is: no mark-up, no wrapping, no colours."""
+    sys.stdout.write(line + "\n")
 
 
 def main() -> None:

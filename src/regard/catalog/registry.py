@@ -13,13 +13,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..algebra import Mechanism
 from ..errors import RegardError, nearest
 from .shipped import rows
 
-Factory = Callable[..., Mechanism]
+if TYPE_CHECKING:  # names are listed without PyTorch
+    from ..algebra import Mechanism
+
 REGISTERED = re.compile(r'^@register\("([^"]+)"(?:, kind="(\w+)")?\)\n(?:@.*\n)*(?:def|class) (\w+)', re.MULTILINE)
 
 

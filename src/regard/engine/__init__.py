@@ -5,7 +5,6 @@ import torch
 from .door import attend, attend_with_stats, plan
 from .merge import merge
 from .meter import Pairs, pairs_read
-from .names import names_resolver
 from .plan import Plan
 from .reference import Stats
 from .stream import KeyValueState, ManyStates, ScanState, State, step
@@ -26,7 +25,6 @@ __all__ = [
     "attend",
     "attend_with_stats",
     "merge",
-    "names_resolver",
     "pairs_read",
     "plan",
     "step",

@@ -1,13 +1,17 @@
-"""What `regard show` prints: formula, parts, paper, executors, cost, check."""
+"""What a system's own code says of it: hyperparameters, inputs, executors, cost, checks."""
 
 from __future__ import annotations
+
+import re
 
 import torch
 
 from ..algebra import Mechanism, Recurrent, Weighted
 from ..algebra.mask import Causal, Full
 from ..algebra.part import Sizes
-from ..catalog import Record, entry, get
+from ..catalog import entry, get
+from ..catalog.registry import Entry
+from ..engine.composed import inputs_of
 from ..engine.plan import make, triton_refusal
 from ..engine.problem import combine_masks
 from .verification import checks_of
@@ -27,7 +31,7 @@ COSTS = {
 
 
 def executors(mechanism: Mechanism) -> str:
-    """Which executors take the mechanism, for a causal call on this machine."""
+    """Which executors take the mechanism, for a causal call on a CPU."""
     if isinstance(mechanism, Recurrent):
         return "chunk, step, parallel, reference"
     if not isinstance(mechanism, Weighted):
@@ -36,59 +40,34 @@ def executors(mechanism: Mechanism) -> str:
     mask = Causal() if mechanism.can_be_causal else Full()
     found = make(mechanism, mask, sizes, torch.float32, torch.device("cpu"), False, frozenset(), None)
     others = [name for name in ("sdpa", "tiled", "dense") if name not in dict(found.refused) and name != found.executor]
-    names = [f"{found.executor} (chosen: {found.why})", *others]
+    names = [f"{found.executor} (chosen)", *others]
     if not triton_refusal(mechanism, combine_masks(mechanism, mask), sizes, torch.device("cuda")):
         names.append("triton on a GPU")
     return ", ".join([*names, "reference"])
 
 
-def place(record: Record) -> str:
-    """Where a row lives, or will, below `regard.zoo` and `regard.lab.checks`."""
-    return f"{record.family}.{record.slug.replace('-', '_')}"
+def signature(found: Entry) -> str:
+    """How a row is made; functions by their names alone."""
+    return re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", str(found.hyperparameters)).replace("'", "")
 
 
-def path_of(module: str) -> str:
-    return module.replace(".", "/") + ".py"
-
-
-def card(name: str, record: Record | None) -> str:
-    """The text of a system's card."""
-    lines = [f"{name}: {record.title} ({record.year})" if record else f"{name}: the baseline"]
-    if record:
-        lines += [f"id {record.id}, family {record.family}, {record.status}" + (f", {record.entry}" if record.entry else "")]
-        lines += [f"file {path_of(f'regard.zoo.{place(record)}')}, checks {path_of(f'regard.lab.checks.{place(record)}')}"]
-        lines += ["", "parts: " + ", ".join(record.parts)]
-    working = record is None or record.status == "works"
-    if working:
-        found = entry(name)
-        lines += ["", found.formula]
-        if found.kind == "mechanism":
-            mechanism = get(name)
-            inputs = [
-                f"{item.name} ({' '.join(item.shape) or 'scalar'}{', optional' if item.default is not None else ''})"
-                for item in declared(mechanism)
-            ]
-            lines += [
-                "",
-                f"hyperparameters: {found.hyperparameters}".replace("'", ""),
-                f"inputs: {', '.join(inputs) or 'none'}",
-                f"executors: {executors(mechanism)}",
-                f"complexity: {COSTS[type(mechanism).__name__]}",
-            ]
-        else:
-            lines += ["", f"used as: {found.where}{found.hyperparameters}".replace("'", "")]
-    elif record:
-        lines += ["", record.math]
-    if record:
-        lines += ["", "claim: " + record.claim, "", "check: " + record.check]
-        lines += [
-            f"  - {one.claim} ({'<=' if one.side == 'below' else '>='} {one.threshold:g}; control: {one.control})"
-            for one in checks_of(name)
+def lines(name: str) -> list[str]:
+    """What a working system's own code says of it: the lines that `regard show` reads from catalog/cards.json."""
+    found = entry(name)
+    if found.kind == "mechanism":
+        mechanism = get(name)
+        inputs = [
+            f"{item.name} ({' '.join(item.shape) or 'scalar'}{', optional' if item.default is not None else ''})"
+            for item in inputs_of(mechanism)
         ]
-    return "\n".join(lines)
-
-
-def declared(mechanism: Mechanism) -> list:
-    from ..engine.composed import inputs_of
-
-    return list(inputs_of(mechanism))
+        out = [
+            f"hyperparameters: {signature(found)}",
+            f"inputs: {', '.join(inputs) or 'none'}",
+            f"executors: {executors(mechanism)}",
+            f"complexity: {COSTS[type(mechanism).__name__]}",
+        ]
+    else:
+        out = [f"used as: {found.where}{signature(found)}"]
+    checks = checks_of(name)
+    out += ["", "checked:"] if checks else []
+    return out + [f"  - {one.claim} ({'<=' if one.side == 'below' else '>='} {one.threshold:g}; control: {one.control})" for one in checks]
