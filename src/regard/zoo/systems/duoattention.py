@@ -50,9 +50,10 @@ def identify_heads(
     penalty: float = 0.05,
     sink: int = 128,
     recent: int = 256,
+    first: Tensor | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Gates (layers, key heads) of a transformers decoder, trained alone, from ones: 1 retrieves, 0 streams.
+    """Gates (layers, key heads) of a transformers decoder, trained alone, from `first` (None: ones): 1 retrieves, 0 streams.
 
     batches(step) -> (ids (B, L), asked (B, L) bool: tokens whose hidden states count), such as `regard.tasks.passkeys.passkeys`. AdamW without decay of weights; lr rises
     over the first fifth of the steps and falls over the last; gates are clamped after every step. The model comes back as it was.
@@ -64,7 +65,9 @@ def identify_heads(
     modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and hasattr(m, "k_proj")]
     if not modules or steps < 1 or sink < 0 or recent < 0:
         raise RegardError(f"{type(model).__name__}, steps={steps}, sink={sink}, recent={recent}: expected a decoder, and positive numbers")
-    gates = nn.Parameter(torch.ones(len(modules), config.num_key_value_heads, device=modules[0].o_proj.weight.device))  # type: ignore[union-attr]
+    device: torch.device = modules[0].o_proj.weight.device  # type: ignore[union-attr, assignment]
+    start = torch.ones(len(modules), config.num_key_value_heads) if first is None else first.detach().float()
+    gates = nn.Parameter(start.clone().to(device))
     optimizer = torch.optim.AdamW([gates], lr, weight_decay=0.0)
     warm = max(1, steps // 5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: min(1.0, (at + 1) / warm, max(0.0, (steps - at) / warm)))
@@ -140,7 +143,8 @@ class DuoAttention(Policy):
         first = oldest(view, self.sink)[:, near]
         edge = int(first.any(1).any(0).nonzero().max()) + 1 if bool(first.any()) else 0
         for start in range(0, n, self.chunk):
-            stop, old = min(start + self.chunk, n), max(edge, m - n + start - self.recent)
+            stop = min(start + self.chunk, n)
+            old = min(max(edge, m - n + start - self.recent), m - n + stop)
             at = torch.cat((torch.arange(min(edge, m - n + stop)), torch.arange(old, m - n + stop))).to(part.keys.device)
             piece = own.mapped(lambda x, at=at: x.index_select(2, at))  # type: ignore[misc]
             shown = first.index_select(2, at)[:, :, None] | (places[start:stop, None] - piece.places[:, :, None] <= self.recent)
