@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from .layer import KeptLayer
+from .rows import cache_argument
 from .view import View, Watcher
 
 NAME = "regard_kept"
@@ -46,7 +46,7 @@ class Session:
         if not self.modules:
             raise RegardError(f"{type(model).__name__}: expected attention layers with k_proj, o_proj and layer_idx")
         policy.begin(len(self.modules), config.num_key_value_heads)
-        self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.name = cache_argument(model)
         self.cache: Any = None
 
     def __enter__(self) -> Session:
