@@ -57,11 +57,11 @@ def minimax(**options: Any) -> nn.Module:
     return MiniMaxLike(MiniMaxConfig(vocab=20, dim=16, layers=2, heads=2, period=2, hidden=8, experts=2, **options))
 
 
-def vit(depth: int = 2) -> nn.Module:
+def vit(depth: int = 2, classes: int = 3) -> nn.Module:
     from regard.nn import timm_host
 
     made = timm_host.load("timm").models.vision_transformer.VisionTransformer
-    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=3)  # type: ignore[no-any-return]
+    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=classes)  # type: ignore[no-any-return]
 
 
 def prompted(**options: Any) -> nn.Module:
@@ -74,6 +74,18 @@ def coordinated(**options: Any) -> nn.Module:
     from regard.zoo.vision.tcpa import TCPA
 
     return TCPA(vit(), 3, **options)
+
+
+def dual(**options: Any) -> nn.Module:
+    from regard.zoo.vision.dcal import DCAL
+
+    return DCAL(vit(classes=0), 3, **options)
+
+
+def registered(**options: Any) -> nn.Module:
+    from regard.zoo.vision.test_time_registers import TestTimeRegisters
+
+    return TestTimeRegisters(vit(), {0: [3, 7], 1: [2]}, **options)
 
 
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +124,7 @@ LAYERS: dict[str, Layer] = {
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
+    "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
@@ -155,6 +168,7 @@ LAYERS: dict[str, Layer] = {
         channels=1,
         factory=coordinated,
     ),
+    "test-time-registers": Layer({}, image(3, 8, 8), channels=1, factory=registered),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
     "twins": Layer(
