@@ -57,3 +57,12 @@ def test_numbers_are_memorised_and_capacity_is_the_theorem_s():
 def test_biased_samples_differ_and_seeds_repeat():
     first, again, other = (RandomFeatureAttention(4, 6, bias=b, seed=s).matrices for b, s in ((1.0, 0), (1.0, 0), (0.0, 0)))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_vocabularies_that_cannot_be_told_apart_are_refused():
+    from regard.zoo.analysis.rank_one_universal import RankOneAttention, telling
+
+    with pytest.raises(regard.RegardError, match="one token twice"):
+        telling(torch.ones(3, 4))
+    with pytest.raises(regard.RegardError, match="direction"):
+        RankOneAttention(4, torch.ones(3))
