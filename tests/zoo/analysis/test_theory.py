@@ -66,3 +66,20 @@ def test_vocabularies_that_cannot_be_told_apart_are_refused():
         telling(torch.ones(3, 4))
     with pytest.raises(regard.RegardError, match="direction"):
         RankOneAttention(4, torch.ones(3))
+
+
+def test_regressions_and_margins_refuse_bad_shapes():
+    from regard.zoo.analysis.attention_svm import AttentionProblem, descend, draw_problem, nuclear_svm
+    from regard.zoo.analysis.icl_softmax_regression import SoftmaxRegression, attention_prediction
+
+    problem = draw_problem()
+    for call, message in (
+        (lambda: SoftmaxRegression(torch.ones(3, 2), torch.ones(2)), "expected"),
+        (lambda: attention_prediction(torch.ones(3, 2), torch.ones(3), torch.ones(1, 2), 0.0), "beta"),
+        (lambda: AttentionProblem(problem.tokens, problem.z[:, :2], problem.labels, problem.v), "expected"),
+        (lambda: problem.constraints(torch.tensor([0, 1, 9])), "chosen"),
+        (lambda: descend(problem, rank=2), "saddle"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            call()
+    assert nuclear_svm(problem, rank=3, starts=2).feasible and "<svg" in descend(problem, steps=3).plot()
