@@ -156,6 +156,15 @@ LAYERS: dict[str, Layer] = {
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
     "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
     "seerattention": Layer({"heads": 4, "kv_heads": 2, "head_dim": 8, "width": 8, "block_size": 4}, heads(4, 2), causal=True),
+    "benefits-of-rank": Layer(
+        {"dim": 16, "rank": 3, "heads": 2}, lambda batch, length: (torch.randn(batch, 16, length), torch.randn(batch, 16, 3)), channels=1
+    ),
+    "fixed-head-size": Layer({"d_model": 16, "heads": 3, "head_size": 5, "causal": True}, causal=True),
+    "mha-memorization-capacity": Layer(
+        {"dim": 16, "heads": 3, "key_dim": 4, "value_dim": 2, "outputs": 5},
+        lambda batch, length: (torch.randn(batch, 16), torch.randn(batch, length, 16)),
+    ),
+    "rank-one-universal": Layer({"dim": 16}, lambda batch, length: (torch.randn(batch, 16, length),), channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
