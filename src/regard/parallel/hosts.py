@@ -50,7 +50,8 @@ class ProcessHosts:
     def __init__(self, group: Any = None):
         import torch.distributed as dist
 
-        self.group, self.count = group or dist.group.WORLD, dist.get_world_size(group)
+        chosen: Any = group or dist.group.WORLD
+        self.group, self.count = chosen, dist.get_world_size(group)
         self.mine: Sequence[int] = [dist.get_rank(group)]
 
     def gather(self, parts: list[Tensor]) -> list[Tensor]:
