@@ -12,9 +12,7 @@ import typer
 
 from .errors import RegardError
 
-app = typer.Typer(
-    invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention."
-)
+app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="One engine for attention.")
 EXAMPLES = """regard: one engine for attention. Try:
 
   regard compare softmax gla deltanet --minutes 4    which attention learns best here, and what does it cost
@@ -168,6 +166,28 @@ def sweep(
     assert result is not None
     write(result, directory)
     say(f"report: {directory / 'table.md'}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="tiny, smollm2-135m, or a folder in transformers' format")],
+    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    strategy: Annotated[str, typer.Option(help="how tokens are guessed; `plain` guesses none")] = "prompt-lookup",
+    draft: Annotated[str | None, typer.Option(help="a smaller model of the same vocabulary that guesses instead")] = None,
+    tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token each time; else tokens are drawn")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of what is drawn")] = 0,
+) -> None:
+    """Continue a prompt, several tokens a pass of the model: text on standard output, a line of statistics on standard error."""
+    from .lab.speak import speak
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    line = speak(model, prompt, strategy, draft, tokens, temperature, seed, show)
+    say("")
+    sys.stderr.write(line + "\n")
 
 
 def say(line: str) -> None:

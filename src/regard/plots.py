@@ -108,3 +108,63 @@ def line(at: int, name: str, points: Sequence[Point], across: Axis, up: Axis, x:
         else:  # a curve: places to hover over, not to see
             out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="5" fill="{colour}" opacity="0"><title>{html.escape(told)}</title></circle>')
     return out
+
+
+# Viridis at even steps, in its own order from low to high.
+SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+MOST = 96  # rows and columns of cells; larger tables show means
+
+
+def shade(share: float) -> str:
+    """The colour of a share between 0 and 1."""
+    at = min(max(share, 0.0), 1.0) * (len(SCALE) - 1)
+    low = min(int(at), len(SCALE) - 2)
+    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(SCALE[low], SCALE[low + 1], strict=True))
+
+
+def thinned(values: Sequence[Sequence[float]]) -> tuple[list[list[float]], int, int]:
+    """A table of at most MOST rows and columns, each cell the mean of the numbers it stands for; and how many rows and columns a cell spans."""
+    down, across = -(-len(values) // MOST), -(-max(map(len, values), default=1) // MOST)
+    rows = []
+    for top in range(0, len(values), down):
+        row = []
+        for left in range(0, len(values[top]), across):
+            cell = [x for line in values[top : top + down] for x in line[left : left + across] if math.isfinite(x)]
+            row.append(sum(cell) / len(cell) if cell else math.nan)
+        rows.append(row)
+    return rows, down, across
+
+
+def heatmap(title: str, x: str, y: str, values: Sequence[Sequence[float]]) -> str:
+    """An SVG of a table of numbers, its first row on top; NaN stays empty."""
+    rows, down, across = thinned(values)
+    numbers = [v for row in rows for v in row if math.isfinite(v)]
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+    width = (WIDTH - LEFT - 70) / max(map(len, rows), default=1)
+    tall = min(28.0, max(width, 260 / max(1, len(rows))), 420 / max(1, len(rows)))
+    bottom = TOP + tall * len(rows)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 44:.0f}" role="img" aria-label="{html.escape(title)}" '
+        'font-family="system-ui,sans-serif" font-size="12" fill="currentColor" shape-rendering="crispEdges">'
+        f'<text x="{LEFT}" y="20" font-size="15" font-weight="600">{html.escape(title)}</text>'
+    ]
+    for r, row in enumerate(rows):
+        for c, value in enumerate(row):
+            if math.isfinite(value):
+                told = f"{y} {r * down}, {x} {c * across}: {value:.4g}"
+                fill = shade((value - low) / (high - low) if high > low else 0.5)
+                out.append(
+                    f'<rect x="{LEFT + c * width:.2f}" y="{TOP + r * tall:.2f}" width="{width:.2f}" height="{tall:.2f}" fill="{fill}">'
+                    f"<title>{html.escape(told)}</title></rect>"
+                )
+    for r in range(0, len(rows), max(1, len(rows) // 8)):
+        out.append(f'<text x="{LEFT - 6}" y="{TOP + (r + 0.5) * tall + 4:.1f}" text-anchor="end">{r * down}</text>')
+    for c in range(0, max(map(len, rows), default=0), max(1, max(map(len, rows), default=0) // 10)):
+        out.append(f'<text x="{LEFT + (c + 0.5) * width:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{c * across}</text>')
+    out.append(f'<text x="{(LEFT + WIDTH - 70) / 2:.0f}" y="{bottom + 34:.0f}" text-anchor="middle">{html.escape(x)}</text>')
+    out.append(f'<text transform="translate(14 {(TOP + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">{html.escape(y)}</text>')
+    for step in range(24):
+        at = bottom - (step + 1) * (bottom - TOP) / 24
+        out.append(f'<rect x="{WIDTH - 58}" y="{at:.2f}" width="12" height="{(bottom - TOP) / 24 + 0.5:.2f}" fill="{shade(step / 23)}"/>')
+    out += [f'<text x="{WIDTH - 42}" y="{at:.0f}">{v:.3g}</text>' for at, v in ((TOP + 10, high), (bottom, low))]
+    return "".join(out) + "</svg>"

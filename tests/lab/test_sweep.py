@@ -67,7 +67,7 @@ def test_sweep_and_report(tmp_path):
         (lambda: method("oracle", "block=3"), "oracle.*unexpected keyword"),
         (lambda: method("flexprefil"), "flexprefill"),
         (lambda: Config(length=10), "expected at least 256 tokens"),
-        (lambda: model_and_reader("nowhere"), "--model nowhere: expected tiny, or a folder"),
+        (lambda: model_and_reader("nowhere"), "model nowhere: expected smollm2-135m or tiny, or a folder"),
     ],
 )
 def test_errors(call, words):

@@ -23,7 +23,7 @@ def test_loads_through_transformers_and_is_small(tiny):
     from transformers import AutoModelForCausalLM
 
     folder = models.path("tiny")
-    assert (folder / "model.safetensors").stat().st_size < 8e6 and models.names() == ["tiny"]
+    assert (folder / "model.safetensors").stat().st_size < 8e6 and "tiny" in models.names()
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = models.encode("def main():")
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_plain_softmax_changes_no_logit(tiny):
 
 
 def test_unknown_models_are_named():
-    with pytest.raises(regard.RegardError, match="expected one of tiny"):
+    with pytest.raises(regard.RegardError, match="expected one of smollm2-135m, tiny"):
         models.load("tinny")
 
 

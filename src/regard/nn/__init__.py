@@ -8,8 +8,10 @@ from .codes import Codebook
 from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
 from .ema import MultiHeadEMA
+from .functional import scaled_dot_product_attention
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .mixers import mixer, mixer_names
+from .multihead import MultiheadAttention
 from .parts import LayerScale, ShortConv, SwiGLU
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
@@ -162,7 +164,7 @@ ROWS = {
     "van": "vision.van_lka",
 }
 
-__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", *ROWS]
+__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "MultiheadAttention", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", "scaled_dot_product_attention", *ROWS]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,8 @@ class Attention(Momentary):
     that length-dependent initial values assume. dropout: the share of weights dropped in training (`attend`'s dropout_p). The mechanism's recipe decides convolutions, activations, norms and gates.
     """
 
+    watcher: Any = None  # of `regard.taps`: attends in the mechanism's place
+
     def __init__(
         self,
         dim: int,
@@ -80,7 +82,9 @@ class Attention(Momentary):
         if causal and not (self.mechanism.can_be_causal or self.mechanism.causal_only):
             raise RegardError(f"{name_of(mechanism)} reads the whole sequence at once; pass causal=False")
         if not causal and self.mechanism.causal_only:
-            raise RegardError(f"causal=False: {name_of(mechanism)} reads the past alone; pass causal=True, or choose a mechanism that reads all keys")
+            raise RegardError(
+                f"causal=False: {name_of(mechanism)} reads the past alone; pass causal=True, or choose a mechanism that reads all keys"
+            )
         if not 0 <= dropout < 1:
             raise RegardError(f"dropout={dropout}; expected at least 0 and less than 1")
         self.dim, self.heads, self.kv_heads, self.causal, self.recipe, self.dropout = dim, heads, kv_heads, causal, recipe, dropout
@@ -163,6 +167,8 @@ class Attention(Momentary):
         q, k, v, _ = self.heads_of(x, source, 0, None, documents)
         made = {**self.inputs(source, {"q": q, "k": k, "v": v}), **given}
         dropped = self.dropout if self.training else 0.0
+        if self.watcher is not None:
+            return self.close(self.watcher.attend(q, k, v, mechanism, full, dropped, 0, None, made)[0], x)
         return self.close(attend(q, k, v, mechanism, mask=full, dropout_p=dropped, **made), x)
 
     @torch.no_grad()
@@ -184,8 +190,19 @@ class Attention(Momentary):
         state = state or LayerState(None, (), 0)
         documents = documents_of(mask, inputs, x.shape[1]) if self.convs else None
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv, documents)
-        o, inner = step(q, k, v, self.mechanism, state.inner, mask=mask, **self.inputs(x, {"q": q, "k": k, "v": v}), **inputs)
+        made = {**self.inputs(x, {"q": q, "k": k, "v": v}), **inputs}
+
+        def taken(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+            return step(q, k, v, self.mechanism, state.inner, mask=mask, **made)
+
+        if self.watcher is not None:
+            o, inner = self.watcher.attend(q, k, v, self.mechanism, mask, 0.0, state.position, taken, made)
+        else:
+            o, inner = taken(q, k, v)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: x for key, x in super().__getstate__().items() if key != "watcher"}  # a copy is nobody's
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}"

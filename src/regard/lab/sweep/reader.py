@@ -22,6 +22,8 @@ class Reader(Protocol):
         """Bytes of text that ids stand for."""
         ...
 
+    def text(self, ids: list[int]) -> str: ...
+
 
 @dataclass(frozen=True)
 class Bytes:
@@ -35,16 +37,20 @@ class Bytes:
     def size(self, ids: list[int]) -> int:
         return len(ids)
 
+    def text(self, ids: list[int]) -> str:
+        return bytes(x for x in ids if x != self.begin).decode(errors="replace")
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """A transformers tokenizer, without special tokens but the first."""
+    """A transformers tokenizer, without special tokens but the one that it begins texts with, if any."""
 
     tokenizer: Any
 
     @property
     def begin(self) -> int | None:
-        return self.tokenizer.bos_token_id  # type: ignore[no-any-return]
+        first = self.tokenizer("a")["input_ids"][0]
+        return first if first == self.tokenizer.bos_token_id else None  # type: ignore[no-any-return]
 
     def tokens(self, text: bytes) -> list[int]:
         return list(self.tokenizer(text.decode(errors="replace"), add_special_tokens=False)["input_ids"])
@@ -52,13 +58,17 @@ class Tokens:
     def size(self, ids: list[int]) -> int:
         return len(self.tokenizer.decode(ids).encode())
 
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
 
 def model_and_reader(name: str) -> tuple[Any, Reader]:
     """A model that comes with regard, or a folder that transformers reads: a causal language model and its tokenizer."""
     if name in models.names():
-        return models.load(name), Bytes()
+        model = models.load(name)
+        return model, Bytes() if model.config.vocab_size == 256 else Tokens(models.tokenizer(name))
     if not (Path(name) / "config.json").is_file():
-        raise RegardError(f"--model {name}: expected {' or '.join(models.names())}, or a folder with a model in transformers' format")
+        raise RegardError(f"model {name}: expected {' or '.join(models.names())}, or a folder with a model in transformers' format")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as missing:
@@ -69,4 +79,4 @@ def model_and_reader(name: str) -> tuple[Any, Reader]:
             return model, Bytes(model.config.bos_token_id)
         return model, Tokens(AutoTokenizer.from_pretrained(name, local_files_only=True))
     except (OSError, ValueError) as why:
-        raise RegardError(f"--model {name}: {' '.join(str(why).split())}") from None
+        raise RegardError(f"model {name}: {' '.join(str(why).split())}") from None

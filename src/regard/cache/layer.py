@@ -1,0 +1,139 @@
+"""A layer of a transformers cache whose heads may remember different tokens: entries are dropped for good, and know where they stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MissingDependency, RegardError
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError as missing:
+    raise MissingDependency("regard.cache needs transformers: pip install 'regard[hf]'") from missing
+
+
+@dataclass
+class Part:
+    """Key heads that remember equally many tokens. heads (h,): their numbers; keys, values (B, h, n, D); places (B, h, n): the numbers of
+    the tokens, counted over the padded text; alive (B, h, n) bool: entries that are there; notes: what a policy keeps by entry, (B, h, n)."""
+
+    heads: Tensor
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    alive: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor) -> Part:
+        """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n)."""
+        k, v = keys.index_select(1, self.heads), values.index_select(1, self.heads)
+        places = torch.arange(start, start + k.shape[2], device=k.device).expand(*k.shape[:3])
+        notes = {name: torch.cat((note, note.new_zeros(*k.shape[:3])), 2) for name, note in self.notes.items()}
+        alive = there[:, None].expand(*k.shape[:3])
+        pairs = (self.keys, k), (self.values, v), (self.places, places), (self.alive, alive)
+        k, v, places, alive = (torch.cat(both, 2) for both in pairs)
+        return Part(self.heads, k, v, places, alive, notes)
+
+    def mapped(self, change: Callable[[Tensor], Tensor], heads: Tensor | None = None) -> Part:
+        """Every tensor (B, h, n, ...) changed alike."""
+        k, v, places, alive = (change(x) for x in (self.keys, self.values, self.places, self.alive))
+        return Part(self.heads if heads is None else heads, k, v, places, alive, {name: change(x) for name, x in self.notes.items()})
+
+    def kept(self, index: Tensor) -> Part:
+        """The entries at index (B, h, m), in that order."""
+        return self.mapped(lambda x: x.gather(2, index if x.dim() == 3 else index[..., None].expand(*index.shape, x.shape[3])))
+
+    def of(self, at: Tensor) -> Part:
+        """Some of its heads, by their numbers in the part."""
+        return self.mapped(lambda x: x.index_select(1, at), self.heads.index_select(0, at))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
+
+class KeptLayer(DynamicLayer):  # type: ignore[misc]
+    """parts: the key heads by how much they remember; seen: tokens so far, which is what the model takes for the layer's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Part] = []
+        self.seen = 0
+        self.prompt = 0  # tokens of the first call
+        self.fresh: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New tokens wait until attention takes them up: what is remembered is read there, head by head."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.fresh = key_states, value_states
+        return key_states, value_states
+
+    def take(self, there: Tensor) -> None:
+        """The waiting tokens behind those remembered; there (B, n) bool: which are no padding."""
+        assert self.fresh is not None
+        k, v = self.fresh
+        if not self.parts:
+            shape, device = k.shape[:2], k.device
+            whole = torch.arange(shape[1], device=device)
+            none = torch.zeros(*shape, 0, dtype=torch.long, device=device)
+            self.parts = [Part(whole, k[:, :, :0], v[:, :, :0], none, none.bool())]
+            self.prompt = k.shape[2]
+        self.parts = [part.grown(k, v, self.seen, there) for part in self.parts]
+        self.seen += k.shape[2]
+        self.fresh = None
+
+    def keep(self, number: int, counts: Tensor, scores: Tensor) -> None:
+        """Of part `number` keep, in every row and head, the counts (B, h) entries of the highest scores (B, h, n); dead ones never.
+
+        Heads that keep equally many stay one part, others become parts of their own. Kept entries stand in the order of the text.
+        """
+        part = self.parts[number]
+        scores = scores.masked_fill(~part.alive, -torch.inf)
+        counts = torch.minimum(counts, part.alive.sum(2))
+        sizes = counts.amax(0)
+        if int(sizes.min()) == part.keys.shape[2]:
+            return
+        order = scores.argsort(dim=2, descending=True, stable=True)
+        made = []
+        for size in sizes.unique().tolist():
+            at = (sizes == size).nonzero()[:, 0]
+            own, index = part.of(at), order.index_select(1, at)[..., :size]
+            living = torch.arange(size, device=index.device) < counts.index_select(1, at)[..., None]
+            places = own.places.gather(2, index).masked_fill(~living, -1)  # what is dead stands first
+            turn = places.argsort(dim=2, stable=True)
+            kept = own.kept(index.gather(2, turn))
+            kept.alive = living.gather(2, turn)
+            made.append(kept)
+        self.parts[number : number + 1] = made
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.parts = [part.mapped(lambda x: x.index_select(0, indices.to(x.device))) for part in self.parts]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.parts = [part.mapped(lambda x: x.repeat_interleave(repeats, 0)) for part in self.parts]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RegardError("a cache under a policy cannot go back, for it has forgotten; expected generation without assistants")
+
+    def reset(self) -> None:
+        self.parts, self.seen, self.prompt, self.is_initialized = [], 0, 0, False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(part.bytes for part in self.parts)

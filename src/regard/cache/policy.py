@@ -1,0 +1,86 @@
+"""What a policy is: it sees every attention call of a model, and says which entries of the cache stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RegardError
+from .layer import KeptLayer, Part
+from .session import Session
+from .view import View, read
+
+
+class Policy:
+    """Base of all policies. `with policy(model): model.generate(...)`.
+
+    budget: entries a head keeps: a whole number, or a fraction (0, 1] of each row's prompt. decode: whether entries go at every step too, or
+    only after the prompt. A subclass says `scores` (what stays is what scores highest), may take `notes` in `observe`, and may change `counts`.
+    """
+
+    def __init__(self, budget: int | float, decode: bool = False):
+        fraction = isinstance(budget, float)
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0 or (fraction and budget > 1):
+            raise RegardError(f"budget={budget!r}: expected a whole number of at least 1, or a fraction in (0, 1]")
+        self.budget, self.decode = budget, decode
+
+    def begin(self, layers: int, heads: int) -> None:
+        """A model with so many layers and key heads takes the policy up; RegardError where they do not fit."""
+
+    def reading(self, view: View) -> Part:
+        """What the call reads of what a part remembers; its new tokens are the last entries."""
+        return view.part
+
+    def compute(self, view: View, places: Tensor) -> Tensor:
+        """Attention of the call's queries at places (n,): (B, h, group, n, Dv)."""
+        return read(view.query, self.reading(view), places, view.scale, view.window)
+
+    def observe(self, view: View) -> None:
+        """See a call, before anything is dropped."""
+
+    def scores(self, view: View) -> Tensor:
+        """(B, h, length): the higher, the longer an entry stays; +inf always."""
+        raise NotImplementedError
+
+    def counts(self, view: View, scores: Tensor) -> Tensor:
+        """(B, h): how many entries stay."""
+        return self.share(view)[:, None].expand(-1, len(view.part.heads))
+
+    def share(self, view: View) -> Tensor:
+        """The budget of each row (B,), of a fraction at least 1."""
+        real = view.part.alive[:, 0].sum(-1) if view.first else view.part.notes["prompt"][:, 0, 0].long()
+        if isinstance(self.budget, float):
+            return (real * self.budget).floor().long().clamp_min(1)
+        return torch.full_like(real, self.budget)
+
+    def __call__(self, model: nn.Module) -> Session:
+        """The policy on a transformers decoder, for a `with` block."""
+        return Session(model, self)
+
+    def run(self, layer: KeptLayer, number: int, view: View) -> None:
+        """See a call, and drop what does not stay."""
+        if view.first:
+            real = view.part.alive.sum(-1, keepdim=True).float()
+            view.part.notes["prompt"] = real.expand(*view.part.alive.shape).clone()
+        elif view.length:  # new entries know the prompt's length too
+            view.part.notes["prompt"] = view.part.notes["prompt"].amax((1, 2), keepdim=True).expand(*view.part.alive.shape).clone()
+        self.observe(view)
+        if view.first or self.decode:
+            scores = self.scores(view)
+            layer.keep(number, self.counts(view, scores), scores)
+
+
+def newest(view: View, count: Tensor | int) -> Tensor:
+    """(B, h, length) bool: the last `count` entries that are alive; count a number, or (B,)."""
+    rank = view.part.alive.long().flip(-1).cumsum(-1).flip(-1)
+    limit = count if isinstance(count, int) else count[:, None, None]
+    return view.part.alive & (rank <= limit)
+
+
+def oldest(view: View, count: int) -> Tensor:
+    """(B, h, length) bool: the tokens of the text's first `count` places behind its padding, as far as they are remembered."""
+    if "first" not in view.part.notes:
+        begin = torch.where(view.part.alive, view.part.places, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+        view.part.notes["first"] = begin.expand(*view.part.alive.shape).clone()
+    begin = view.part.notes["first"][..., :1]
+    return view.part.alive & (view.part.places < begin + count)

@@ -1,0 +1,120 @@
+"""A policy on a model: attention reads the layers that remember, and the policy sees every call."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RegardError
+from .layer import KeptLayer
+from .rows import cache_argument
+from .view import View, Watcher
+
+NAME = "regard_kept"
+CHANGES = ("softcap", "s_aux", "sinks", "position_bias", "indices")
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def padding_alone(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """The mask as it came, (B, length): what is seen is known by the layers."""
+    return attention_mask
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    return _sessions[module].attend(module, query, attention_mask, options), None
+
+
+class Session:
+    """`with policy(model) as session`: caches filled inside follow the policy; `session.cache` is the newest. The model is as it was behind it."""
+
+    def __init__(self, model: nn.Module, policy: Watcher):
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+            raise RegardError(f"model {type(model).__name__}: expected a decoder of transformers")
+        config = model.config.get_text_config()
+        if not hasattr(config, "num_key_value_heads") or set(getattr(config, "layer_types", None) or ()) - {
+            "full_attention",
+            "sliding_attention",
+        }:
+            raise RegardError(f"{type(model).__name__} does not keep keys and values in all layers; expected a decoder that does")
+        self.model, self.policy, self.config = model, policy, config
+        self.modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and hasattr(m, "k_proj")]
+        if not self.modules:
+            raise RegardError(f"{type(model).__name__}: expected attention layers with k_proj, o_proj and layer_idx")
+        policy.begin(len(self.modules), config.num_key_value_heads)
+        self.name = cache_argument(model)
+        self.cache: Any = None
+
+    def __enter__(self) -> Session:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        if any(module in _sessions for module in self.modules):
+            raise RegardError("a policy is on the model already; expected one, which may wrap others")
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, padding_alone)
+        self.own = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)  # type: ignore[operator]
+        for module in self.modules:
+            _sessions[module] = self
+        self.hook = self.model.register_forward_pre_hook(self.before, with_kwargs=True)
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self.hook.remove()
+        for module in self.modules:
+            _sessions.pop(module, None)
+        self.model.set_attn_implementation(self.own)  # type: ignore[operator]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the model a cache of layers that can forget."""
+        from transformers import DynamicCache
+
+        cache = kwargs.pop("cache", None)
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        if cache is None:
+            cache = DynamicCache()
+        if not all(isinstance(layer, KeptLayer) for layer in cache.layers) or not cache.layers:
+            if type(cache) is not DynamicCache or cache.get_seq_length():
+                raise RegardError(f"cache {type(cache).__name__} of {cache.get_seq_length()} tokens: expected none, or a new DynamicCache")
+            cache.layers = [KeptLayer() for _ in self.modules]
+        self.cache = cache
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise RegardError(f"attention_mask {tuple(mask.shape)}: expected (B, tokens so far) of ones and zeros")
+        return args, {**kwargs, self.name: cache, "use_cache": True}
+
+    def attend(self, module: Any, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """(B, n, H, D) of queries (B, H, n, D) over what the layer remembers and the new tokens."""
+        for name in CHANGES:
+            if options.get(name) is not None:
+                raise RegardError(f"{type(module).__name__} gives its attention {name}, which policies do not know; expected plain softmax")
+        layer: KeptLayer = self.cache.layers[module.layer_idx]
+        n = query.shape[2]
+        there = torch.ones(len(query), n, dtype=torch.bool, device=query.device) if mask is None else mask[:, -n:].bool()
+        first = layer.seen == 0
+        layer.take(there)
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+        grouped = query.unflatten(1, (self.config.num_key_value_heads, -1))
+        places = torch.arange(layer.seen - n, layer.seen, device=query.device)
+        out: Any = None
+        for part in layer.parts:
+            q = grouped.index_select(1, part.heads)
+            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window)
+            o = self.policy.compute(view, places)
+            out = o.new_zeros(*grouped.shape[:4], o.shape[-1]) if out is None else out
+            out[:, part.heads] = o
+        with torch.no_grad():
+            number = 0
+            while number < len(layer.parts):
+                part, before = layer.parts[number], len(layer.parts)
+                view = View(
+                    module.layer_idx, len(self.modules), first, layer.prompt, part, grouped.index_select(1, part.heads), scale, window
+                )
+                self.policy.run(layer, number, view)
+                number += 1 + len(layer.parts) - before
+        return out.flatten(1, 2).transpose(1, 2)  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""An attention call as policies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer import KeptLayer, Part
+
+ROWS = 256  # queries whose weights are looked at together
+
+
+@dataclass
+class View:
+    """An attention call as a policy sees it, after it was computed: the last tokens' queries over what one part remembers.
+
+    layer: its number, of `layers`; first: whether this is the prompt's call. query (B, h, group, n, D): of the query heads of each key head of `part`.
+    """
+
+    layer: int
+    layers: int
+    first: bool
+    prompt: int
+    part: Part
+    query: Tensor
+    scale: float
+    window: int | None
+
+    @property
+    def length(self) -> int:
+        return self.part.keys.shape[2]
+
+    def rows(self, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights (B, h, group, r, length) in float32 of the last queries (None: all), some at a time, and their places (r,)."""
+        n = self.query.shape[3]
+        end = int(self.part.places.max()) + 1 if self.length else 0
+        start = 0 if last is None else max(0, n - last)
+        for at in range(start, n, ROWS):
+            q = self.query[:, :, :, at : at + ROWS].float()
+            places = torch.arange(end - n + at, end - n + at + q.shape[3], device=q.device)
+            s = torch.einsum("bhgnd,bhmd->bhgnm", q, self.part.keys.float()) * self.scale
+            shown = visible(self.part, places, self.window)
+            p = s.masked_fill(~shown[:, :, None], torch.finfo(s.dtype).min).softmax(-1)
+            yield torch.where(shown[:, :, None] & self.real(places)[:, None, None, :, None], p, 0.0), places
+
+    def real(self, places: Tensor) -> Tensor:
+        """(B, r): queries that are no padding."""
+        own = self.part.places[:, :, None] == places[:, None]
+        return (own & self.part.alive[:, :, None]).any(-1)[:, 0]
+
+
+def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
+    """(B, h, n, m): which entries the queries at places (n,) see."""
+    keys = part.places[:, :, None]
+    shown = part.alive[:, :, None] & (keys <= places[:, None])
+    return shown if window is None else shown & (places[:, None] - keys < window)
+
+
+def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None, only: Tensor | None = None) -> Tensor:
+    """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv); only (B, h, n, m) bool: of what is visible, these."""
+    n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
+    k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
+    whole = window is None or int(places[-1]) < window
+    if only is None and whole and bool(part.alive.all()) and (n == 1 or n == m):
+        return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
+    shown = visible(part, places, window)
+    shown = shown if only is None else shown & only
+    blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
+    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
+    return o.unflatten(1, (-1, group))
+
+
+class Watcher(Protocol):
+    """What a session asks of a policy."""
+
+    def begin(self, layers: int, heads: int) -> None: ...
+
+    def compute(self, view: View, places: Tensor) -> Tensor: ...
+
+    def run(self, layer: KeptLayer, number: int, view: View) -> None: ...

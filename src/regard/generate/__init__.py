@@ -1,0 +1,28 @@
+"""Several tokens a pass: drafts of what comes next, verified by the model at once; the output is that of plain decoding."""
+
+from .accept import Greedy, Sampled, Typical
+from .host import Host, Seen
+from .loop import Generation, generate
+from .state import State, Strategy
+from .strategies import DraftModel, Plain, PromptLookup, made, named
+from .tree import Draft, Shape, chain
+
+__all__ = [
+    "Draft",
+    "DraftModel",
+    "Generation",
+    "Greedy",
+    "Host",
+    "Plain",
+    "PromptLookup",
+    "Sampled",
+    "Seen",
+    "Shape",
+    "State",
+    "Strategy",
+    "Typical",
+    "chain",
+    "generate",
+    "made",
+    "named",
+]

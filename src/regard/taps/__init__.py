@@ -1,0 +1,40 @@
+"""Looking into attention: `with regard.taps(model, points) as seen` reads named points of every attention call, `regard.taps.edit` changes them."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from .points import POINTS, At
+from .reductions import ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
+from .seen import Seen
+from .session import Taps, edit, read
+from .sites import Site, sites
+
+__all__ = [
+    "POINTS",
+    "At",
+    "ColumnMass",
+    "Entropy",
+    "Mass",
+    "MeanDistance",
+    "Pooled",
+    "Reduction",
+    "Rows",
+    "Seen",
+    "Site",
+    "Taps",
+    "Top",
+    "edit",
+    "read",
+    "sites",
+]
+
+
+class Callable(ModuleType):
+    """A module that is `read` when it is called."""
+
+    def __call__(self, *args: Any, **options: Any) -> Taps:
+        return read(*args, **options)
+
+
+sys.modules[__name__].__class__ = Callable

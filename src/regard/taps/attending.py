@@ -1,0 +1,132 @@
+"""One attention call as taps see it: q, k, v, what is computed of them fused, and the same in the open for the heads and queries asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.weights import drop
+from ..errors import RegardError
+
+Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Attending(ABC):
+    """q (B, H, Lq, D), k, v (B, Hkv, Lk, D). fused: (q, k, v) -> per-head outputs (B, H, Lq, Dv), and weights where the host asked for
+    them. dropout: of the weights."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    fused: Fused
+    dropout: float
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def k_len(self) -> int:
+        return self.key.shape[2]
+
+    def with_heads(self, query: Tensor, key: Tensor, value: Tensor) -> Attending:
+        return replace(self, query=query, key=key, value=value)
+
+    def shared(self, heads: Tensor) -> Tensor:
+        """The key heads that query heads (h,) read."""
+        return heads // (self.heads // self.key.shape[1])
+
+    def outputs(self, weights: Tensor, heads: Tensor) -> Tensor:
+        """Weights (B, h, r, Lk) of some heads, after dropout, times their values: (B, h, r, Dv)."""
+        with torch.autocast(weights.device.type, enabled=False):
+            return drop(weights, self.value.index_select(1, self.shared(heads)), self.dropout)[0]
+
+    @abstractmethod
+    def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
+        """What the softmax of query heads (h,) at queries (r,) takes, (B, h, r, Lk) in at least float32; -inf where nothing is seen."""
+
+    @abstractmethod
+    def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Weights (B, h, r, Lk) in at least float32, of these logits where they are given; zeros where a query sees no key."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a softmax call adds to q and k. shown (B or 1, H or 1, Lq, Lk) bool: visible pairs, or None. first: the key at which the first
+    query stands under causality alone, or None. bias: as shown in shape. k_len: keys that count. sinks (B or 1, H, Lq or 1, 1): one more
+    logit a row."""
+
+    scale: float
+    k_len: int
+    shown: Tensor | None = None
+    first: int | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def part(x: Tensor, heads: Tensor, rows: Tensor) -> Tensor:
+    """x (B, H or 1, Lq or 1, n) at heads and rows."""
+    x = x if x.shape[1] == 1 else x.index_select(1, heads)
+    return x if x.shape[2] == 1 else x.index_select(2, rows)
+
+
+@dataclass(frozen=True)
+class Softmax(Attending):
+    """A call of softmax attention. terms: found when they are needed."""
+
+    terms: Callable[[], Terms]
+
+    def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
+        terms = self.terms()
+        with torch.autocast(self.query.device.type, enabled=False):
+            q = self.query.index_select(1, heads).index_select(2, rows)
+            k = self.key[:, :, : terms.k_len].index_select(1, self.shared(heads))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            s = (q.to(wide) * terms.scale) @ k.to(wide).transpose(-1, -2)
+            if terms.softcap is not None:
+                s = terms.softcap * torch.tanh(s / terms.softcap)
+            if terms.bias is not None:
+                s = s + part(terms.bias, heads, rows)
+            if terms.shown is not None:
+                s = s.masked_fill(~part(terms.shown, heads, rows), -torch.inf)
+            elif terms.first is not None:
+                s = s.masked_fill(torch.arange(terms.k_len, device=s.device) > (terms.first + rows)[:, None], -torch.inf)
+            return torch.nn.functional.pad(s, (0, self.k_len - terms.k_len), value=-torch.inf)
+
+    def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
+        s = self.logits(heads, rows) if logits is None else logits
+        sinks = self.terms().sinks
+        if sinks is not None:
+            more = part(sinks.to(s.dtype), heads, rows).expand(*s.shape[:3], 1)
+            return torch.cat((s, more), -1).softmax(-1)[..., :-1]
+        blind = s.isneginf().all(-1, keepdim=True)
+        return torch.where(blind, 0.0, torch.where(blind, 0.0, s).softmax(-1))
+
+
+@dataclass(frozen=True)
+class Given(Attending):
+    """A call of another mechanism. matrix: (q, k, v) -> its weights (B, H, Lq, Lk), or None where it has no such matrix."""
+
+    name: str
+    matrix: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+    def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
+        raise RegardError(f"{self.name} is not plain softmax attention, so that it has no logits to tap; expected the point 'weights'")
+
+    def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
+        found = self.matrix(self.query, self.key, self.value)
+        if found is None:
+            raise RegardError(f"{self.name} has no matrix of weights to tap; expected the points q, k, v, heads, out, residual or mlp")
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return found.index_select(1, heads).index_select(2, rows)

@@ -1,0 +1,284 @@
+"""Where a model attends, in whichever host it is: one site an attention layer, which turns the host's calls into `Attending`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..adapt.call import Call
+from ..adapt.host import attention_modules, interface, shape_of, watch
+from ..adapt.patch import Patch, answered, forward
+from ..algebra import Causal
+from ..catalog import get
+from ..engine import weights
+from ..engine.door import attend
+from ..errors import MissingDependency, RegardError
+from ..nn.attention import Attention
+from .attending import Attending, Given, Softmax, Terms
+from .stream import Hook, Stream, names_of, stream_of
+
+Run = Callable[[Attending], tuple[Tensor, Any]]
+
+
+@dataclass
+class Clock:
+    """Of the latest call of a stack of layers. start: tokens before it in the cache. real (B, tokens so far) bool, or None."""
+
+    start: int = 0
+    real: Tensor | None = None
+    handle: Any = None
+    users: int = 0
+
+
+class Site(ABC):
+    """One attention layer. run: what its calls pass through while it is watched."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, name: str, layer: int, heads: int, kv_heads: int):
+        self.module, self.layer, self.heads, self.kv_heads = module, layer, heads, kv_heads
+        self.stream: Stream = stream_of(model, name)
+        self.run: Run | None = None
+        self.clock = Clock()
+
+    @abstractmethod
+    def watch(self, run: Run) -> None: ...
+
+    @abstractmethod
+    def leave(self) -> None: ...
+
+
+_clocks: weakref.WeakKeyDictionary[nn.Module, Clock] = weakref.WeakKeyDictionary()
+
+
+def cached(bound: dict[str, Any]) -> int:
+    """Tokens in the cache that came with a call."""
+    more = bound.get("kwargs") or {}
+    for name in ("past_key_values", "cache"):
+        length = getattr(bound.get(name, more.get(name)), "get_seq_length", None)
+        if length is not None:
+            return int(length())
+    return 0
+
+
+def told(owner: nn.Module, clock: Clock) -> Any:
+    """A hook that reads the cache and the padding of each call of `owner`."""
+    known = inspect.signature(owner.forward)
+
+    def run(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        bound = known.bind_partial(*args, **options).arguments
+        mask = bound.get("attention_mask")
+        clock.start = cached(bound)
+        clock.real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    return owner.register_forward_pre_hook(Hook(owner, run), with_kwargs=True)
+
+
+class TransformersSite(Site):
+    """A module that goes through transformers' attention interface. owner: the stack of layers it stands in."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, name: str, layer: int, owner: nn.Module | None):
+        super().__init__(model, module, name, layer, *shape_of(module)[:2])
+        self.owner = owner
+
+    def watch(self, run: Run) -> None:
+        interface(forward)
+        self.run = run
+        if self.owner is not None:
+            self.clock = _clocks.setdefault(self.owner, Clock())
+            self.clock.users += 1
+            if self.clock.handle is None:
+                self.clock.handle = told(self.owner, self.clock)
+        watch(self.module, self)
+
+    def leave(self) -> None:
+        watch(self.module, None)
+        self.clock.users -= 1
+        if self.owner is not None and self.clock.users == 0:
+            self.clock.handle.remove()
+            del _clocks[self.owner]
+
+    def attend(self, call: Call, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
+        """What transformers' call gives with taps on it: (B, Lq, H, Dv), and weights or None."""
+        assert self.run is not None
+
+        def with_heads(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Call:
+            return replace(call, query=q, key=k, value=v, given={**call.given, **more})
+
+        def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+            out, p = answered(with_heads(q, k, v), patches)
+            return out.transpose(1, 2), p
+
+        working = [patch for patch in patches if patch.when != ("prefill" if call.query.shape[2] == 1 else "decode")]
+        asked = (call.query, call.key, call.value, fused, call.dropout)
+        attending: Attending
+        if not working:
+            attending = Softmax(*asked, functools.partial(self.terms, call))
+        else:
+            matrix = lambda q, k, v: answered(with_heads(q, k, v, output_attentions=True), working)[1]  # noqa: E731
+            attending = Given(*asked, f"the patch {working[-1].name!r}", matrix)
+        out, p = self.run(attending)
+        return out.transpose(1, 2).contiguous(), p
+
+    def terms(self, call: Call) -> Terms:
+        call.check()
+        sight = call.sight(False)
+        scale = call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+        first = sight.first if sight.shown is None and sight.causal and sight.q_len > 1 else None
+        return Terms(scale, sight.k_len, sight.shown, first, call.bias(sight), call.softcap, call.sinks)
+
+
+class Intercepted(TorchFunctionMode):
+    """Inside it, calls of SDPA go to `site`."""
+
+    def __init__(self, site: SDPASite):
+        super().__init__()
+        self.site = site
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return self.site.attend(*args, **(options or {}))
+        return function(*args, **(options or {}))
+
+
+class SDPASite(Site):
+    """A module whose forward calls torch's scaled_dot_product_attention once, as timm's do."""
+
+    def watch(self, run: Run) -> None:
+        if not getattr(self.module, "fused_attn", True):
+            raise RegardError(
+                f"{type(self.module).__name__} computes attention itself (fused_attn=False); expected module.fused_attn = True for all of "
+                "the model's attention modules"
+            )
+        self.run = run
+        own = self.module.forward
+
+        @functools.wraps(own)
+        def seen(*args: Any, **options: Any) -> Any:
+            self.calls = 0
+            with Intercepted(self):
+                out = own(*args, **options)
+            if self.calls != 1:
+                raise RegardError(
+                    f"{type(self.module).__name__} called SDPA {self.calls} times; expected once, so that taps see its attention"
+                )
+            return out
+
+        self.module.forward = seen  # type: ignore[method-assign]
+
+    def leave(self) -> None:
+        del self.module.forward
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert self.run is not None
+        self.calls += 1
+        self.clock.start = 0
+
+        def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            with torch._C.DisableTorchFunction():
+                return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options), None  # type: ignore[arg-type]
+
+        def terms() -> Terms:
+            wide = attn_mask
+            while wide is not None and wide.dim() < 4:
+                wide = wide.unsqueeze(0)
+            told_apart = (None, wide) if wide is None or wide.dtype != torch.bool else (wide, None)
+            own = query.shape[-1] ** -0.5 if scale is None else scale
+            return Terms(own, key.shape[2], told_apart[0], 0 if is_causal else None, told_apart[1])
+
+        out, _ = self.run(Softmax(query, key, value, fused, dropout_p, terms))
+        return out
+
+
+class OwnSite(Site):
+    """A `regard.nn.Attention` layer."""
+
+    module: Attention
+
+    def watch(self, run: Run) -> None:
+        self.run = run
+        self.module.watcher = self
+
+    def leave(self) -> None:
+        self.module.watcher = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mechanism: Any, mask: Any, dropout: float, position: int, step: Any, made: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Heads (B, H, L, Dv), and the state behind a step (None in a whole pass)."""
+        assert self.run is not None
+        self.clock.start = position
+        state: list[Any] = [None]
+
+        def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+            if step is None:
+                return attend(q, k, v, mechanism, mask=mask, dropout_p=dropout, **made), None
+            out, state[0] = step(q, k, v)
+            return out, None
+
+        def matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            return None if getattr(mechanism, "values", None) is not None else weights(q, k, mechanism, mask=mask, **made)
+
+        def terms() -> Terms:
+            return Terms(q.shape[-1] ** -0.5, k.shape[2], None, k.shape[2] - q.shape[2] if isinstance(mask, Causal) else None)
+
+        attending: Attending
+        if step is not None:
+            attending = Stepped(q, k, v, fused, dropout)
+        elif mechanism == get("softmax") and (mask is None or isinstance(mask, Causal)):
+            attending = Softmax(q, k, v, fused, dropout, terms)
+        else:
+            attending = Given(q, k, v, fused, dropout, type(mechanism).__name__, matrix)
+        return self.run(attending)[0], state[0]
+
+
+class Stepped(Attending):
+    """New tokens whose past is in a state: there are no keys to look at."""
+
+    def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
+        raise RegardError("a step of regard's own layer keeps its past in a state; expected a forward pass over all tokens for its logits")
+
+    def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
+        raise RegardError("a step of regard's own layer keeps its past in a state; expected a forward pass over all tokens for its weights")
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The attention layers of a model, in the order of its modules: regard's own, or timm's, or those of transformers' interface."""
+    if not isinstance(model, nn.Module):
+        raise RegardError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    names = names_of(model)
+    own = [module for module in model.modules() if isinstance(module, Attention)]
+    if own:
+        return [OwnSite(model, x, names[x], at, x.heads, x.kv_heads) for at, x in enumerate(own)]
+    fused = [module for module in model.modules() if hasattr(module, "fused_attn") and hasattr(module, "num_heads")]
+    if fused:
+        return [SDPASite(model, x, names[x], at, int(x.num_heads), int(x.num_heads)) for at, x in enumerate(fused)]  # type: ignore[arg-type]
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as missing:
+        raise MissingDependency(
+            "taps on models that are not regard's own or timm's need transformers: pip install 'regard[hf]'"
+        ) from missing
+    found = attention_modules(model)
+    owners = {module: parent for parent in model.modules() if isinstance(parent, PreTrainedModel) for module in parent.modules()}
+    return [TransformersSite(model, x, names[x], at, owners.get(x)) for at, x in enumerate(found)]

@@ -1,0 +1,36 @@
+"""LeanAttention: half precision, other value sizes, empty sequences, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regard import RegardError
+from regard.zoo.systems.leanattention import lean_decode, schedule
+
+
+def test_half_precision_and_values_of_another_size():
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 24)
+    truth = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert torch.allclose(lean_decode(q, k, v)[0], truth, atol=1e-5)
+    half = lean_decode(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert half[0].dtype == torch.bfloat16 and half[1].dtype == torch.float32 and (half[0].float() - truth).abs().max() < 0.02
+    scaled = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.5)
+    assert torch.allclose(lean_decode(q, k, v, scale=0.5, tile=7)[0], scaled, atol=1e-5)
+
+
+def test_sequences_without_keys_and_batches_without_sequences():
+    q, k = torch.randn(2, 2, 1, 8), torch.randn(2, 1, 5, 8)
+    out, lse = lean_decode(q, k, k, torch.tensor([0, 3]))
+    assert (out[0] == 0).all() and lse[0].isneginf().all() and out[1].isfinite().all()
+    assert lean_decode(q[:0], k[:0], k[:0])[0].shape == (0, 2, 1, 8)
+    assert schedule([0, 0], 2).spans == []
+
+
+def test_bad_input():
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8)
+    for bad in ((q, k[:1], k[:1]), (q[:, :3], k, k), (q[0], k, k), (q, k[..., :4], k), (q, k, k[:, :, :3])):
+        with pytest.raises(RegardError, match="expected"):
+            lean_decode(*bad)
+    for options in ({"lengths": [6, 1]}, {"lengths": [1]}, {"lengths": [-1, 2]}, {"tile": 0}, {"workers": 0}):
+        with pytest.raises(RegardError, match="expected"):
+            lean_decode(q, k, k, **options)
