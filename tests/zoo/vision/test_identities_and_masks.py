@@ -100,14 +100,15 @@ def test_a_student_learns_and_its_teacher_follows():
     net = MaskedDistiller(vit(), 8, prob=1.0, ratio=0.5, spread=0.0)
     views = [torch.randn(3, 3, 8, 8) for _ in range(2)]
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
-    first = [p.clone() for p in (*net.student.parameters(), *net.teacher.parameters())]
+    first = {name: p.detach().clone() for name, p in net.named_parameters()}
     for step in range(12):
         loss = net(views)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         net.follow(momentum(step, 12))
-    assert not any(torch.equal(a, b) for a, b in zip(first, (*net.student.parameters(), *net.teacher.parameters())))
+    still = {name for name, p in net.named_parameters() if torch.equal(first[name], p)}
+    assert still == {f"{side}.vit.head.{part}" for side in ("student", "teacher") for part in ("weight", "bias")}
     assert net.mask_token.grad.abs().max() > 0
     assert all(p.grad is None for p in net.teacher.parameters())
     assert momentum(0, 10) == pytest.approx(0.996) and momentum(10, 10) == 1
