@@ -83,3 +83,22 @@ def test_regressions_and_margins_refuse_bad_shapes():
         with pytest.raises(regard.RegardError, match=message):
             call()
     assert nuclear_svm(problem, rank=3, starts=2).feasible and "<svg" in descend(problem, steps=3).plot()
+
+
+def test_prompts_and_scans_refuse_bad_sizes():
+    from regard.zoo.analysis.icl_linear_regression import RegressionHeads, head_pattern, planted_heads, regression_prompts
+    from regard.zoo.analysis.scan_snap import scan_and_snap, scan_data
+
+    for call, message in (
+        (lambda: regression_prompts(2, rho=1.0), "rho"),
+        (lambda: RegressionHeads(normalizer="relu"), "normalizer"),
+        (lambda: planted_heads(torch.ones(2), torch.ones(3), 4), "omega"),
+        (lambda: head_pattern(RegressionHeads(4, 2, tasks=2)), "2 tasks"),
+        (lambda: scan_data(low=0.0), "low"),
+        (lambda: scan_and_snap(scan_data(), length=1), "length"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            call()
+    x = regression_prompts(20_000, 1, 3, rho=0.5, generator=torch.Generator().manual_seed(0))[2]
+    torch.testing.assert_close(x.T @ x / len(x), 0.5 ** (torch.arange(3)[:, None] - torch.arange(3)).abs().float(), rtol=0.05, atol=0.05)
+    assert "<svg" in scan_and_snap(scan_data(), length=8, steps=4, batch=4, every=2).plot()
