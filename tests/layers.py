@@ -57,11 +57,11 @@ def minimax(**options: Any) -> nn.Module:
     return MiniMaxLike(MiniMaxConfig(vocab=20, dim=16, layers=2, heads=2, period=2, hidden=8, experts=2, **options))
 
 
-def vit(depth: int = 2) -> nn.Module:
+def vit(depth: int = 2, classes: int = 3) -> nn.Module:
     from regard.nn import timm_host
 
     made = timm_host.load("timm").models.vision_transformer.VisionTransformer
-    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=3)  # type: ignore[no-any-return]
+    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=classes)  # type: ignore[no-any-return]
 
 
 def prompted(**options: Any) -> nn.Module:
@@ -74,6 +74,18 @@ def coordinated(**options: Any) -> nn.Module:
     from regard.zoo.vision.tcpa import TCPA
 
     return TCPA(vit(), 3, **options)
+
+
+def dual(**options: Any) -> nn.Module:
+    from regard.zoo.vision.dcal import DCAL
+
+    return DCAL(vit(classes=0), 3, **options)
+
+
+def registered(**options: Any) -> nn.Module:
+    from regard.zoo.vision.test_time_registers import TestTimeRegisters
+
+    return TestTimeRegisters(vit(), {0: [3, 7], 1: [2]}, **options)
 
 
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -107,11 +119,13 @@ LAYERS: dict[str, Layer] = {
     "acmil": Layer({"features": 16, "classes": 3, "dim": 8, "hidden": 5, "branches": 3, "masked": 0}),
     "activator": Layer({"dim": 16, "hidden": 24}),
     "afa": Layer(SMALL, causal=True),
+    "attention-cl": Layer({"channels": 6, "hidden": 5, "spatial": (4, 3)}, image(3, 6, 4, 3), channels=2),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
+    "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
@@ -127,6 +141,7 @@ LAYERS: dict[str, Layer] = {
     "lama": Layer(SMALL),
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
     "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),
+    "little-attention-block": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "litv2-hilo": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
     "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
@@ -168,6 +183,7 @@ LAYERS: dict[str, Layer] = {
         channels=1,
         factory=coordinated,
     ),
+    "test-time-registers": Layer({}, image(3, 8, 8), channels=1, factory=registered),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
     "twins": Layer(

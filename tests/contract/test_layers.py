@@ -29,6 +29,7 @@ ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have n
 }
 ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
 TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
+    "dcal": "the balance of its losses learns in the loss",
     "seerattention": "the gate learns from its own alignment loss; attention itself is the model's",
     "variational-attention": "the inference network learns where alignments are sampled",
     "sparsifiner": "the predicted mask learns from its own loss against the dense weights",

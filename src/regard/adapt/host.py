@@ -155,6 +155,12 @@ def own_name(module: nn.Module) -> str:
     return "sdpa" if name == NAME else str(name or "eager")
 
 
+def mask_form(module: nn.Module) -> str:
+    """The attention function whose masks the model makes: regard's names get them as SDPA does."""
+    name = own_name(module)
+    return "sdpa" if name.startswith(f"{NAME}:") else name
+
+
 def own_eager(module: nn.Module) -> Callable[..., Any] | None:
     """The plain attention function that stands beside the module's class."""
     lookup = lookup_of(type(module))

@@ -183,7 +183,8 @@ class Planned(Policy):
             one.begin(layers, heads)
 
     def compute(self, view: View, places: Tensor) -> Tensor:
-        return self.plan.get(view.layer, super()).compute(view, places)
+        own = self.plan.get(view.layer)
+        return super().compute(view, places) if own is None else own.compute(view, places)
 
     def run(self, layer: Any, number: int, view: View) -> None:
         if view.layer in self.plan:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import RegardError
+
+
+def cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def check_dynamic(cache: Any) -> None:
@@ -30,4 +36,4 @@ def keep_rows(cache: Any, start: int, index: Tensor) -> None:
             setattr(layer, name, rows[:, :, :stop])
 
 
-__all__ = ["check_dynamic", "keep_rows"]
+__all__ = ["cache_argument", "check_dynamic", "keep_rows"]

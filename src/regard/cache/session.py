@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegardError
-from ..nn.timm_host import operators
 from .layer import KeptLayer
+from .rows import cache_argument
 from .view import View, Watcher
 
 NAME = "regard_kept"
@@ -32,7 +31,6 @@ class Session:
     """`with policy(model) as session`: caches filled inside follow the policy; `session.cache` is the newest. The model is as it was behind it."""
 
     def __init__(self, model: nn.Module, policy: Watcher):
-        operators()
         from transformers import PreTrainedModel
 
         if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
@@ -48,7 +46,7 @@ class Session:
         if not self.modules:
             raise RegardError(f"{type(model).__name__}: expected attention layers with k_proj, o_proj and layer_idx")
         policy.begin(len(self.modules), config.num_key_value_heads)
-        self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.name = cache_argument(model)
         self.cache: Any = None
 
     def __enter__(self) -> Session:

@@ -61,14 +61,15 @@ def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
     return shown if window is None else shown & (places[:, None] - keys < window)
 
 
-def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv)."""
+def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None, only: Tensor | None = None) -> Tensor:
+    """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv); only (B, h, n, m) bool: of what is visible, these."""
     n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
     whole = window is None or int(places[-1]) < window
-    if whole and bool(part.alive.all()) and (n == 1 or n == m):
+    if only is None and whole and bool(part.alive.all()) and (n == 1 or n == m):
         return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
     shown = visible(part, places, window)
+    shown = shown if only is None else shown & only
     blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
     o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
     return o.unflatten(1, (-1, group))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.rows import keep_rows
+from ..cache.rows import cache_argument, keep_rows
 from ..errors import MissingDependency, RegardError
 from ..nn.timm_host import operators
 from .tree import Draft
@@ -84,7 +84,7 @@ class Host:
                 attention_mask=self.masks(mask, places, keys),
                 position_ids=places,
                 use_cache=True,
-                **{"cache" if "cache" in self.takes else "past_key_values": self.cache, **options},
+                **{cache_argument(self.model): self.cache, **options},
             )
         finally:
             handle.remove()

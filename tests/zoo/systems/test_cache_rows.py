@@ -5,12 +5,16 @@ import torch
 
 from regard import RegardError
 from regard.lab.checks.shared.decoding import llama
+from regard.tasks.passkeys import passkeys
+from regard.zoo.systems.duoattention import DuoAttention, identify_heads
 from regard.zoo.systems.recycled_attention import RecycledAttention, recycled_mask
 from regard.zoo.systems.vatp import VATP
 
 pytest.importorskip("transformers")
 
+GATES = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.8, 0.7]])
 POLICIES = {
+    "duo": lambda: DuoAttention(GATES, sink=2, recent=5, chunk=4),
     "vatp": lambda: VATP(sink=2),
     "vatp, scissorhands": lambda: VATP("scissorhands", sink=2, heavy=0.4, window=6),
     "recycled": lambda: RecycledAttention(3, 5),
@@ -44,3 +48,18 @@ def test_bad_input():
             RecycledAttention(**bad)
     with pytest.raises(RegardError, match="expected positive numbers"):
         recycled_mask(torch.eye(3)[None, None], 0, 1)
+
+
+def test_bad_gates():
+    model, ids = llama(layers=3), torch.randint(1, 50, (1, 8))
+    for bad in ({"sparsity": 1.5}, {"sink": -1}, {"recent": 0}, {"chunk": 0}, {"gates": torch.ones(3)}):
+        with pytest.raises(RegardError, match="expected"):
+            DuoAttention(**{"gates": GATES, **bad})
+    with pytest.raises(RegardError, match="one for each of 3 layers and 2 key heads"):
+        DuoAttention(torch.ones(2, 2))(model)
+    with pytest.raises(RegardError, match="a token that is asked for"):
+        identify_heads(model, lambda step: (ids, torch.zeros_like(ids, dtype=torch.bool)), 1)
+    assert model.config._attn_implementation == "sdpa" and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(RegardError, match="expected more than twice"):
+        passkeys(torch.arange(50), 100)
+    assert DuoAttention(GATES, threshold=0.5).retrieves.sum() == 3

@@ -8,10 +8,12 @@ from torch import nn
 from regard import RegardError
 from regard.nn import timm_host
 from regard.nn.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
+from regard.zoo.vision.dcal import DCAL, chosen, rollout
 from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
 from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, layer_entropy, select_layers, transfer_entropy
 from regard.zoo.vision.moment_probing import PSRP, CrossCovHead, MomentProbe, MomentProbedViT
 from regard.zoo.vision.tcpa import TCPA, PromptPool
+from regard.zoo.vision.test_time_registers import TestTimeRegisters, find_register_neurons, outlier_metrics, sign_max
 from regard.zoo.vision.token_pooling import PooledViT, token_pool
 
 X = torch.randn(2, 3, 8, 8)
@@ -144,6 +146,46 @@ def test_pooled_models_without_a_pool_are_the_model_and_pass_gradients():
     assert x.grad.isfinite().all() and float(x.grad.abs().max()) > 0
 
 
+def test_pairs_are_drawn_in_training_alone_and_never_with_oneself():
+    torch.manual_seed(0)
+    net, same = DCAL(vit(classes=0), 3, 0.5), X[:1].expand(4, -1, -1, -1)
+    out = net.train()(same)
+    assert torch.allclose(out.pair, out.whole, atol=1e-5)
+    assert net(X[:1]).pair is None and net.eval()(X).pair is None
+    first = net.train()(X, torch.tensor([1, 0]))
+    assert torch.equal(first.pair, net(X).pair)  # of two images, each other
+    net.loss(first, torch.tensor([0, 2])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert torch.allclose(first.probabilities.sum(1), torch.full((2,), 2.0))
+
+
+def test_chosen_patches_follow_the_rollout():
+    rolled = torch.rand(2, 5, 5)
+    assert chosen(rolled, 0.01).shape == (2, 2) and chosen(rolled, 1.0).shape == (2, 5)
+    assert torch.equal(chosen(rolled, 0.5)[:, 1:], rolled[:, 0, 1:].topk(2, 1).indices + 1)
+
+
+def test_hooks_of_registers_are_gone_after_a_call_and_after_an_error():
+    net = TestTimeRegisters(vit(), {0: [1]})
+    with pytest.raises(RegardError):
+        net(torch.randn(1, 3, 12, 12))
+    net(X)
+    assert not any(module._forward_hooks for module in net.vit.modules())
+    x = torch.tensor([[[1.0], [-3.0], [2.0]]])
+    assert float(sign_max(x)) == -3 and float(sign_max(-x)) == 3
+    assert set(outlier_metrics(net, X)) == {"norms", "share"}
+
+
+def test_units_are_ranked_over_images_with_outliers():
+    model = vit()
+    found = find_register_neurons(model, X, 0.0, top=5, last=0)
+    assert list(found) == [0] and len(found[0]) == 5 and len(set(found[0])) == 5
+    seen = find_register_neurons(model, X, 0.0, top=64, quiet=(-1e9, 0.5))
+    assert sum(map(len, seen.values())) == 64
+    with pytest.raises(RegardError, match="above threshold"):
+        find_register_neurons(model, X, 1e9)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -178,6 +220,17 @@ def test_pooled_models_without_a_pool_are_the_model_and_pass_gradients():
         lambda: token_pool(torch.randn(1, 4, 3), 2, -torch.ones(1, 4)),
         lambda: token_pool(torch.randn(1, 4, 3), 2, torch.ones(1, 3)),
         lambda: PooledViT(vit(), {7: 2}),
+        lambda: DCAL(vit(), 3, 0.0),
+        lambda: DCAL(made(reg_tokens=1), 3),
+        lambda: rollout([]),
+        lambda: chosen(torch.rand(1, 5, 5), 1.5),
+        lambda: TestTimeRegisters(vit(), {0: [32]}),
+        lambda: TestTimeRegisters(vit(), {5: [1]}),
+        lambda: TestTimeRegisters(vit(), {0: [1]}, 0),
+        lambda: TestTimeRegisters(vit(), {0: [1]}, patches="half"),
+        lambda: TestTimeRegisters(vit(), {0: [1]}, 1, place=0),
+        lambda: TestTimeRegisters(vit(), {0: [1]}, 0, place=4)(X),
+        lambda: find_register_neurons(vit(), X[:0], 1.0),
     ],
 )
 def test_refusals(make):
