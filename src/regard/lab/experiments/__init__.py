@@ -14,6 +14,7 @@ ROWS = {
     "fit_sequences": "analysis.rank_one_universal",
     "scan_and_snap": "analysis.scan_snap",
     "train_regression": "analysis.icl_linear_regression",
+    "deception_report": "analysis.deceptive_attention",
     "memorise": "analysis.mha_memorization_capacity",
     "sample_complexity_curve": "analysis.random_feature_attention",
     "softmax_vs_linear": "analysis.superiority_of_softmax",
