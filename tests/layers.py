@@ -167,6 +167,10 @@ LAYERS: dict[str, Layer] = {
         lambda batch, length: (torch.randn(batch, 16), torch.randn(batch, length, 16)),
     ),
     "rank-one-universal": Layer({"dim": 16}, lambda batch, length: (torch.randn(batch, 16, length),), channels=1),
+    "icl-linear-regression": Layer(
+        {"dim": 16, "heads": 2},
+        lambda batch, length: (torch.randn(batch, length, 16), torch.randn(batch, length, 1), torch.randn(batch, 16)),
+    ),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
