@@ -104,6 +104,7 @@ LAYERS: dict[str, Layer] = {
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "moh": Layer({"dim": 16, "heads": 8, "shared": 2, "routed": 2, "causal": True}, causal=True),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
+    "mqsa-ted": Layer({"items": 25, "dim": 8, "length": LENGTH}, lambda batch, length: (bytes_of(batch, length)[0] + 1,), causal=True),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
     "rcmha": Layer(SMALL),
