@@ -55,7 +55,7 @@ def one(spec: str, dim: int, steps: int) -> dict[str, Any]:
         tokens, labels = recall(64, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)
         return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
 
-    optimise(model, loss_of, steps, 5e-3, lambda _: None)
+    optimise(model, loss_of, steps)
     model.eval()
     fresh = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalog import records
+from regard.lab.compare.statistics import Estimate, curve, measure
 from regard.lab.compare.verdict import verdict
 from regard.plots import figure
 
@@ -22,21 +23,17 @@ def first_sentence(text: str, limit: int = 200) -> str:
     return (text[:cut] if cut <= limit else text[: limit - 1].rsplit(" ", 1)[0] + " …").replace("|", "/").rstrip(".")
 
 
-def number(value: Any, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def told(found: Estimate | None, form: str) -> str:
+    return "" if found is None else found.text(form)
 
 
 def row(name: str, one: dict[str, Any], claims: dict[str, str]) -> str:
-    language, synthetic = one.get("language", {}), one.get("synthetic", {})
-    bits = [number(language.get("valid_bits", {}).get(at), 3) for at in ("1", "2", "4")]
-    recall = synthetic.get("recall", {})
-    mean = sum(recall.values()) / len(recall) if recall else None
+    recall, copying = curve(one, "recall", "accuracy"), curve(one, "copying", "accuracy")
     cells = [
         f"`{name}`",
-        *bits,
-        number(language.get("sink_mass"), 3),
-        number(mean, 2),
-        number(synthetic.get("copying"), 2),
+        *(told(measure(one, "language", "bits", n), ".3f") for n in "124"),
+        told(measure(one, "language", "sink_mass"), ".3f"),
+        *(told(found[-1][1] if found else None, ".2f") for found in (recall, copying)),
     ]
     return "| " + " | ".join([*cells, claims.get(name.partition(":")[0], "the baseline")]) + " |"
 
@@ -45,11 +42,12 @@ def main() -> None:
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     claims = {record.slug: first_sentence(record.claim) for record in records()}
     config, results = report["config"], report["mechanisms"]
-    order = sorted((n for n in results if "language" in results[n]), key=lambda n: results[n]["language"]["valid_bits"]["1"])
+    bits = {name: found.mean for name, one in results.items() if (found := measure(one, "language", "bits", "1"))}
+    order = sorted(bits, key=lambda name: bits[name])
     kind = sys.argv[2]
     head = f"""# {kind.capitalize()} mechanisms at equal budget
 
-One small byte-level model a mechanism ({config["layers"]} layers, {config["dim"]} channels, {config["heads"]} heads), the same text, seed, tokens and
+One small byte-level model a mechanism ({config["layers"]} layers, {config["dim"]} channels, {config["heads"]} heads), the same text, {report["rounds"]} seeds, tokens and
 {report["steps"]["language"]} steps of {config["batch"]} x {config["seq_len"]} bytes; on {report["environment"]["threads"]} CPU threads. Made by
 
 ```
@@ -57,8 +55,7 @@ regard compare {" ".join(config["mechanisms"])} --minutes {config["minutes"]:g} 
 python docs/results.py runs/{kind}/report.json {kind} > docs/results/{kind}.md
 ```
 
-What this is not: a test of the papers' claims, which are about models a thousand times larger. Differences below about 0.02 bits between neighbours
-are within what another seed changes; a mechanism whose paper trains it with another recipe (learning rate, norms, length) is not at its best here. The report's
+What this is not: a test of the papers' claims, which are about models a thousand times larger. ± is the 95% interval over seeds; a mechanism whose paper trains it with another recipe (learning rate, norms, length) is not at its best here. The report's
 speeds were taken while the machine did other work and are left out; docs/speed.md has speeds.
 
 {verdict({**report, "mechanisms": {name: {part: one[part] for part in one if part != "speed"} for name, one in results.items()}})}
@@ -66,8 +63,7 @@ speeds were taken while the machine did other work and are left out; docs/speed.
 | mechanism | bits a byte | at 2x length | at 4x length | weight on first token | recall | copying | what the paper claims |
 |---|---|---|---|---|---|---|---|"""
     foot = """
-bits a byte: held-out, at the training length. recall: multi-query associative recall, mean over numbers of pairs. copying: share of tokens right. At
-this budget nobody solves recall."""
+bits a byte: held-out, at the training length. recall: multi-query associative recall of the most pairs asked for. copying: share of tokens right."""
     sys.stdout.write("\n".join([head, *[row(name, results[name], claims) for name in order], foot]) + "\n")
     if kind == "recurrent":
         sys.stdout.write(recall_section())

@@ -31,7 +31,8 @@ def heads(count: int = 2, kv: int | None = None, dim: int = 8) -> Inputs:
 @dataclass(frozen=True)
 class Layer:
     """options: of the constructor. inputs: what forward takes. causal: whether outputs read earlier tokens alone. length: tokens that
-    fit. batched: whether rows of a batch are apart in evaluation. first: the call's shortest length."""
+    fit. batched: whether rows of a batch are apart in evaluation. first: the call's shortest length. channels: the dimension whose size
+    is the layer's."""
 
     options: dict[str, Any]
     inputs: Inputs = tokens()
@@ -40,6 +41,7 @@ class Layer:
     shortest: int = 1
     call: dict[str, Any] = field(default_factory=dict)
     factory: Callable[..., nn.Module] | None = None
+    channels: int = -1
 
 
 def flux(**options: Any) -> nn.Module:
@@ -53,6 +55,37 @@ def minimax(**options: Any) -> nn.Module:
     from regard.zoo.linear.minimax_01 import MiniMaxConfig, MiniMaxLike
 
     return MiniMaxLike(MiniMaxConfig(vocab=20, dim=16, layers=2, heads=2, period=2, hidden=8, experts=2, **options))
+
+
+def vit(depth: int = 2, classes: int = 3) -> nn.Module:
+    from regard.nn import timm_host
+
+    made = timm_host.load("timm").models.vision_transformer.VisionTransformer
+    return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=classes)  # type: ignore[no-any-return]
+
+
+def prompted(**options: Any) -> nn.Module:
+    from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
+
+    return GatedPromptTuner(vit(), **options)
+
+
+def coordinated(**options: Any) -> nn.Module:
+    from regard.zoo.vision.tcpa import TCPA
+
+    return TCPA(vit(), 3, **options)
+
+
+def dual(**options: Any) -> nn.Module:
+    from regard.zoo.vision.dcal import DCAL
+
+    return DCAL(vit(classes=0), 3, **options)
+
+
+def registered(**options: Any) -> nn.Module:
+    from regard.zoo.vision.test_time_registers import TestTimeRegisters
+
+    return TestTimeRegisters(vit(), {0: [3, 7], 1: [2]}, **options)
 
 
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -82,43 +115,81 @@ def grid(batch: int, length: int) -> tuple[Tensor, tuple[int, int]]:
 
 SMALL = {"dim": 16, "heads": 2}
 LAYERS: dict[str, Layer] = {
+    "a2n": Layer({"scale": 2, "width": 32, "up_width": 4, "blocks": 2, "temperature": 0.5}, image(3, 6, 5), channels=1),
+    "acmil": Layer({"features": 16, "classes": 3, "dim": 8, "hidden": 5, "branches": 3, "masked": 0}),
+    "activator": Layer({"dim": 16, "hidden": 24}),
     "afa": Layer(SMALL, causal=True),
+    "attention-cl": Layer({"channels": 6, "hidden": 5, "spatial": (4, 3)}, image(3, 6, 4, 3), channels=2),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
+    "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
+    "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
+    "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
     "flash-window-attention": Layer({**SMALL, "window": 4, "shift": 2}, image(8, 8, 16)),
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
     "gaam": Layer({"heads": 2}),
+    "gated-prompt-tuning": Layer({"prompts": 3, "classes": 3, "gate_init": 0.5}, image(3, 8, 8), channels=1, factory=prompted),
     "gin-attention": Layer(SMALL, causal=True),
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
-    "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8)),
+    "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),
     "kernelized-attention-rpe": Layer({"heads": 2, "head_dim": 8, "features": 16, "reach": 16}, heads()),
     "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 32}, causal=True),
     "lama": Layer(SMALL),
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
     "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),
+    "little-attention-block": Layer({"channels": 16}, image(16, 6, 7), channels=1),
+    "litv2-hilo": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
+    "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "moh": Layer({"dim": 16, "heads": 8, "shared": 2, "routed": 2, "causal": True}, causal=True),
+    "moment-probing": Layer({"dim": 16, "classes": 3, "proj": 32}),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mqsa-ted": Layer({"items": 25, "dim": 8, "length": LENGTH}, lambda batch, length: (bytes_of(batch, length)[0] + 1,), causal=True),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
+    "ninformer": Layer({"dim": 16, "tokens": LENGTH, "token_hidden": 8, "channel_hidden": 24}),
+    "polarized-attention": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "rcmha": Layer(SMALL),
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
     "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
     "seerattention": Layer({"heads": 4, "kv_heads": 2, "head_dim": 8, "width": 8, "block_size": 4}, heads(4, 2), causal=True),
+    "benefits-of-rank": Layer(
+        {"dim": 16, "rank": 3, "heads": 2}, lambda batch, length: (torch.randn(batch, 16, length), torch.randn(batch, 16, 3)), channels=1
+    ),
+    "fixed-head-size": Layer({"d_model": 16, "heads": 3, "head_size": 5, "causal": True}, causal=True),
+    "mha-memorization-capacity": Layer(
+        {"dim": 16, "heads": 3, "key_dim": 4, "value_dim": 2, "outputs": 5},
+        lambda batch, length: (torch.randn(batch, 16), torch.randn(batch, length, 16)),
+    ),
+    "rank-one-universal": Layer({"dim": 16}, lambda batch, length: (torch.randn(batch, 16, length),), channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
     "ssa": Layer({**SMALL, "block_size": 4, "top_k": 2}, causal=True),
     "super-attention": Layer({**SMALL, "length": LENGTH}),
     "superlinear-attention": Layer({**SMALL, "skip": 1}, causal=True),
+    "tcpa": Layer(
+        {"own": {"size": 4, "length": 1, "top": 2}, "shared": {"size": 4, "length": 2, "top": 4}},
+        image(3, 8, 8),
+        channels=1,
+        factory=coordinated,
+    ),
+    "test-time-registers": Layer({}, image(3, 8, 8), channels=1, factory=registered),
     "transformer-vq": Layer({"dim": 16, "heads": 2, "codes": 8, "block": 4}, causal=True),
     "tropical-attention": Layer(SMALL),
+    "twins": Layer(
+        {"dims": (8, 16), "depths": (2, 2), "heads": (2, 2), "windows": (2, 2), "reductions": (2, 1), "ratios": (2, 2)},
+        image(3, 24, 20),
+        channels=1,
+    ),
+    "ulsam": Layer({"channels": 16}, image(16, 6, 7), channels=1),
+    "van-lka": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "variational-attention": Layer({"dim": 16, "classes": 5, "mode": "exact"}, alignment),
     "vig": Layer(SMALL, grid, shortest=4),
 }

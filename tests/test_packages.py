@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("adapt", "algebra", "catalog", "engine", "lab", "models", "nn", "parallel", "search", "taps", "tasks", "zoo")
+NAMES = ("adapt", "algebra", "catalog", "engine", "interpret", "lab", "models", "nn", "parallel", "search", "taps", "tasks", "zoo")
 
 
 def test_a_bare_import_is_enough():

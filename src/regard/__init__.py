@@ -42,7 +42,23 @@ _ALGEBRA = "Additive Alibi Causal Cosine Distance Dot Full Input Mask Neighborho
 _CATALOG = "Record get names records register"
 _ENGINE = "Plan Stats merge plan step weights attend attend_with_stats"
 _NAMES = {name: module for module, found in (("algebra", _ALGEBRA), ("catalog", _CATALOG), ("engine", _ENGINE)) for name in found.split()}
-_PACKAGES = ("adapt", "algebra", "cache", "catalog", "engine", "generate", "lab", "models", "nn", "parallel", "search", "taps", "tasks", "zoo")
+_PACKAGES = (
+    "adapt",
+    "algebra",
+    "cache",
+    "catalog",
+    "engine",
+    "generate",
+    "interpret",
+    "lab",
+    "models",
+    "nn",
+    "parallel",
+    "search",
+    "taps",
+    "tasks",
+    "zoo",
+)
 
 __all__ = [
     "Additive",

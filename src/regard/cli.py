@@ -106,16 +106,29 @@ def compare(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: six that span the shapes)")] = None,
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
     minutes: Annotated[float, typer.Option(help="budget of the whole comparison")] = 4.0,
-    seq_len: Annotated[int, typer.Option(help="training length in bytes")] = 256,
+    seq_len: Annotated[int, typer.Option(help="training length in bytes")] = 128,
     directory: Annotated[Path, typer.Option("--out", help="where report.json and report.html go")] = Path("runs/compare"),
-    seed: Annotated[int, typer.Option(help="seed of all models and data")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the first run's models and data")] = 0,
+    seeds: Annotated[int, typer.Option(help="runs of each model, where the budget allows")] = 3,
+    parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
+    backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, measure all of them, and write a report."""
     from .lab.compare import Config, default_mechanisms
     from .lab.compare import compare as run
 
-    config = Config(tuple(mechanisms or default_mechanisms()), text, minutes, seq_len, directory, seed)
+    config = Config(
+        tuple(mechanisms or default_mechanisms()),
+        text,
+        minutes,
+        seq_len,
+        directory,
+        seed,
+        seeds=seeds,
+        parallel=parallel,
+        backend=backend,
+    )
     report, finished = run(config, resume)
     say(report["verdict"])
     say(f"report: {directory / 'report.html'}")

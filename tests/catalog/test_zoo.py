@@ -112,7 +112,7 @@ def test_the_index_says_what_the_file_holds(record):
     assert home(record.slug) == f"regard.lab.checks.{record.family}.{record.slug.replace('-', '_')}"
 
 
-@pytest.mark.parametrize("package", ["nn", "search", "parallel", "lab.experiments"])
+@pytest.mark.parametrize("package", ["nn", "search", "parallel", "interpret", "lab.experiments"])
 def test_public_names_of_rows_load_when_asked_for(package):
     import importlib
 

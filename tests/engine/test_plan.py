@@ -16,7 +16,7 @@ def test_choices():
     chosen = {
         name: regard.plan(*qkv(), name, mask=Causal()).executor for name in ("softmax", "ssmax", "qknorm", "softpick", "sparsemax", "moba")
     }
-    assert chosen == {"softmax": "sdpa", "ssmax": "sdpa", "qknorm": "sdpa", "softpick": "tiled", "sparsemax": "tiled", "moba": "tiled"}
+    assert chosen == {"softmax": "sdpa", "ssmax": "sdpa", "qknorm": "sdpa", "softpick": "tiled", "sparsemax": "tiled", "moba": "table"}
     assert regard.plan(*qkv(), "softmax", mask=Window(9)).executor == "tiled"
     assert regard.plan(*qkv(), "sinkformer").executor == "dense"
     assert regard.plan(*qkv(), "based").executor == "chunk"

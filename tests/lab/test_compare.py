@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from regard.errors import RegardError
-from regard.lab.compare import Config, compare
-from regard.lab.compare import run as runner
+from regard.lab.compare import Config, compare, jobs
+from regard.lab.compare.optimizer import Muon
+from regard.lab.compare.statistics import estimate
 from regard.lab.compare.verdict import verdict
 from regard.tasks import copying, python_text, recall
 
-TINY = {"minutes": 0.02, "seq_len": 32, "dim": 16, "lengths": (64, 128), "batch": 2}
+TINY = {"minutes": 0.02, "seq_len": 32, "dim": 16, "lengths": (64, 128), "batch": 2, "parallel": 1}
+PLOTS = ("loss", "extrapolation", "recall", "prefill", "memory", "decode", "state")
 
 
 def test_end_to_end_and_resume(tmp_path, monkeypatch):
@@ -24,20 +27,18 @@ def test_end_to_end_and_resume(tmp_path, monkeypatch):
     report, finished = compare(config)
     assert finished
     page = (tmp_path / "report.html").read_text()
-    for plot in ("loss", "extrapolation", "recall", "prefill", "memory", "decode", "state"):
+    for plot in PLOTS:
         assert f'<figure id="{plot}"><svg' in page
-    assert (
-        "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
-        and "<script" not in page
-    )
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "src=" not in page and "@import" not in page
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["verdict"] == verdict(report) and set(saved["mechanisms"]) == {"softmax", "gla"}
+    assert saved["verdict"].startswith("Too little training to compare")
     one = saved["mechanisms"]["gla"]
-    assert one["language"]["valid_bits"].keys() == {"1", "2", "4"} and one["synthetic"]["recall"].keys() == {"4", "8", "16"}
+    assert one["language"]["0"]["bits"].keys() == {"1", "2", "4"} and one["recall"]["0"]["accuracy"].keys() == {"4", "8", "16"}
     assert saved["mechanisms"]["softmax"]["speed"]["ratio"]["prefill"]["64"] == 1.0
-    assert one["language"]["tokens"] == saved["mechanisms"]["softmax"]["language"]["tokens"]
+    assert one["language"]["0"]["steps"] == saved["steps"]["language"] == saved["mechanisms"]["softmax"]["language"]["0"]["steps"]
 
-    monkeypatch.setattr(runner, "train_language", lambda *a: pytest.fail("finished work was done again"))
+    monkeypatch.setattr(jobs, "train", lambda *a: pytest.fail("finished work was done again"))
     again, _ = compare(config, resume=True)
     assert again["mechanisms"]["gla"]["language"] == one["language"]
     with pytest.raises(RegardError, match="other settings"):
@@ -45,14 +46,55 @@ def test_end_to_end_and_resume(tmp_path, monkeypatch):
 
 
 def test_stopping_keeps_finished_results(tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
+    own = jobs.train
 
-    monkeypatch.setattr(runner, "train_synthetic", stop)
+    def stop(config, task, *rest):
+        if task == "recall":
+            raise KeyboardInterrupt
+        return own(config, task, *rest)
+
+    monkeypatch.setattr(jobs, "train", stop)
     report, finished = compare(Config(("softmax",), out=tmp_path, **TINY))
-    assert not finished and "language" in report["mechanisms"]["softmax"]
+    assert not finished and "0" in report["mechanisms"]["softmax"]["language"]
     assert json.loads((tmp_path / "report.json").read_text())["finished"] is False
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_runs_side_by_side_give_the_numbers_of_runs_in_turn():
+    steps = {"language": 3, "recall": 2, "copying": 2}
+    todo = [jobs.Job(task, name, seed, n) for task, n in steps.items() for name in ("softmax", "gla") for seed in (0, 1)]
+
+    def found(parallel):
+        config = Config(("softmax", "gla"), **{**TINY, "parallel": parallel})
+        return {job: {key: x for key, x in one.items() if key != "seconds"} for job, one in jobs.results(config, todo)}
+
+    assert found(1) == found(2) and len(found(1)) == len(todo)
+
+
+def test_what_one_run_does_leaves_the_others_alone(monkeypatch):
+    def some(config, task, spec, *rest):
+        if spec == "gla":
+            raise RuntimeError("out of luck")
+        return {"bits": {"1": 2.0}}
+
+    monkeypatch.setattr(jobs, "train", some)
+    todo = [jobs.Job("language", name, 0, 3) for name in ("gla", "softmax")]
+    found = dict(jobs.results(Config(("softmax", "gla"), **TINY), todo))
+    assert found[todo[0]] == {"error": "RuntimeError: out of luck"} and found[todo[1]]["bits"]["1"] == 2.0
+
+
+def dies(config, job, threads):
+    """What a job does in a process that is killed: it takes the pool with it."""
+    if job.spec == "gla":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job, {"seconds": 1.0}
+
+
+def test_a_dead_process_loses_only_its_job(monkeypatch):
+    monkeypatch.setattr(jobs, "run", dies)
+    todo = [jobs.Job("language", name, seed, 0) for seed in (0, 1) for name in ("softmax", "gla", "softpick")]
+    found = dict(jobs.results(Config(("softmax", "gla", "softpick"), **{**TINY, "parallel": 2}), todo))
+    assert {job.spec for job in todo if "error" in found[job]} == {"gla"} and len(found) == len(todo)
 
 
 def bad_inputs(tmp_path):
@@ -75,6 +117,9 @@ def bad_inputs(tmp_path):
         (["softmax", "--minutes", "-1"], "--minutes"),
         (["softmax", "--minutes", "nan"], "--minutes"),
         (["softmax", "--minutes", "soon"], "minutes"),
+        (["softmax", "--seeds", "0"], "--seeds 0"),
+        (["softmax", "--parallel", "0"], "--parallel 0"),
+        (["softmax", "--backend", "mpi"], "--backend mpi"),
         (["moba:block=3"], "Did you mean block_size"),
         (["moba:block_size"], "is not key=value"),
     ]
@@ -160,13 +205,53 @@ def test_seeds_out_of_range(seed):
         Config(("softmax",), seed=seed)
 
 
+def run_of(bits, recall):
+    return {"language": {"bits": dict.fromkeys("124", bits)}, "recall": {"accuracy": {"4": recall}}, "copying": {"accuracy": {"32": recall}}}
+
+
+def report_of(mechanisms):
+    """{name: [(bits, recall) of each seed]} as a report."""
+    results = {
+        name: {task: {str(seed): run_of(*one)[task] for seed, one in enumerate(runs)} for task in ("language", "recall", "copying")}
+        for name, runs in mechanisms.items()
+    }
+    return {"mechanisms": results, "steps": {"language": 3}, "config": {"batch": 2, "seq_len": 32}}
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_run_that_diverged_is_neither_best_nor_worst(place):
-    def one(bits, recall):
-        return {"language": {"valid_bits": dict.fromkeys("124", bits), "tokens": 9}, "synthetic": {"recall": {"4": recall}, "copying": recall}}
+    runs = [("good", [(2.0, 0.99), (2.01, 0.98), (2.02, 0.99)]), ("fair", [(3.0, 0.5), (3.01, 0.52), (3.02, 0.51)])]
+    runs.insert(place, ("broken", [(float("nan"), float("nan"))] * 3))
+    said = verdict(report_of(dict(runs)))
+    assert "broken diverged" in said and said.count("broken") == 1
+    assert "after 192 bytes: good is best, 2.010 ± 0.025; behind it fair 3.010 ± 0.025" in said
+    assert "Of 4 key-value pairs recalled: good is best" in said and "Too little" not in said
 
-    runs = [("good", one(2.0, 0.9)), ("fair", one(3.0, 0.5))]
-    runs.insert(place, ("broken", one(float("nan"), float("nan"))))
-    said = verdict({"mechanisms": dict(runs)})
-    assert "broken diverged" in said and "good needs the fewest bits" in said and "fair the most" in said and "good recalls the most" in said
-    assert said.count("broken") == 1
+
+def test_no_winner_where_intervals_touch_or_one_seed_ran():
+    near = {"a": [(2.0, 0.9), (2.3, 0.9), (2.1, 0.9)], "b": [(2.1, 0.9), (2.4, 0.9), (2.2, 0.9)]}
+    assert "after 192 bytes: no difference seen" in verdict(report_of(near))
+    far = {"a": [(2.0, 0.99)], "b": [(3.5, 0.2)]}
+    assert "is best" not in verdict(report_of(far)) and "one seed" in verdict(report_of(far))
+    three = {"a": [(2.0, 0.9), (2.02, 0.9)] * 2, "b": [(2.01, 0.9), (2.03, 0.9)] * 2, "c": [(3.0, 0.2), (3.02, 0.2)] * 2}
+    assert "a (with b not told apart from it) is best, 2.010 ± 0.018; behind it c" in verdict(report_of(three))
+
+
+def test_intervals_are_student_s():
+    found = estimate([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3) and found.half == pytest.approx(4.303 * 1.5275252 / 3**0.5, rel=1e-4)
+    assert estimate([1.0]).half is None and estimate([1.0, float("nan")]) is None and estimate([]) is None
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 16), (16, 40)])
+def test_muon_is_pytorch_s(shape):
+    """Up to the bfloat16 in which PyTorch iterates: the same directions and lengths."""
+    own, other = (torch.nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).reshape(shape).sin()) for _ in range(2))
+    ours, theirs = Muon([own], 0.02), torch.optim.Muon([other], 0.02, weight_decay=0.0)
+    for step in range(4):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        own.grad, other.grad = grad.clone(), grad.clone()
+        ours.step()
+        theirs.step()
+    moved = own.detach() - torch.linspace(-1, 1, shape[0] * shape[1]).reshape(shape).sin()
+    assert (own - other).norm() < 0.03 * moved.norm()

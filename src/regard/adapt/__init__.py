@@ -1,7 +1,18 @@
-"""Changing pretrained Hugging Face models: another mechanism in place of softmax, distilled or calibrated to it."""
+"""Changing pretrained models: another mechanism in place of softmax, distilled or calibrated to it; parts of any model replaced."""
 
+import importlib
+from importlib.util import find_spec
+
+from ..nn.timm_host import operators
 from .linearise import distil
+from .named import register
 from .patch import Patch, patch
 from .recorded import record
+from .replace import Replaced, after, replace
 
-__all__ = ["Patch", "distil", "patch", "record"]
+operators()  # transformers reads torchvision where it is installed
+if find_spec("transformers") is not None:
+    register()  # attn_implementation="regard:softpick" is known from here on
+    importlib.import_module("regard.models.causal_lm")  # and the Auto classes know model_type "regard"
+
+__all__ = ["Patch", "Replaced", "after", "distil", "patch", "record", "replace"]

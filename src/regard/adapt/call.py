@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegardError
-from .host import named_by, own_attention, own_eager, own_name
+from .host import mask_form, named_by, own_attention, own_eager
 from .sight import Sight, look
 
 READ = frozenset({"scaling", "dropout", "is_causal", "softcap", "s_aux", "sinks", "position_bias", "sliding_window", "indices"})
@@ -105,7 +105,7 @@ class Call:
         mask = self.attention_mask
         if self.given.get("indices") is not None:
             mask = self.indexed(mask, self.given["indices"])
-        return look(mask, self.query.shape[2], self.key.shape[2], causal, own_name(self.module), self.window, places)
+        return look(mask, self.query.shape[2], self.key.shape[2], causal, mask_form(self.module), self.window, places)
 
     def indexed(self, mask: Tensor | None, indices: Tensor) -> Tensor:
         """The mask, and of what it shows only the keys at indices (B, Lq, n)."""

@@ -155,6 +155,12 @@ def own_name(module: nn.Module) -> str:
     return "sdpa" if name == NAME else str(name or "eager")
 
 
+def mask_form(module: nn.Module) -> str:
+    """The attention function whose masks the model makes: regard's names get them as SDPA does."""
+    name = own_name(module)
+    return "sdpa" if name.startswith(f"{NAME}:") else name
+
+
 def own_eager(module: nn.Module) -> Callable[..., Any] | None:
     """The plain attention function that stands beside the module's class."""
     lookup = lookup_of(type(module))
@@ -176,6 +182,11 @@ def named_by(function: Callable[..., Any]) -> frozenset[str]:
     """The keyword arguments that an attention function reads by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's forward takes its cache: transformers 5.40 renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def shape_of(module: nn.Module) -> tuple[int, int, int]:

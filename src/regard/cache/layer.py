@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingDependency, RegardError
-from ..nn.timm_host import operators
 
-operators()
 try:
     from transformers.cache_utils import DynamicLayer
 except ImportError as missing:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegardError
-from ..nn.timm_host import operators
 from .layer import KeptLayer
 from .rows import cache_argument
 from .view import View, Watcher
@@ -32,7 +31,6 @@ class Session:
     """`with policy(model) as session`: caches filled inside follow the policy; `session.cache` is the newest. The model is as it was behind it."""
 
     def __init__(self, model: nn.Module, policy: Watcher):
-        operators()
         from transformers import PreTrainedModel
 
         if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:

@@ -16,7 +16,7 @@ from ..algebra.part import Function, Input
 from ..algebra.rows import RowWise
 from ..algebra.snapshot import fixed
 from ..errors import RegardError
-from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, tiled
+from . import alone, composed, meter, native, order, packed, reference, rows, sdpa, table, tiled
 from . import plan as planner
 from . import recurrent as scans
 from .autocast import autocasting, under_autocast
@@ -313,13 +313,15 @@ def weighted(
         exact = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
         out, row_stats = reference.run(pose(mechanism, chosen.mask, q.double(), k.double(), v.double(), scale, exact))
         return out.to(v.dtype), row_stats
-    if chosen.executor in ("tiled", "native", "rows", "dense"):  # halves are widened before anything is computed with them
+    if chosen.executor in ("table", "tiled", "native", "rows", "dense"):  # halves are widened before anything is computed with them
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     problem = pose(mechanism, chosen.mask, q, k, v, scale, inputs)
     problem.want_count = stats
     if meter.counting():
         meter.add_problem(problem)
-    if chosen.executor in ("native", "tiled", "triton"):
+    if by_table(chosen.executor, problem):
+        return table.run(problem)
+    if chosen.executor in ("native", "table", "tiled", "triton"):
         return order.run(problem, functools.partial(in_blocks, chosen.executor))
     if chosen.executor == "sdpa":
         return sdpa.run(problem), None
@@ -339,6 +341,15 @@ def in_blocks(executor: str, problem: Problem) -> tuple[Tensor, Stats]:
 
         return triton.run(problem) if triton.takes(problem) else tiled.run(problem)
     return native.run(problem) if executor == "native" and native.takes(problem) else tiled.run(problem)
+
+
+def by_table(executor: str, problem: Problem) -> bool:
+    """Whether a selection is looked up pair by pair: what the planner chose, or blocks that the chosen kernel cannot follow."""
+    if problem.selection is None:  # a selector may leave everything to be read
+        return False
+    if executor != "native" or problem.want_count or native.takes(problem):
+        return executor == "table"
+    return not table.refusal(problem.mechanism, problem.sizes, problem.q.device)
 
 
 def inputs_of(mechanism: Mechanism) -> dict[str, Input]:

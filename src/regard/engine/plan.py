@@ -16,12 +16,12 @@ from ..algebra.part import Input, Sizes
 from ..algebra.rows import RowWise
 from ..algebra.snapshot import restless
 from ..errors import MissingDependency, RegardError
-from . import flex, native, order, sdpa
+from . import flex, native, order, sdpa, table
 from .layout import static_layout
 from .problem import check_functions, combine_masks
 from .recurrent.pose import declared_of
 
-WEIGHTED = ("sdpa", "native", "tiled", "flex", "triton", "rows", "dense", "reference")
+WEIGHTED = ("sdpa", "table", "native", "tiled", "flex", "triton", "rows", "dense", "reference")
 RECURRENT = ("chunk", "step", "parallel", "reference")
 ELEMENT = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -193,7 +193,7 @@ def weighted(
     if not local:
         rowwise = isinstance(mechanism.normalizer, RowWise)
         why = "is a function of whole rows" if rowwise else "is not row-local: a weight depends on other rows"
-        for name in ("sdpa", "flex", "native", "tiled", "triton", *(() if rowwise else ("rows",))):
+        for name in ("sdpa", "table", "flex", "native", "tiled", "triton", *(() if rowwise else ("rows",))):
             refused[name] = f"{type(mechanism.normalizer).__name__} {why}"
         if rowwise:
             refused["dense"] = "it would hold the whole matrix of weights"
@@ -203,6 +203,7 @@ def weighted(
                 name: why
                 for name, why in (
                     ("sdpa", sdpa_refusal(mechanism, mask, sizes)),
+                    ("table", table.refusal(mechanism, sizes, device)),
                     ("flex", flex.refusal(mechanism, device.type)),
                     ("triton", triton_refusal(mechanism, mask, sizes, device)),
                     ("native", native.refusal(mechanism, mask, sizes, dtype, device)),
@@ -231,6 +232,8 @@ def weighted(
         name, why = "flex", "FlexAttention can express it"
     elif "native" not in refused and worth_compiling(sizes) and not (restless(mechanism) or restless(mask)):
         name, why = "native", f"the generated kernel: row-local weights on a CPU, in blocks of {native.block()}"
+    elif "table" not in refused:
+        name, why = "table", "so few pairs that those chosen are looked up one by one"
     else:
         if "native" not in refused and device.type == "cpu":
             small = "too small to be worth compiling for"
@@ -247,6 +250,7 @@ def weighted(
     rows = sizes.batch * sizes.heads * sizes.q_len * (sizes.value_dim + 3) * wide
     memory = {
         "sdpa": 0,
+        "table": tile * wide + whole // wide,
         "tiled": tile * wide + rows,
         "flex": 0,
         "triton": rows,

@@ -8,8 +8,10 @@ from .codes import Codebook
 from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
 from .ema import MultiHeadEMA
+from .functional import scaled_dot_product_attention
 from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .mixers import mixer, mixer_names
+from .multihead import MultiheadAttention
 from .parts import LayerScale, ShortConv, SwiGLU
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
@@ -102,14 +104,67 @@ ROWS = {
     "SparsifinerAttention": "sparse.sparsifiner",
     "SSAAttention": "sparse.ssa",
     "SuperlinearAttention": "sparse.superlinear_attention",
+    "A2N": "vision.a2n",
+    "AttentionInAttention": "vision.a2n",
+    "PixelAttention": "vision.a2n",
+    "ACMIL": "vision.acmil",
+    "GatedAttentionPool": "vision.acmil",
+    "acmil_loss": "vision.acmil",
+    "ActivatorBlock": "vision.activator",
+    "ActivatorUnit": "vision.activator",
+    "ActivatorViT": "vision.activator",
+    "OSMCAALoss": "vision.attention_cl",
+    "TemporalAttentionPool": "vision.attention_cl",
+    "IBOTLoss": "vision.attmask",
+    "MaskedDistiller": "vision.attmask",
+    "attmask": "vision.attmask",
+    "CBAM": "vision.cbam",
+    "ConViT": "vision.convit",
+    "GPSA": "vision.convit",
+    "conv_to_gpsa": "vision.convit",
+    "DCAL": "vision.dcal",
+    "CoordinateAttention": "vision.ela",
+    "ELA": "vision.ela",
+    "GatedPromptTuner": "vision.gated_prompt_tuning",
+    "LiteAttention": "vision.little_attention_block",
+    "NonLocal": "vision.little_attention_block",
+    "HiLo": "vision.litv2_hilo",
+    "LITv2": "vision.litv2_hilo",
+    "GatedCNNBlock": "vision.mambaout",
+    "MambaOut": "vision.mambaout",
+    "mambaout": "vision.mambaout",
+    "MomentProbe": "vision.moment_probing",
+    "MomentProbedViT": "vision.moment_probing",
+    "PSRP": "vision.moment_probing",
+    "MixerGatingUnit": "vision.ninformer",
+    "NiNBlock": "vision.ninformer",
+    "NiNformer": "vision.ninformer",
+    "PolarizedSelfAttention": "vision.polarized_attention",
     "ISAB": "vision.set_transformer",
     "MAB": "vision.set_transformer",
     "PMA": "vision.set_transformer",
     "SAB": "vision.set_transformer",
     "SetTransformer": "vision.set_transformer",
+    "PromptPool": "vision.tcpa",
+    "TCPA": "vision.tcpa",
+    "TestTimeRegisters": "vision.test_time_registers",
+    "find_register_neurons": "vision.test_time_registers",
+    "PooledViT": "vision.token_pooling",
+    "token_pool": "vision.token_pooling",
+    "GlobalSubsampledAttention": "vision.twins",
+    "LocallyGroupedAttention": "vision.twins",
+    "PEG": "vision.twins",
+    "Twins": "vision.twins",
+    "pcpvt": "vision.twins",
+    "ULSAM": "vision.ulsam",
+    "LKA": "vision.van_lka",
+    "LKAAttention": "vision.van_lka",
+    "VAN": "vision.van_lka",
+    "VANBlock": "vision.van_lka",
+    "van": "vision.van_lka",
 }
 
-__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", *ROWS]
+__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "MultiheadAttention", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", "scaled_dot_product_attention", *ROWS]
 
 
 def __getattr__(name: str) -> Any:

@@ -229,9 +229,9 @@ class GridBlock(nn.Module):
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of (B, C, H, W)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]

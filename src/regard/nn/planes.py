@@ -37,3 +37,26 @@ def query_and_rest(qkv: nn.Linear, x: Tensor, source: Tensor) -> tuple[Tensor, T
     q = F.linear(x, qkv.weight[:dim], None if bias is None else bias[:dim])
     k, v = F.linear(source, qkv.weight[dim:], None if bias is None else bias[dim:]).chunk(2, -1)
     return q, k, v
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that says what is wrong where a batch has no variance to train on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            raise RegardError(
+                f"x is one value a channel, {tuple(x.shape)}, in training; expected more images or pixels for BatchNorm, or eval()"
+            )
+        return super().forward(x)
+
+
+class Patches(nn.Conv2d):
+    """A convolution whose stride is its size, (B, C, H, W) -> (B, out, H // size, W // size); rows and columns that fill no patch are left out."""
+
+    def __init__(self, channels: int, out: int, size: int):
+        super().__init__(channels, out, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self.stride[0]:
+            raise RegardError(f"x has a map of {tuple(x.shape[2:])}; expected at least one patch of {self.stride[0]} x {self.stride[0]}")
+        return super().forward(x)

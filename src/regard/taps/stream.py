@@ -64,14 +64,12 @@ def names_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def block_of(model: nn.Module, attention: str) -> tuple[str, nn.Module] | None:
-    """(name, module) of the block that holds the attention module of this name: the nearest numbered one that has an MLP."""
+    """(name, module) of the block that holds the attention module of this name: the nearest numbered one that has an MLP, or, in models
+    of attention alone, the nearest numbered one."""
     parts = attention.split(".")
-    for end in range(len(parts), 0, -1):
-        if parts[end - 1].isdigit():
-            found = model.get_submodule(".".join(parts[:end]))
-            if first_child(found, MLPS) is not None:
-                return ".".join(parts[:end]), found
-    return None
+    around = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if parts[end - 1].isdigit()]
+    found = [(name, model.get_submodule(name)) for name in around]
+    return next((pair for pair in found if first_child(pair[1], MLPS) is not None), found[0] if found else None)
 
 
 def projection_of(model: nn.Module, attention: str) -> nn.Module | None:

@@ -17,21 +17,26 @@ from ...nn.mixers import mixer, mixer_names
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 BASELINE = "softmax"
+BACKENDS = ("loky", "ray", "dask")
 
 
 def default_mechanisms() -> tuple[str, ...]:
     """Two weighted, three recurrent and a selected mechanism; MoBA's blocks are cut to the short training length."""
-    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=64,top_k=3", "hedgehog")
+    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=16,top_k=3", "hedgehog")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A comparison. mechanisms: names, with hyperparameters as "name:key=value,key=value". minutes: the budget of all of it."""
+    """A comparison. mechanisms: names, with hyperparameters as "name:key=value,key=value". minutes: the budget of all of it.
+
+    seed: of the first run; up to `seeds` runs, each with the next seed, as the budget allows. parallel: how many runs at once, each on one
+    thread (None: as many as there are cores). backend: joblib's, "loky" (processes here), "ray" or "dask".
+    """
 
     mechanisms: tuple[str, ...]
     text: Path | None = None
     minutes: float = 4.0
-    seq_len: int = 256
+    seq_len: int = 128
     out: Path = Path("runs/compare")
     seed: int = 0
     dim: int = 64
@@ -39,6 +44,9 @@ class Config:
     heads: int = 2
     batch: int = 8
     lengths: tuple[int, ...] = LENGTHS
+    seeds: int = 3
+    parallel: int | None = None
+    backend: str = "loky"
 
     def __post_init__(self) -> None:
         if not self.mechanisms:
@@ -52,6 +60,12 @@ class Config:
             raise RegardError(f"--seq-len {self.seq_len}: expected between 16 and 8192")
         if not 0 <= self.seed < 2**32:
             raise RegardError(f"--seed {self.seed}: expected between 0 and 4294967295")
+        if not 1 <= self.seeds <= 100:
+            raise RegardError(f"--seeds {self.seeds}: expected between 1 and 100")
+        if self.parallel is not None and not 1 <= self.parallel <= 1024:
+            raise RegardError(f"--parallel {self.parallel}: expected between 1 and 1024")
+        if self.backend not in BACKENDS:
+            raise RegardError(f"--backend {self.backend}: expected one of {', '.join(BACKENDS)}")
         for name in self.mechanisms:
             plain, options = parsed(name)
             if plain in mixer_names():

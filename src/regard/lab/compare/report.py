@@ -1,105 +1,136 @@
-"""The report: one HTML file that needs no network, with its plots inside."""
+"""The report: one HTML file that needs no network, one figure a question, every number to hover over, every column to sort by."""
 
 from __future__ import annotations
 
 import html
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...plots import figure
+from ...plots import Point, figure
 from ..files import write_text
+from .statistics import Estimate, curve, estimate, measure, seeds_of
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-h1{margin-bottom:0}p.sub{color:#666;margin-top:.2rem}p.verdict{background:#f4f6f8;border-left:4px solid #3b6ea5;padding:.8rem 1rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:1rem}figure{margin:0}figure svg{width:100%;height:auto}
-figcaption{color:#555;font-size:.9rem}table{border-collapse:collapse;width:100%;margin:1rem 0}
-th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}
+:root{color-scheme:light dark;--page:#fff;--text:#1b1b1b;--quiet:#5c5c5c;--line:#ddd;--box:#f3f6f9;--mark:#0072b2}
+@media(prefers-color-scheme:dark){:root{--page:#14171a;--text:#e8e8e8;--quiet:#a8a8a8;--line:#3a3f44;--box:#1f252a;--mark:#56b4e9}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:1.5rem auto;padding:0 1rem;color:var(--text);background:var(--page)}
+h1{margin-bottom:0}p.sub{color:var(--quiet);margin-top:.2rem}p.verdict{background:var(--box);border-left:4px solid var(--mark);padding:.8rem 1rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:1.2rem}figure{margin:0;break-inside:avoid}
+figure svg{width:100%;height:auto}figcaption{color:var(--quiet);font-size:.9rem}.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.35rem .6rem;text-align:right;
+border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,td:first-child{text-align:left}th{cursor:pointer}th:hover{color:var(--mark)}
+th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
+@media print{body{max-width:none;color:#000;background:#fff}th{cursor:auto}}
 """
+SORT = """
+document.querySelectorAll("th").forEach((head,at)=>head.addEventListener("click",()=>{const body=head.closest("table").tBodies[0],
+up=head.getAttribute("aria-sort")!=="ascending",key=row=>{const text=row.cells[at].dataset.sort;return text===""?Infinity:isNaN(text)?text:+text};
+document.querySelectorAll("th").forEach(other=>other.removeAttribute("aria-sort"));head.setAttribute("aria-sort",up?"ascending":"descending");
+[...body.rows].sort((a,b)=>{const x=key(a),y=key(b);return (x<y?-1:x>y?1:0)*(up?1:-1)}).forEach(row=>body.append(row))}));
+"""
+Curves = Callable[[dict[str, Any]], list[Point]]
 
 
-def curves(report: dict[str, Any], stage: str, pick: Any) -> dict[str, list[tuple[float, float]]]:
-    return {name: pick(one[stage]) for name, one in report["mechanisms"].items() if stage in one}
+def with_interval(found: list[tuple[float, Estimate]]) -> list[Point]:
+    return [(n, e.mean, e.half or 0.0) for n, e in found]
 
 
-def by_length(key: str, part: str = "ratio") -> Any:
-    return lambda speed: [(int(length), value) for length, value in speed[part][key].items()]
+def learning(task: str) -> Curves:
+    """The loss of training, mean over seeds."""
+
+    def pick(one: dict[str, Any]) -> list[Point]:
+        runs = [dict(map(tuple, run["loss"])) for run in seeds_of(one, task)]
+        steps = [step for step in runs[0] if all(step in run for run in runs)] if runs else []
+        found = [(float(step), estimate([run[step] for run in runs])) for step in steps]
+        return [(step, value.mean) for step, value in found if value is not None]
+
+    return pick
 
 
-PLOTS: list[tuple[str, str, str, str, str, Any, bool, bool, str]] = [
+def by_length(*path: str) -> Curves:
+    def pick(one: dict[str, Any]) -> list[Point]:
+        found: Any = one.get("speed")
+        for key in path:
+            found = found and found[key]
+        return [(int(length), value) for length, value in (found or {}).items()]
+
+    return pick
+
+
+def at_numbers(task: str, key: str) -> Curves:
+    return lambda one: with_interval(curve(one, task, key))
+
+
+# id, title, x, y, curves, log x, log y, caption
+PLOTS: list[tuple[str, str, str, str, Curves, bool, bool, str]] = [
     (
         "loss",
-        "Learning text",
-        "step",
+        "How fast does it learn text?",
+        "steps",
         "bits per byte",
-        "language",
-        lambda one: one["train_bits"],
+        learning("language"),
         False,
         False,
-        "Training loss; every mechanism sees the same bytes.",
+        "Training loss, mean over seeds; every mechanism sees the same bytes.",
     ),
     (
         "extrapolation",
-        "Beyond the training length",
+        "Does it hold beyond its length?",
         "times the training length",
         "bits per byte",
-        "language",
-        lambda one: [(int(t), v) for t, v in one["valid_bits"].items()],
+        at_numbers("language", "bits"),
         True,
         False,
         "Held-out loss on windows of 1, 2 and 4 times the training length.",
     ),
     (
         "recall",
-        "Associative recall",
+        "How much does it remember?",
         "key-value pairs",
         "accuracy",
-        "synthetic",
-        lambda one: [(int(n), v) for n, v in one["recall"].items()],
+        at_numbers("recall", "accuracy"),
         True,
         False,
-        "Multi-query associative recall: share of queried keys whose value is given.",
+        "Multi-query associative recall: the share of asked keys whose value is given. Bars: 95% interval over seeds.",
     ),
     (
         "prefill",
-        "Time to read a prompt",
+        "How long does a prompt take?",
         "tokens",
         "ratio to softmax",
-        "speed",
-        by_length("prefill"),
+        by_length("ratio", "prefill"),
         True,
         True,
         "Median of runs taken in turns; below 1 is faster than softmax.",
     ),
     (
+        "decode",
+        "How long does a token take?",
+        "tokens before it",
+        "ratio to softmax",
+        by_length("ratio", "decode"),
+        True,
+        True,
+        "Median decoding step after a prompt of that length.",
+    ),
+    (
         "memory",
-        "Memory while reading",
+        "How much memory does a prompt take?",
         "tokens",
         "bytes",
-        "speed",
-        lambda one: [(int(length), value) for length, value in one["memory"].items()],
+        by_length("memory"),
         True,
         True,
         "Most bytes of tensors alive at once (workspace inside a kernel is not seen).",
     ),
     (
-        "decode",
-        "Time of one decoding step",
-        "tokens before it",
-        "ratio to softmax",
-        "speed",
-        by_length("decode"),
-        True,
-        True,
-        "Median step after a prompt of that length.",
-    ),
-    (
         "state",
-        "Kept between tokens",
+        "What is kept between tokens?",
         "tokens",
         "bytes",
-        "speed",
-        lambda one: [(int(length), value) for length, value in one["state"].items()],
+        by_length("state"),
         True,
         True,
         "Cache or state of one layer.",
@@ -107,56 +138,60 @@ PLOTS: list[tuple[str, str, str, str, str, Any, bool, bool, str]] = [
 ]
 
 
+def cells(name: str, one: dict[str, Any]) -> list[tuple[str, float | str]]:
+    """(text, what to sort by) of a mechanism's row."""
+    speed = one.get("speed")
+
+    def told(found: Estimate | None, form: str) -> tuple[str, float | str]:
+        return ("-", "") if found is None else (found.text(form), found.mean)
+
+    recall = curve(one, "recall", "accuracy")
+    copying = curve(one, "copying", "accuracy")
+    row = [(name, name), *(told(measure(one, "language", "bits", n), ".3f") for n in "124")]
+    row += [told(recall[0][1] if recall else None, ".0%"), told(recall[-1][1] if recall else None, ".0%")]
+    row += [told(copying[-1][1] if copying else None, ".0%"), told(measure(one, "language", "sink_mass"), ".1%")]
+    if speed:
+        last = max(speed["ratio"]["prefill"], key=int)
+        row += [(f"{speed['ratio'][key][last]:.3g}x", speed["ratio"][key][last]) for key in ("prefill", "decode", "state")]
+    else:
+        row += [("-", "")] * 3
+    size = measure(one, "language", "parameters")
+    return [*row, ("-", "") if size is None else (f"{size.mean:,.0f}", size.mean)]
+
+
 def table(report: dict[str, Any]) -> str:
-    heads = [
-        "mechanism",
-        "bits/byte",
-        "at 2x",
-        "at 4x",
-        "recall",
-        "copying",
-        "sink mass",
-        "prefill vs softmax",
-        "state vs softmax",
-        "parameters",
+    results = report["mechanisms"]
+    pairs = sorted({n for one in results.values() for n, _ in curve(one, "recall", "accuracy")})
+    few, many = (f"{pairs[0]:g} pairs", f"{pairs[-1]:g} pairs") if pairs else ("few pairs", "many pairs")
+    lengths = [n for one in results.values() if "speed" in one for n in one["speed"]["ratio"]["prefill"]]
+    longest = f" at {max(lengths, key=int)}" if lengths else ""
+    heads = ["mechanism", "bits/byte", "at 2x", "at 4x", f"recall of {few}", many, "copying", "sink mass"]
+    heads += [f"prompt{longest}", "token", "state", "parameters"]
+    rows = [
+        "<tr>" + "".join(f'<td data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in cells(name, one)) + "</tr>"
+        for name, one in results.items()
     ]
-    rows = []
-    for name, one in report["mechanisms"].items():
-        language, synthetic, speed = one.get("language"), one.get("synthetic"), one.get("speed")
-        cells = [name]
-        cells += [f"{language['valid_bits'][t]:.3f}" for t in "124"] if language else ["-"] * 3
-        cells += (
-            [f"{sum(synthetic['recall'].values()) / len(synthetic['recall']):.0%}", f"{synthetic['copying']:.0%}"]
-            if synthetic
-            else ["-"] * 2
-        )
-        cells.append(f"{language['sink_mass']:.1%}" if language and language["sink_mass"] is not None else "-")
-        longest = max(speed["ratio"]["prefill"], key=int) if speed else ""
-        cells += (
-            [f"{speed['ratio']['prefill'][longest]:.2f} at {longest}", f"{speed['ratio']['state'][longest]:.3f}"] if speed else ["-"] * 2
-        )
-        cells.append(f"{language['parameters']:,}" if language else "-")
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return (
-        "<table><thead><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr></thead><tbody>" + "".join(rows) + "</tbody></table>"
-    )
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the HTML report; plots whose numbers were not measured are left out."""
     figures = []
-    for key, title, x, y, stage, pick, log_x, log_y, caption in PLOTS:
-        lines = curves(report, stage, pick)
-        if lines:
-            figures.append(
-                f'<figure id="{key}">{figure(title, x, y, lines, log_x, log_y)}<figcaption>{html.escape(caption)}</figcaption></figure>'
-            )
+    for key, title, x, y, pick, log_x, log_y, caption in PLOTS:
+        lines = {name: found for name, one in report["mechanisms"].items() if (found := pick(one))}
+        if any(math.isfinite(p[1]) for found in lines.values() for p in found):
+            plot = figure(title, x, y, lines, log_x, log_y)
+            figures.append(f'<figure id="{key}">{plot}<figcaption>{html.escape(caption)}</figcaption></figure>')
     config, env = report["config"], report["environment"]
     told = (
-        f"{report['text']}; {config['layers']} layers of {config['dim']} channels, {config['heads']} heads, {config['seq_len']} tokens, seed {config['seed']}; "
-        f"PyTorch {env['torch']}, {env['threads']} threads" + ("" if report["finished"] else "; stopped before the end")
+        f"{report['text']}; {config['layers']} layers of {config['dim']} channels, {config['heads']} heads, {config['seq_len']} tokens, "
+        f"{report['rounds'] or 0} seeds from {config['seed']}; PyTorch {env['torch']}, {env['threads']} threads"
+        + ("" if report["finished"] else "; stopped before the end")
     )
-    body = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>regard: {html.escape(", ".join(report["mechanisms"]))}</title>
-<style>{STYLE}</style></head><body><h1>Which attention?</h1><p class="sub">{html.escape(told)}</p>
-<p class="verdict">{html.escape(report["verdict"])}</p>{table(report)}<div class="plots">{"".join(figures)}</div></body></html>"""
+    body = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>regard: {html.escape(", ".join(report["mechanisms"]))}</title><style>{STYLE}</style></head><body><h1>Which attention?</h1>
+<p class="sub">{html.escape(told)}</p><p class="verdict">{html.escape(report["verdict"])}</p>{table(report)}
+<p class="sub">Prompt, token and state are ratios to softmax; click a column to sort by it.</p>
+<div class="plots">{"".join(figures)}</div><script>{SORT}</script></body></html>"""
     write_text(path, body)

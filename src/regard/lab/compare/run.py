@@ -15,24 +15,27 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ...errors import RegardError
-from ...tasks import Corpus, python_text, read_text
+from ...tasks import Corpus
 from ..files import write_text
 from .config import Config
+from .jobs import Job, corpus_of, workers_of
+from .jobs import results as results_of
 from .report import write_report
 from .speed import measure
-from .train import seconds_per_step, train_language, train_synthetic
+from .train import TASKS
 from .verdict import verdict
 
-SHARES = {"language": 0.52, "synthetic": 0.26}  # of the budget; timing and evaluation take the rest
-
-
-def load_corpus(config: Config) -> Corpus:
-    return python_text() if config.text is None else read_text(config.text, config.needed_bytes)
+SHARES = {"language": 0.45, "recall": 0.33, "copying": 0.22}  # of the time for training
+TIMING = 0.15  # of the budget, for time and memory against length
+SLACK = 0.85  # of the time that is left is planned with: machines slow down while one looks away
+ENOUGH = {"language": 150, "recall": 100, "copying": 100}  # steps below which fewer seeds are better than shorter runs
+LEAST = 20
+MEASURING = {"language": 15, "recall": 8, "copying": 3}  # what making and measuring a model takes, in training steps
 
 
 def fingerprint(config: Config, corpus: Corpus) -> str:
     """What must be equal for finished results to be taken over."""
-    told = {key: value for key, value in config.as_dict().items() if key not in ("out", "mechanisms", "text")}
+    told = {key: value for key, value in config.as_dict().items() if key not in ("out", "mechanisms", "text", "parallel", "backend")}
     digest = hashlib.sha256(bytes(corpus.train[:1_000_000].tolist())).hexdigest()
     return hashlib.sha256((json.dumps(told, sort_keys=True) + digest).encode()).hexdigest()[:16]
 
@@ -65,7 +68,7 @@ def resumed(path: Path, mark: str) -> dict[str, Any]:
 def compare(config: Config, resume: bool = False, console: Console | None = None) -> tuple[dict[str, Any], bool]:
     """Run a comparison and write report.json and report.html in config.out; returns (report, whether it was finished)."""
     console = console or Console(stderr=True)
-    corpus = load_corpus(config)
+    corpus = corpus_of(config.text, config.needed_bytes)
     path, mark = config.out / "report.json", fingerprint(config, corpus)
     old = resumed(path, mark) if resume else {}
     config.prepare_out()
@@ -76,6 +79,7 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
         "text": corpus.name,
         "environment": environment(),
         "steps": old.get("steps"),
+        "rounds": old.get("rounds"),
         "mechanisms": {name: old.get("mechanisms", {}).get(name, {}) for name in names},
     }
 
@@ -100,49 +104,51 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
 
 
 def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, save: Callable[[], None]) -> None:
-    results = report["mechanisms"]
-    if report["steps"] is None:
-        report["steps"] = decide_steps(config, corpus, bar)
-    steps = report["steps"]
-    stages: list[tuple[str, str, Callable[[str, Callable[[float], None]], dict[str, Any]], float]] = [
-        (
-            "language",
-            "learning text",
-            lambda name, tick: train_language(config, name, corpus, steps["language"], tick),
-            steps["language"] + 1.5,
-        ),
-        ("synthetic", "recall and copying", lambda name, tick: train_synthetic(config, name, steps["synthetic"], tick), steps["synthetic"]),
-    ]
+    """Time and memory against length, how long a step takes, then a round of training for each seed as long as the budget holds."""
+    results, start = report["mechanisms"], time.perf_counter()
+    budget = 60 * config.minutes
     missing = [name for name, one in results.items() if "speed" not in one]
     if missing:  # timed together: ratios hold within one run
-        line = bar.add_task("time and memory against length", total=len(config.lengths) * (len(results) + ("softmax" not in results)))
-        for name, one in measure(config, lambda n: bar.advance(line, n)).items():
+        line = bar.add_task("time and memory against length", total=TIMING * budget)
+        for name, one in measure(config, TIMING * budget, lambda done: bar.update(line, completed=done)).items():
             if name in results:
                 results[name]["speed"] = one
-        bar.update(line, completed=bar.tasks[line].total)
+        bar.update(line, completed=TIMING * budget)
         save()
-    for key, what, run, total in stages:
-        for name in results:
-            if key in results[name]:
-                continue
-            line = bar.add_task(f"{what}: {name}", total=total)
-            start = time.perf_counter()
-            results[name][key] = run(name, lambda n, line=line: bar.advance(line, n))  # type: ignore[misc]
-            results[name][key]["seconds"] = time.perf_counter() - start
-            bar.update(line, completed=total)
+    if report["steps"] is None:
+        report["steps"], report["rounds"] = decide(config, bar, budget - (time.perf_counter() - start))
+        save()
+    for number in range(report["rounds"]):
+        began = time.perf_counter()
+        seed = (config.seed + number) % 2**32
+        jobs = [
+            Job(task, name, seed, report["steps"][task]) for task in TASKS for name in results if str(seed) not in results[name].get(task, {})
+        ]
+        line = bar.add_task(f"learning, seed {seed}", total=len(jobs))
+        for job, found in results_of(config, jobs):
+            results[job.spec].setdefault(job.task, {})[str(seed)] = found
+            bar.advance(line)
             save()
+        took, left = time.perf_counter() - began, budget - (time.perf_counter() - start)
+        if jobs and number + 1 < report["rounds"] and took > left:
+            report["rounds"] = number + 1
+            break
 
 
-def decide_steps(config: Config, corpus: Corpus, bar: Progress) -> dict[str, int]:
-    """Equal steps for all mechanisms, as many as the budget holds."""
-    line = bar.add_task("how fast this machine is", total=len(config.mechanisms))
-    cost = [0.0, 0.0]
-    for name in config.mechanisms:
-        language, synthetic = seconds_per_step(config, name, corpus)
-        cost = [cost[0] + language, cost[1] + synthetic]
+def decide(config: Config, bar: Progress, seconds: float) -> tuple[dict[str, int], int]:
+    """(steps of each task, rounds): equal for all mechanisms, as many as the seconds hold; measured on runs like those to come."""
+    start = time.perf_counter()
+    jobs = [Job(task, name, config.seed, 0) for task in TASKS for name in config.mechanisms]
+    line = bar.add_task("how fast this machine is", total=len(jobs))
+    cost = dict.fromkeys(TASKS, 0.0)
+    for job, found in results_of(config, jobs):
+        if "error" not in found:  # a mechanism that fails fails again when it is trained, and is reported there
+            cost[job.task] += found["seconds"]
         bar.advance(line)
-    seconds = 60 * config.minutes
-    return {
-        "language": max(20, int(SHARES["language"] * seconds / cost[0])),
-        "synthetic": max(20, int(SHARES["synthetic"] * seconds / cost[1])),
-    }
+    seconds = SLACK * (seconds - (time.perf_counter() - start)) * workers_of(config)
+    rounds = config.seeds
+    while True:
+        steps = {task: int(SHARES[task] * seconds / rounds / cost[task]) - MEASURING[task] if cost[task] else LEAST for task in TASKS}
+        if rounds == 1 or all(steps[task] >= ENOUGH[task] for task in TASKS):
+            return {task: max(LEAST, n) for task, n in steps.items()}, rounds
+        rounds -= 1

@@ -34,19 +34,26 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(config: Config, tick: Callable[[float], None]) -> dict[str, dict[str, Any]]:
-    """For each mechanism and length: prefill seconds, peak bytes, decode seconds a token, state bytes; and ratios to softmax."""
+def measure(config: Config, seconds: float, tick: Callable[[float], None]) -> dict[str, dict[str, Any]]:
+    """For each mechanism and length: prefill seconds, peak bytes, decode seconds a token, state bytes; and ratios to softmax.
+
+    The lengths are those, shortest first, that fit into `seconds`: each takes two to four times as long as the one before it.
+    """
     specs = list(config.mechanisms) + ([BASELINE] if BASELINE not in config.mechanisms else [])
     layers: dict[str, Any] = {spec: seeded(config, spec) for spec in specs}
     found: dict[str, dict[str, Any]] = {spec: {"prefill": {}, "memory": {}, "decode": {}, "state": {}} for spec in specs}
+    start, last = time.perf_counter(), 0.0
     for length in config.lengths:
+        began = time.perf_counter()
+        if last and began - start + 2.5 * last > seconds:
+            break
         x = torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(config.seed))
         rounds = 5 if length <= 2048 else 3
         times: dict[str, list[float]] = {spec: [] for spec in specs}
         for _ in range(rounds):  # in turns, so that a slow moment of the machine touches all alike
             for spec in specs:
                 times[spec].append(timed(lambda spec=spec, x=x: layers[spec](x)))  # type: ignore[misc]
-                tick(1 / rounds)
+                tick(time.perf_counter() - start)
         states = {spec: layers[spec].step(x)[1] for spec in specs}
         steps: dict[str, list[float]] = {spec: [] for spec in specs}
         for at in range(DECODED):
@@ -61,6 +68,7 @@ def measure(config: Config, tick: Callable[[float], None]) -> dict[str, dict[str
             one["decode"][str(length)] = spread(steps[spec][1:])
             one["memory"][str(length)] = peak_bytes(lambda spec=spec, x=x: layers[spec](x))  # type: ignore[misc]
             one["state"][str(length)] = states[spec].bytes
+        last = time.perf_counter() - began
     return with_ratios(found)
 
 

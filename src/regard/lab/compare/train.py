@@ -1,4 +1,4 @@
-"""Training the small models: language on real text, and the two synthetic tasks, with the same seeds, tokens and steps for all."""
+"""Training the small models: language on real text, and two synthetic tasks, with the same seeds, tokens and steps for all."""
 
 from __future__ import annotations
 
@@ -9,85 +9,130 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...nn import Attention, Decoder
+from ...nn import Attention, Decoder, GatedConv
 from ...tasks import Corpus, copying, recall
 from .config import Config, layer_of
+from .optimizer import Muon
 
-VOCAB, PAIRS, RECALL_LENGTH = 64, (4, 8, 16), 64
-Tick = Callable[[float], None]
-
-
-def model_of(config: Config, spec: str, vocab: int = 256) -> Decoder:
-    """The model of a mechanism: everything but the mechanism, and the seed, is the same for all."""
-    torch.manual_seed(config.seed)
-    mixers = [layer_of(spec, config.dim, config.heads, rope=True, context_len=config.seq_len) for _ in range(config.layers)]
-    return Decoder(mixers, vocab=vocab, dim=config.dim, layers=config.layers, heads=config.heads, context_len=config.seq_len)
+# Found by benchmarks/recipe.py: what learns most in ten seconds of one core.
+MATRIX_RATE, OTHER_RATE = 0.02, 0.01
+VOCAB, LENGTH, COUNT = 64, 64, 32  # of the synthetic tasks: symbols, tokens, sequences a step
+PAIRS = (4, 8, 16)
+TASKS = ("language", "recall", "copying")
 
 
-def optimizer_of(model: Decoder, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
+def language_model(config: Config, spec: str, seed: int, vocab: int = 256, length: int | None = None) -> Decoder:
+    """The model of a mechanism in every layer: everything but the mechanism, and the seed, is the same for all."""
+    torch.manual_seed(seed)
+    length = length or config.seq_len
+    mixers = [layer_of(spec, config.dim, config.heads, rope=True, context_len=length) for _ in range(config.layers)]
+    return Decoder(mixers, vocab=vocab, dim=config.dim, layers=config.layers, heads=config.heads, context_len=length)
+
+
+def recall_model(config: Config, spec: str, seed: int) -> Decoder:
+    """A short gated convolution, which brings each value to its key, and one layer that must remember the pairs."""
+    torch.manual_seed(seed)
+    layers = [GatedConv(config.dim), layer_of(spec, config.dim, config.heads, context_len=LENGTH)]
+    return Decoder(layers, vocab=VOCAB, dim=config.dim, layers=2, heads=config.heads, context_len=LENGTH)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the model, AdamW for embeddings, norms and whatever is no matrix."""
+    inside = {id(p) for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
+    found: list[torch.optim.Optimizer] = [Muon(matrices, MATRIX_RATE)] if matrices else []
+    return [*found, torch.optim.AdamW(others, OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)]
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth, then a cosine to a tenth."""
-    warm = max(1, steps // 10)
-    return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    """Linear warm-up over 20 steps (a fifth of a short run), level to two fifths, then down in a line."""
+    warm = max(1, min(20, steps // 5))
+    return min(1.0, (step + 1) / warm, max(0.05, (steps - step) / max(1.0, 0.6 * steps)))
 
 
-def optimise(model: Decoder, loss_of: Callable[[int], Tensor], steps: int, rate: float, tick: Tick) -> list[float]:
+def optimise(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int) -> list[float]:
     """Train; returns the loss of every step."""
-    optimizer = optimizer_of(model, rate)
+    chosen = optimizers(model)
+    rates = [[group["lr"] for group in one.param_groups] for one in chosen]
     losses = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(step, steps)
-        optimizer.zero_grad()
+        for one, own in zip(chosen, rates, strict=True):
+            for group, rate in zip(one.param_groups, own, strict=True):
+                group["lr"] = rate * schedule(step, steps)
+            one.zero_grad()
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for one in chosen:
+            one.step()
         losses.append(float(loss.detach()))
-        tick(1)
     return losses
 
 
-def language_loss(model: Decoder, tokens: Tensor) -> Tensor:
+def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean bits per byte of next-byte prediction."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
 
 
-def train_language(config: Config, spec: str, corpus: Corpus, steps: int, tick: Tick) -> dict[str, Any]:
-    """Train on text; measure validation bits per byte, loss at longer lengths, and sink mass."""
-    model = model_of(config, spec)
-    generator = torch.Generator().manual_seed(config.seed)
+def asked_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy where something is asked."""
+    asked = labels >= 0
+    return F.cross_entropy(model(tokens)[asked], labels[asked])
+
+
+def train(config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus) -> dict[str, Any]:
+    """One model on one task ("language", "recall" or "copying") with one seed: its measures and the curve of its loss."""
     start = time.perf_counter()
-    losses = optimise(model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator)), steps, 3e-3, tick)
-    seconds = time.perf_counter() - start
+    model, losses = fitted(config, task, spec, seed, steps, corpus)
     model.eval()
-    result: dict[str, Any] = {
-        "steps": steps,
-        "tokens": steps * config.batch * config.seq_len,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_bits": thinned(losses),
-        "seconds": seconds,
-        "valid_bits": {},
-    }
     with torch.no_grad():
-        stretches = corpus.held_out(4 * config.seq_len, 12)  # the same bytes at every length, cut finer for the shorter ones
-        for times in (1, 2, 4):
-            length = times * config.seq_len
-            windows = torch.cat([stretches[:, at : at + length + 1] for at in range(0, 4 * config.seq_len, length)])
-            pieces = windows.split(8)
-            bits = [float(language_loss(model, piece)) * len(piece) for piece in pieces]
-            result["valid_bits"][str(times)] = sum(bits) / len(windows)
-            tick(0.5)
-        result["sink_mass"] = sink_mass(model, corpus.held_out(config.seq_len, 4))
-    return result
+        found = {"language": language, "recall": recalled, "copying": copied}[task](config, model, seed, corpus)
+    kept = {"steps": steps, "loss": thinned(losses), "seconds": time.perf_counter() - start}
+    return {**found, **kept, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def thinned(values: list[float], points: int = 200) -> list[tuple[int, float]]:
+def fitted(config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus) -> tuple[Decoder, list[float]]:
+    """The trained model of a task, and its losses."""
+    generator = torch.Generator().manual_seed(seed)
+    if task == "language":
+        model = language_model(config, spec, seed)
+        return model, optimise(model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator)), steps)
+    if task == "copying":
+        model = language_model(config, spec, seed, VOCAB, LENGTH)
+        return model, optimise(model, lambda _: asked_loss(model, *copying(COUNT, LENGTH, VOCAB, generator)), steps)
+    model = recall_model(config, spec, seed)
+    return model, optimise(
+        model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)), steps
+    )
+
+
+def language(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:
+    """Held-out bits per byte at one, two and four times the training length, over the same bytes; and sink mass."""
+    stretches, bits = corpus.held_out(4 * config.seq_len, 24), {}
+    for times in (1, 2, 4):
+        length = times * config.seq_len
+        windows = torch.cat([stretches[:, at : at + length + 1] for at in range(0, 4 * config.seq_len, length)])
+        pieces = windows.split(16)
+        bits[str(times)] = sum(float(language_loss(model, piece)) * len(piece) for piece in pieces) / len(windows)
+    return {"bits": bits, "sink_mass": sink_mass(model, corpus.held_out(config.seq_len, 4))}
+
+
+def recalled(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:
+    """Accuracy by number of pairs, on fresh sequences."""
+    fresh = torch.Generator().manual_seed(seed + 2**20)
+    return {"accuracy": {str(n): accuracy(model, *recall(256, LENGTH, n, VOCAB, fresh)) for n in PAIRS}}
+
+
+def copied(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:
+    """Accuracy on fresh sequences."""
+    fresh = torch.Generator().manual_seed(seed + 2**20)
+    return {"accuracy": {str(LENGTH // 2): accuracy(model, *copying(256, LENGTH, VOCAB, fresh))}}
+
+
+def thinned(values: list[float], points: int = 100) -> list[tuple[int, float]]:
     """(step, mean of the steps since the last point)."""
     width = max(1, len(values) // points)
     return [
@@ -110,52 +155,17 @@ def sink_mass(model: Decoder, tokens: Tensor) -> float | None:
     return float(torch.stack(shares).mean())
 
 
-def synthetic_batch(step: int, generator: torch.Generator, count: int = 32) -> tuple[Tensor, Tensor]:
-    """Recall with growing numbers of pairs and copying, in turn."""
-    turn = step % 4
-    if turn == 3:
-        return copying(count, RECALL_LENGTH, VOCAB, generator)
-    return recall(count, RECALL_LENGTH, PAIRS[turn], VOCAB, generator)
-
-
-def accuracy(model: Decoder, tokens: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
+    """Share of asked places whose label is the model's first choice."""
     asked = labels >= 0
     return float((model(tokens).argmax(-1) == labels)[asked].float().mean())
 
 
-def train_synthetic(config: Config, spec: str, steps: int, tick: Tick) -> dict[str, Any]:
-    """One model trained on recall and copying in turn; accuracy of each on fresh data."""
-    model = model_of(config, spec, VOCAB)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-
-    def loss_of(step: int) -> Tensor:
-        tokens, labels = synthetic_batch(step, generator)
-        return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
-
-    losses = optimise(model, loss_of, steps, 4e-3, tick)
-    model.eval()
-    fresh = torch.Generator().manual_seed(config.seed + 2)
-    with torch.no_grad():
-        pairs = {str(n): accuracy(model, *recall(128, RECALL_LENGTH, n, VOCAB, fresh)) for n in PAIRS}
-        copied = accuracy(model, *copying(128, RECALL_LENGTH, VOCAB, fresh))
-    return {"steps": steps, "loss": thinned(losses, 50), "recall": pairs, "copying": copied}
-
-
-def seconds_per_step(config: Config, spec: str, corpus: Corpus) -> tuple[float, float]:
-    """(language, synthetic) seconds of one training step, from a few."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for vocab in (256, VOCAB):
-        model = model_of(config, spec, vocab)
-
-        def loss_of(step: int, model: Decoder = model, vocab: int = vocab) -> Tensor:
-            if vocab == 256:
-                return language_loss(model, corpus.batch(config.batch, config.seq_len, generator))
-            tokens, labels = synthetic_batch(step, generator)
-            return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
-
-        optimise(model, loss_of, 2, 1e-3, lambda _: None)
+def seconds_per_step(config: Config, task: str, spec: str, corpus: Corpus) -> float:
+    """Seconds of one training step, from the quickest of a few."""
+    times = []
+    for steps in (1, 4):
         start = time.perf_counter()
-        optimise(model, loss_of, 3, 1e-3, lambda _: None)
-        found.append((time.perf_counter() - start) / 3)
-    return found[0], found[1]
+        fitted(config, task, spec, config.seed, steps, corpus)
+        times.append(time.perf_counter() - start)
+    return max(1e-4, (times[1] - times[0]) / 3)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.nn.windows import from_windows, to_windows
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, chunk: int) -> Tensor:
@@ -66,16 +67,6 @@ def window_attention(
         raise RegardError(f"q has shape {tuple(q.shape)}: expected (windows * B, H, L, D), windows as in the mask")
     out: Tensor = FlashWindow.apply(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, chunk)
     return out
-
-
-def to_windows(x: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) -> (B * windows, size^2, C)."""
-    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_windows(x: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`."""
-    return x.unflatten(1, (size, size)).unflatten(0, (-1, height // size, width // size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def region_mask(height: int, width: int, size: int, shift: int) -> Tensor:

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.generate import Draft, Host, Strategy, generate
-from regard.nn.timm_host import operators
 
 
 def llama(
     vocab: int = 50, layers: int = 2, dim: int = 32, heads: int = 4, kv_heads: int = 2, length: int = 1024, sharp: float = 1.0
 ) -> Any:
     """A random Llama in float64; sharp scales its logits."""
-    operators()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": dim, "intermediate_size": 2 * dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
@@ -38,7 +36,6 @@ def llama(
 
 def bigrams(vocab: int = 200, period: int = 97, noise: float = 0.3) -> Any:
     """A language model without attention: logits are a table of bigrams and noise that depends on the position modulo `period`."""
-    operators()
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -13,7 +13,6 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.decoding import llama
 from regard.lab.verification import check
 from regard.nn.attention import Attention
-from regard.nn.timm_host import operators
 from regard.zoo.systems.wgqa import convert_wgqa, fold_wgqa, to_wgqa
 
 
@@ -87,7 +86,6 @@ def _() -> tuple[float, float]:
 )
 @torch.no_grad()
 def _() -> tuple[float, float]:
-    operators()
     from transformers import T5Config, T5ForConditionalGeneration
 
     ids = torch.randint(1, 50, (2, 6))

@@ -1,0 +1,69 @@
+"""Reading models through taps: scores and masks of heads, attribution, patching, circuits."""
+
+from typing import Any
+
+from ..lazy import listed, load
+from .heads import ablated, gated, head_counts, importance, removable
+from .patching import activation_patch, logit_difference, path_patch
+from .surgery import prune
+from .tables import HeadTable
+from .weights import HeadWeights, head_weights, written
+
+# Rows of the zoo under their public names, each loaded when it is first asked for.
+ROWS = {
+    "HeadMask": "analysis.headmask",
+    "ablation_table": "analysis.head_pruning",
+    "best_heads": "analysis.head_pruning",
+    "blank_out": "analysis.rollout_and_flow",
+    "circuit_overlap": "analysis.circuit_reuse",
+    "class_sensitivity": "analysis.normgrad",
+    "combine": "analysis.normgrad",
+    "detect_sinks": "analysis.secondary_attention_sinks",
+    "direct_attribution": "analysis.circuit_reuse",
+    "find_circuit": "analysis.circuit_reuse",
+    "flow": "analysis.rollout_and_flow",
+    "input_gradients": "analysis.rollout_and_flow",
+    "inequality": "analysis.headmask",
+    "prune_schedule": "analysis.head_pruning",
+    "rank_correlation": "analysis.rollout_and_flow",
+    "meta_saliency": "analysis.normgrad",
+    "mlp_alignment": "analysis.secondary_attention_sinks",
+    "needle_recall": "analysis.retrieval_head",
+    "repair": "analysis.circuit_reuse",
+    "omega_svd": "analysis.sparse_attention_decomposition",
+    "removed": "analysis.sparse_attention_decomposition",
+    "retrieval_scores": "analysis.retrieval_head",
+    "rollout": "analysis.rollout_and_flow",
+    "saliency": "analysis.normgrad",
+    "sink_levels": "analysis.secondary_attention_sinks",
+    "sink_score": "analysis.secondary_attention_sinks",
+    "score_components": "analysis.sparse_attention_decomposition",
+    "sparse_set": "analysis.sparse_attention_decomposition",
+    "suppress": "analysis.secondary_attention_sinks",
+    "trace": "analysis.sparse_attention_decomposition",
+}
+
+__all__ = [
+    "HeadTable",
+    "HeadWeights",
+    "ablated",
+    "activation_patch",
+    "gated",
+    "head_counts",
+    "head_weights",
+    "importance",
+    "logit_difference",
+    "path_patch",
+    "prune",
+    "removable",
+    "written",
+    *ROWS,
+]
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, ROWS, name)
+
+
+def __dir__() -> list[str]:
+    return listed(globals(), ROWS)

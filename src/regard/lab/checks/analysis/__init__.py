@@ -1,0 +1,1 @@
+"""Checks of the analysis family."""

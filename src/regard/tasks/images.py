@@ -1,0 +1,42 @@
+"""Generated images whose labels are exact, each batch drawn from a generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+def bumps(centres: Tensor, side: int, spread: float) -> Tensor:
+    """Gaussians of height 1 at centres (..., 2), rows and columns in pixels: (..., side, side)."""
+    axis = torch.arange(side, dtype=centres.dtype)
+    square = (centres[..., 0, None, None] - axis[:, None]).square() + (centres[..., 1, None, None] - axis).square()
+    return torch.exp(-square / (2 * spread**2))
+
+
+def distant_signs(count: int, generator: torch.Generator, side: int = 16, noise: float = 0.1) -> Batch:
+    """Whether two bumps far apart have the same sign: one in channel 0 on the left, one in channel 1 on the right; images (count, 2, side,
+    side), labels 0 or 1. A net that adds up what it finds in fields smaller than side / 2 is right at most three times in four."""
+    x = noise * torch.randn(count, 2, side, side, generator=generator)
+    sign = 2 * torch.randint(2, (count, 2), generator=generator) - 1
+    at = 2 + (side - 5) * torch.rand(count, 2, 2, generator=generator)
+    at[:, :, 1] = at[:, :, 1] / (side - 1) * (side / 4 - 1) + torch.tensor([1.0, 3 * side / 4])
+    x += sign[..., None, None] * bumps(at, side, 1.0)
+    return x, (sign.prod(-1) > 0).long()
+
+
+def cued_bumps(count: int, generator: torch.Generator, side: int = 16, noise: float = 0.1) -> Batch:
+    """Where the bump is that has the sign of a cue far away: channel 0 has a bright and a dark bump on the left, channel 1 a bump on the right
+    that is the cue; images (count, 2, side, side), targets (count, 1, side, side), a Gaussian of height 1."""
+    x = noise * torch.randn(count, 2, side, side, generator=generator)
+    at = 2 + (side - 5) * torch.rand(count, 3, 2, generator=generator)
+    at[:, :, 1] = at[:, :, 1] / (side - 1) * (side / 4 - 1) + torch.tensor([1.0, 1.0, 3 * side / 4])
+    at[:, :2, 0] = at[:, :2, 0] / 2 + torch.tensor([0.0, side / 2 - 1])  # one in the upper half, one in the lower
+    swap = torch.randint(2, (count,), generator=generator)
+    bright = torch.where(swap[:, None] == 1, at[:, 0], at[:, 1])
+    dark = torch.where(swap[:, None] == 1, at[:, 1], at[:, 0])
+    sign = 2 * torch.randint(2, (count,), generator=generator) - 1
+    x[:, 0] += bumps(bright, side, 1.0) - bumps(dark, side, 1.0)
+    x[:, 1] += sign[:, None, None] * bumps(at[:, 2], side, 1.0)
+    return x, bumps(torch.where(sign[:, None] > 0, bright, dark), side, 1.0)[:, None]

@@ -1,0 +1,1 @@
+"""Looking into attention: interpretability, theory, benchmarks and surveys."""

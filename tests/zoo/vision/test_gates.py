@@ -1,0 +1,85 @@
+"""Counts, refusals and training of the gates over channels and pixels."""
+
+import pytest
+import torch
+from torch import nn
+
+from regard import RegardError
+from regard.nn.plane_gates import ChannelGate, SpatialGate
+from regard.zoo.vision.cbam import CBAM
+from regard.zoo.vision.ela import ELA, CoordinateAttention
+from regard.zoo.vision.polarized_attention import PolarizedSelfAttention
+from regard.zoo.vision.ulsam import ULSAM
+
+
+def size(layer):
+    return sum(p.numel() for p in layer.parameters())
+
+
+def test_parameter_counts():
+    assert size(CBAM(64, 16)) == 2 * 256 + 4 + 64 + 98 + 2
+    assert size(ELA(256, "B")) == 2304 and size(ELA(256, "L")) == 14848
+    assert [size(ULSAM(16, g, bare=True)) for g in (1, 2, 4)] == [32, 32, 32]
+    assert size(ULSAM(16, 4)) == 32 + 16 + 4 + 2 * (16 + 4)
+    assert size(PolarizedSelfAttention(64, released=True)) == 64 + 4 * 64 * 32
+
+
+def test_squeeze_and_excitation_is_the_channel_gate_of_means():
+    gate, x = ChannelGate(8, 2, ("avg",)), torch.randn(2, 8, 4, 5)
+    first, _, last = gate.mlp
+    assert torch.allclose(gate(x), x * torch.sigmoid(last(torch.relu(first(x.mean((2, 3))))))[..., None, None])
+
+
+def test_running_statistics_move_by_the_papers_momentum():
+    gate, x = SpatialGate(), torch.randn(4, 8, 6, 6)
+    seen = gate.conv(torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1))
+    gate(x)
+    assert torch.allclose(gate.norm.running_mean, 0.01 * seen.mean().detach(), atol=1e-6)
+    layer = ULSAM(8, 2)
+    layer(x)
+    assert torch.allclose(layer.after[0][0].running_mean, 0.9 * layer.depthwise(x).mean((0, 2, 3)), atol=1e-6)
+
+
+def test_equal_largest_values_give_their_gradient_to_the_first():
+    x = torch.zeros(1, 4, 3, 3, requires_grad=True)
+    gate = ChannelGate(4, 2, ("max",))
+    gate.gate(x).sum().backward()
+    assert float(x.grad[..., 1:, :].abs().sum()) == 0 and float(x.grad[..., 0, 0].abs().sum()) > 0
+
+
+def test_root_of_squares_has_a_gradient_at_zero():
+    x = torch.zeros(1, 4, 3, 3, requires_grad=True)
+    ChannelGate(4, 2, ("lp",))(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CBAM(8, 16),
+        lambda: CBAM(8, 4, pools=()),
+        lambda: CBAM(8, 4, pools=("mean",)),
+        lambda: CBAM(8, 4, order="channels"),
+        lambda: CBAM(8, 4, spatial=False, order="parallel"),
+        lambda: SpatialGate(4),
+        lambda: ELA(24),
+        lambda: ELA(64, "X"),
+        lambda: ELA(64, kernel=4),
+        lambda: ULSAM(10, 4),
+        lambda: ULSAM(8, 4, pool=2),
+        lambda: PolarizedSelfAttention(1),
+        lambda: PolarizedSelfAttention(8, "both"),
+        lambda: PolarizedSelfAttention(4, "sequential", released=True),
+    ],
+)
+def test_refusals(make):
+    with pytest.raises(RegardError, match="expected"):
+        make()
+
+
+def test_first_values():
+    torch.manual_seed(0)
+    layer = PolarizedSelfAttention(256)
+    for conv in (layer.q_plane, layer.v_plane, layer.q_channel, layer.v_channel):
+        assert float(conv.weight.detach().std()) == pytest.approx((2 / 256) ** 0.5, rel=0.15)
+    assert isinstance(CoordinateAttention(512).squeeze[1], nn.BatchNorm2d) and CoordinateAttention(512).squeeze[0].out_channels == 16

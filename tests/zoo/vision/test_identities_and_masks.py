@@ -1,0 +1,140 @@
+"""Refusals and edges of re-identification losses, clips, light gates, their search and attention-guided masks."""
+
+import pytest
+import torch
+from layers import vit
+from torch import nn
+
+from regard import RegardError
+from regard.nn.retrieval import CentreLoss, retrieval_scores, triplet_batch_hard
+from regard.tasks.identities import patterns, tracks
+from regard.zoo.vision.attention_cl import ClipReID, OSMCAALoss, TemporalAttentionPool
+from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, attmask, block_mask, momentum
+from regard.zoo.vision.little_attention_block import LiteAttention, NonLocal, Placement, pareto, placement_search
+
+
+def test_scores_of_retrieval_by_hand():
+    query, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.9, 0.1], [1.0, 0.05], [0.0, 1.0]])
+    found = retrieval_scores(query, torch.tensor([1]), gallery, torch.tensor([1, 0, 1]))
+    assert found["rank1"] == 0 and found["map"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_batches_without_pairs_have_finite_losses():
+    x, loss = torch.randn(3, 4, requires_grad=True), OSMCAALoss()
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, 0, 0])):
+        loss(x, labels, torch.randn(4, 3)).backward()
+        assert x.grad.isfinite().all()
+    same = torch.ones(4, 4, requires_grad=True)  # equal features
+    loss(same, torch.tensor([0, 0, 1, 1]), torch.randn(4, 3)).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_tracks_hide_whole_frames():
+    g = torch.Generator().manual_seed(0)
+    looks = patterns(5, g)
+    x, label, bare = tracks(looks, 3, g, noise=0.0)
+    assert x.shape == (15, 4, 3, 8, 8) and (bare.sum(1) == 2).all() and label.bincount().tolist() == [3] * 5
+    assert torch.equal(x[~bare], looks[label][:, None].expand(-1, 4, -1, -1, -1)[~bare])
+
+
+def test_necks_keep_their_bias_and_centres_their_scale():
+    net = ClipReID(nn.Conv2d(3, 6, 1), 6, 4, TemporalAttentionPool(6, 5, (2, 2)))
+    features, logits, weights = net(torch.randn(3, 4, 3, 2, 2))
+    assert not net.neck.bias.requires_grad and logits.shape == (3, 4) and torch.allclose(weights.sum(1), torch.ones(3))
+    assert float(net.classifier.weight.detach().std()) < 0.002
+    centres = CentreLoss(4, 6)
+    (5e-4 * centres(features, torch.tensor([0, 1, 1]))).backward()
+    before = centres.centres.grad.clone()
+    centres.rescale(5e-4)
+    assert torch.allclose(centres.centres.grad, before / 5e-4)
+
+
+def test_first_values_of_the_pool():
+    torch.manual_seed(0)
+    pool = TemporalAttentionPool(16, 64, (3, 2))
+    assert (
+        float(pool.conv.weight.detach().std()) == pytest.approx((2 / 96) ** 0.5, rel=0.05)
+        and float(pool.conv.bias.detach().abs().max()) == 0
+    )
+
+
+def test_the_best_of_equals_costs_least():
+    one, two, three = Placement((0,), 1.0, 2.0), Placement((1,), 1.0, 1.0), Placement((2,), 0.5, 3.0)
+    assert pareto([one, two, three]) == [two]
+
+
+def test_many_slots_are_searched_greedily():
+    def make(slots):
+        layer = nn.Identity()
+        layer.slots = slots
+        return layer
+
+    found = placement_search(
+        make, 12, lambda m: sum(range(13 - len(m.slots), 13)) if m.slots else 0.0, lambda m: float(len(m.slots)), budget=3.0
+    )
+    assert [len(one.slots) for one in found] == [0, 1, 2, 3]
+
+
+def test_non_local_starts_as_the_identity():
+    x = torch.randn(2, 8, 4, 5)
+    assert torch.equal(NonLocal(8)(x), x) and torch.allclose(LiteAttention(32)(torch.ones(1, 32, 3, 3)), torch.full((1, 32, 3, 3), 1.25))
+
+
+def test_masks_of_nothing_and_everything():
+    a = torch.rand(4, 9)
+    assert not attmask(a, prob=0.0).any() and not attmask(a, ratio=0.0).any()
+    assert attmask(a, ratio=1.0, prob=1.0).all() and attmask(a, "hint", 0.5, 1.0, show=0.0).sum() == 4 * 4
+    assert attmask(a, "hint", 1.0, 1.0, show=1.0).sum() == 0
+    assert not attmask(a.requires_grad_(), prob=1.0).requires_grad
+
+
+def test_block_masks_stay_below_their_ratio():
+    g = torch.Generator().manual_seed(0)
+    masks = [block_mask((14, 14), 0.3, g) for _ in range(20)]
+    sizes = [int(m.sum()) for m in masks]
+    assert max(sizes) <= int(0.3 * 196) and min(sizes) > 30 and not torch.equal(masks[0], masks[1])
+
+
+def test_a_student_learns_and_its_teacher_follows():
+    torch.manual_seed(0)
+    net = MaskedDistiller(vit(), 8, prob=1.0, ratio=0.5, spread=0.0)
+    views = [torch.randn(3, 3, 8, 8) for _ in range(2)]
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-3)
+    first = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for step in range(12):
+        loss = net(views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.follow(momentum(step, 12))
+    moved = {name for name, p in net.named_parameters() if not torch.equal(first[name], p)}
+    assert {f"{side}.{part}.weight" for side in ("student", "teacher") for part in ("vit.patch_embed.proj", "vit.blocks.1.attn.qkv", "head.0")} <= moved
+    assert net.mask_token.grad.abs().max() > 0
+    assert all(p.grad is None for p in net.teacher.parameters())
+    assert momentum(0, 10) == pytest.approx(0.996) and momentum(10, 10) == 1
+    assert net(views, torch.zeros(6, 4, dtype=torch.bool)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TemporalAttentionPool(6, weights="max"),
+        lambda: TemporalAttentionPool(6, 5, (4, 3))(torch.randn(2, 3, 6, 4, 4)),
+        lambda: TemporalAttentionPool(6, 5, (4, 3))(torch.randn(2, 0, 6, 4, 3)),
+        lambda: OSMCAALoss()(torch.randn(3, 4), torch.tensor([0, 1, 5]), torch.randn(4, 3)),
+        lambda: OSMCAALoss()(torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.randn(3, 4)),
+        lambda: triplet_batch_hard(torch.randn(3, 4), torch.zeros(3)),
+        lambda: retrieval_scores(torch.randn(1, 2), torch.tensor([3]), torch.randn(2, 2), torch.tensor([0, 1])),
+        lambda: LiteAttention(8),
+        lambda: LiteAttention(16, kernel=2),
+        lambda: placement_search(lambda s: nn.Identity(), -1, lambda m: 0.0, lambda m: 0.0),
+        lambda: attmask(torch.rand(4)),
+        lambda: attmask(torch.rand(2, 4), "block"),
+        lambda: attmask(torch.rand(2, 4), ratio=1.5),
+        lambda: attmask(torch.rand(2, 4), draw=torch.rand(3)),
+        lambda: IBOTLoss(4, 4, views=1),
+    ],
+)
+def test_refusals(make):
+    with pytest.raises(RegardError, match="expected"):
+        make()

@@ -1,0 +1,92 @@
+"""Refusals and edges of querybank normalisation and norm loss."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from regard import RegardError
+from regard.zoo.vision.inverted_softmax import hubness, qb_norm, retrieval_metrics
+from regard.zoo.vision.norm_loss import decoupled_norm, norm_loss, row_spread
+
+S, BANK = torch.rand(6, 5), torch.rand(9, 5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: qb_norm(S, BANK[:, :4]),
+        lambda: qb_norm(S[0], BANK),
+        lambda: qb_norm(S, BANK[:0]),
+        lambda: qb_norm(S.log() * float("inf"), BANK),
+        lambda: qb_norm(S, BANK, "softmax"),
+        lambda: qb_norm(S, BANK, k=6),
+        lambda: qb_norm(S, BANK, "csls", k=10),
+        lambda: qb_norm(S, BANK, "csls", beta=3.0),
+        lambda: qb_norm(S, BANK, "gc", k=3),
+        lambda: qb_norm(S, BANK, "is", k=3),
+        lambda: qb_norm(S, BANK, "gc", logs=True),
+        lambda: qb_norm(100 * S, BANK),
+        lambda: retrieval_metrics(S),
+        lambda: retrieval_metrics(S, torch.zeros(6, dtype=torch.long), keep=torch.zeros(6, dtype=torch.bool)),
+        lambda: norm_loss(nn.LayerNorm(3)),
+        lambda: norm_loss([torch.ones(3)]),
+        lambda: decoupled_norm(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), nn.Linear(2, 2)),
+    ],
+)
+def test_refusals(call):
+    with pytest.raises(RegardError, match="expected"):
+        call()
+
+
+def test_logarithms_stay_in_range_and_rank_alike():
+    wide = qb_norm(100 * S, BANK, "is", logs=True)
+    assert wide.isfinite().all() and (qb_norm(S, BANK, "is").argsort(1) == qb_norm(S, BANK, "is", logs=True).argsort(1)).all()
+
+
+def test_untouched_rows_are_the_same_bits():
+    s, bank = torch.randn(20, 8), torch.zeros(1, 8)
+    bank[0, 3] = 1.0
+    out = qb_norm(s, bank, beta=1.0)
+    kept = s.argmax(1) != 3
+    assert torch.equal(out[kept], s[kept]) and not torch.equal(out[~kept], s[~kept]) and kept.any() and (~kept).any()
+
+
+def test_even_galleries_have_no_hubs_and_queries_may_be_left_out():
+    assert hubness(torch.eye(5)) == 0
+    found = retrieval_metrics(torch.eye(4), keep=torch.tensor([True, False, True, True]))
+    assert found["R1"] == 100 and found["MedR"] == 1
+
+
+def test_decay_beside_it_is_refused_and_the_hook_ends():
+    layer = nn.Linear(3, 2)
+    with pytest.raises(RegardError, match="expected weight_decay=0"):
+        decoupled_norm(torch.optim.AdamW(layer.parameters(), 0.1), layer)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    handle = decoupled_norm(optimizer, layer, 1.0)
+    layer(torch.zeros(1, 3)).sum().backward()
+    handle.remove()
+    before = copy.deepcopy(layer.weight)
+    optimizer.step()
+    assert torch.equal(layer.weight, before)  # its gradient is zero
+
+
+def test_rows_of_zeros_stay_finite_and_shared_weights_count_once():
+    layer = nn.Linear(3, 2)
+    layer.weight.data.zero_()
+    norm_loss(layer).backward()
+    assert layer.weight.grad.abs().max() == 0
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    decoupled_norm(optimizer, layer)
+    optimizer.step()
+    assert layer.weight.isfinite().all()
+    twin = nn.Linear(3, 2)
+    twin.weight = layer.weight
+    assert float(norm_loss(nn.Sequential(layer, twin), 1.0).detach()) == 2 and list(row_spread(nn.Sequential(layer, twin))) == ["0.weight"]
+
+
+def test_row_dimension_can_be_chosen():
+    weight = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
+    assert float(norm_loss([weight], 1.0, row_dim=1)) == 16
+    assert float(norm_loss([weight.half()], 1.0, row_dim=1)) == 16
