@@ -87,7 +87,7 @@ def _() -> tuple[float, float]:
     s = torch.randn(256, 4, dtype=F64) @ torch.randn(4, 256, dtype=F64)
     rows = lora_limits(s, 4)
     degrees = [row["degree"] for row in rows]
-    assert degrees == sorted(degrees) and [row["worthwhile"] for row in rows][0] == 1 and rows[-1]["worthwhile"] == 0
+    assert degrees == sorted(degrees) and rows[0]["worthwhile"] == 1 and rows[-1]["worthwhile"] == 0
     assert all(row["rank"] == rank_of(4, int(row["degree"])) for row in rows)
     same = [lora_limits(s, 4, (0.5,), error)[0]["degree"] for error in (1e-3, 2e-3)]
     return degrees[-1] / degrees[0], same[0] / same[1]
