@@ -88,6 +88,10 @@ def registered(**options: Any) -> nn.Module:
     return TestTimeRegisters(vit(), {0: [3, 7], 1: [2]}, **options)
 
 
+def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
+
+
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
 
@@ -158,6 +162,7 @@ LAYERS: dict[str, Layer] = {
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
     "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
     "seerattention": Layer({"heads": 4, "kv_heads": 2, "head_dim": 8, "width": 8, "block_size": 4}, heads(4, 2), causal=True),
+    "sentence-attention-block": Layer({"text_dim": 8, "channels": 16}, told, channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
