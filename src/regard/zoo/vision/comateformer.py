@@ -71,11 +71,7 @@ class CompositionalAttention(nn.Module):
 
     def split(self, x: Tensor, parts: int) -> Tensor:
         """(B, H, L, parts * D): a head's channels of each part side by side."""
-        return (
-            x.unflatten(-1, (parts, self.heads, -1)).transpose(1, 3).flatten(-2)
-            if parts > 1
-            else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        )
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(0, 3, 1, 2, 4).flatten(-2)
 
     @takes(x="batch length dim", context="batch keys dim", keep="batch keys")
     def forward(self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
