@@ -130,6 +130,7 @@ LAYERS: dict[str, Layer] = {
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
     "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
+    "dependencyvit": Layer({**SMALL, "temperature": 1.0}),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),

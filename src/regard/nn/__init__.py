@@ -110,6 +110,8 @@ ROWS = {
     "ACMIL": "vision.acmil",
     "GatedAttentionPool": "vision.acmil",
     "CompositionalAttention": "vision.comateformer",
+    "DependencyViT": "vision.dependencyvit",
+    "ReversedAttention": "vision.dependencyvit",
     "AnswerGrounder": "vision.sentence_attention_block",
     "SentenceAttention": "vision.sentence_attention_block",
     "acmil_loss": "vision.acmil",
