@@ -166,6 +166,7 @@ LAYERS: dict[str, Layer] = {
     "sentence-attention-block": Layer({"text_dim": 8, "channels": 16}, told, channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
+    "spa": Layer(SMALL),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
     "ssa": Layer({**SMALL, "block_size": 4, "top_k": 2}, causal=True),
     "super-attention": Layer({**SMALL, "length": LENGTH}),

@@ -25,6 +25,7 @@ ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have n
     "lalte": "the router learns straight through its decisions",
     "longvq": "keys learn straight through their codes",
     "sea": "the estimated map learns through the values that were chosen by it",
+    "spa": "the gate learns straight through its choices",
     "transformer-vq": "keys learn straight through their codes",
 }
 ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
