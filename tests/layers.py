@@ -160,6 +160,7 @@ LAYERS: dict[str, Layer] = {
     "moh": Layer({"dim": 16, "heads": 8, "shared": 2, "routed": 2, "causal": True}, causal=True),
     "moment-probing": Layer({"dim": 16, "classes": 3, "proj": 32}),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
+    "mqsa-ted": Layer({"items": 25, "dim": 8, "length": LENGTH}, lambda batch, length: (bytes_of(batch, length)[0] + 1,), causal=True),
     "mta": Layer(SMALL, causal=True),
     "nats": Layer({**SMALL, "window": 4}, causal=True),
     "ninformer": Layer({"dim": 16, "tokens": LENGTH, "token_hidden": 8, "channel_hidden": 24}),
@@ -168,6 +169,19 @@ LAYERS: dict[str, Layer] = {
     "recurrent-memory-transformer": Layer({**SMALL, "chunk": 4, "slots": 3}, causal=True),
     "sea": Layer({"heads": 2, "head_dim": 8, "cells": 6, "keys": 4, "max_len": 32, "features": 8}, heads()),
     "seerattention": Layer({"heads": 4, "kv_heads": 2, "head_dim": 8, "width": 8, "block_size": 4}, heads(4, 2), causal=True),
+    "benefits-of-rank": Layer(
+        {"dim": 16, "rank": 3, "heads": 2}, lambda batch, length: (torch.randn(batch, 16, length), torch.randn(batch, 16, 3)), channels=1
+    ),
+    "fixed-head-size": Layer({"d_model": 16, "heads": 3, "head_size": 5, "causal": True}, causal=True),
+    "mha-memorization-capacity": Layer(
+        {"dim": 16, "heads": 3, "key_dim": 4, "value_dim": 2, "outputs": 5},
+        lambda batch, length: (torch.randn(batch, 16), torch.randn(batch, length, 16)),
+    ),
+    "rank-one-universal": Layer({"dim": 16}, lambda batch, length: (torch.randn(batch, 16, length),), channels=1),
+    "icl-linear-regression": Layer(
+        {"dim": 16, "heads": 2},
+        lambda batch, length: (torch.randn(batch, length, 16), torch.randn(batch, length, 1), torch.randn(batch, 16)),
+    ),
     "sentence-attention-block": Layer({"text_dim": 8, "channels": 16}, told, channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),

@@ -1,5 +1,6 @@
 """Changing pretrained models: another mechanism in place of softmax, distilled or calibrated to it; parts of any model replaced."""
 
+import importlib
 from importlib.util import find_spec
 
 from ..nn.timm_host import operators
@@ -12,5 +13,6 @@ from .replace import Replaced, after, replace
 operators()  # transformers reads torchvision where it is installed
 if find_spec("transformers") is not None:
     register()  # attn_implementation="regard:softpick" is known from here on
+    importlib.import_module("regard.models.causal_lm")  # and the Auto classes know model_type "regard"
 
 __all__ = ["Patch", "Replaced", "after", "distil", "patch", "record", "replace"]

@@ -20,6 +20,7 @@ from ..nn.inputs import Inputs
 from .call import Call
 from .fit import always_causal, check_host, compares_places, dressed, reads_places, shifts_freely
 from .host import attention_modules, interface, route, routed, shape_of, unroute
+from .intercept import SDPAPatch, attends
 from .policies import check_policy, run_policy
 from .sight import Piece, Sight, pieces
 
@@ -34,8 +35,8 @@ def patch(
     heads: Iterable[int] | None = None,
     when: str = "both",
     **inputs: Any,
-) -> Patch:
-    """Run `mechanism` in the attention layers of a transformers model, until `.restore()` or the end of a `with` block.
+) -> Patch | SDPAPatch:
+    """Run `mechanism` in the attention layers of a model of transformers, timm or diffusers, until `.restore()` or the end of a `with` block.
 
     layers, heads: which (None: all). when: "prefill" (several queries at once), "decode" (one query) or "both". Layers, heads and phases
     left alone run the model's own attention, bit for bit. inputs: tensors the mechanism declares, the same in every layer; learned ones
@@ -46,10 +47,18 @@ def patch(
     in training acts on its weights, and `output_attentions=True` gives them. A policy (an object that knows layers, such as `LongHeads`,
     `Ltri` or `ReuseLayers`) runs prompts only, whole and without padding. A copy of the model is not patched.
 
+    Of timm and diffusers, the modules that call PyTorch's fused kernel are patched: the mechanism reads what that kernel would have read.
+
     Raises RegardError for models that do not use transformers' attention interface, or not in all they compute; unknown layers or heads;
     mechanisms whose inputs are projected from the layer's x; causal mechanisms where the model sees the whole sequence, and others where
     it is causal. A call raises it for what the mechanism cannot express of the model's attention. MissingDependency without transformers.
     """
+    if when not in WHEN:
+        raise RegardError(f"when={when!r}; expected one of {', '.join(WHEN)}")
+    if any(attends(module) for module in model.modules()):
+        if when != "both":
+            raise RegardError(f"when={when!r}: {type(model).__name__} does not decode token by token; expected when='both'")
+        return SDPAPatch(model, mechanism, layers, heads, inputs)
     return Patch(model, mechanism, layers, heads, when, inputs)
 
 
@@ -65,8 +74,6 @@ class Patch:
         when: str,
         given: dict[str, Any],
     ):
-        if when not in WHEN:
-            raise RegardError(f"when={when!r}; expected one of {', '.join(WHEN)}")
         interface(forward)
         self.model, self.when, self.given = model, when, given
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism

@@ -15,6 +15,8 @@ from . import smollm2
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+operators()  # transformers reads torchvision where it is installed
+
 BEGIN = 0  # the byte every training text of "tiny" began with
 HOME = Path(__file__).parent
 
@@ -48,7 +50,6 @@ def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM:
     MissingDependency says what to install.
     """
     folder = path(name)
-    operators()
     try:
         from transformers import LlamaForCausalLM
     except ImportError as missing:
@@ -62,7 +63,6 @@ def tokenizer(name: str = smollm2.NAME) -> Any:
     folder = path(name)
     if name != smollm2.NAME:
         raise RegardError(f"model {name!r} reads bytes; expected {smollm2.NAME!r}, or encode(text) and decode(ids)")
-    operators()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -77,6 +77,17 @@ def encode(text: str | bytes) -> Tensor:
 def decode(ids: Tensor) -> str:
     """The text of ids (n,) or (1, n) of "tiny", without beginning-of-text bytes; bytes that are no UTF-8 become replacement characters."""
     return bytes(x for x in ids.flatten().tolist() if x != BEGIN).decode(errors="replace")
+
+
+def __getattr__(name: str) -> Any:
+    """The transformers model of regard's decoder needs transformers, so it is imported when it is asked for."""
+    if name in ("RegardCache", "RegardConfig", "RegardForCausalLM"):
+        try:
+            from . import causal_lm
+        except ImportError as missing:
+            raise MissingDependency(f"regard.models.{name} needs transformers: pip install 'regard[hf]'") from missing
+        return getattr(causal_lm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = ["decode", "encode", "load", "names", "path", "tokenizer"]

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from ..errors import MissingDependency, RegardError
-from ..nn.timm_host import operators
 
 NAME = "smollm2-135m"
 WHOLE = "whole.json"  # written last: SHA-256 of every other file
@@ -71,7 +70,6 @@ def source() -> Path:
 
 def convert(gguf: Path, place: Path) -> None:
     """Write the model and its tokenizer of a GGUF file to a folder: whole, or not at all."""
-    operators()
     try:
         import accelerate  # noqa: F401
         import gguf as _  # noqa: F401

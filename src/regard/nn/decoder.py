@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Mechanism
+from ..algebra import Mechanism, Padding
 from ..errors import RegardError
 from .attention import LayerState
 from .mixers import mixer
@@ -27,13 +28,21 @@ class Block(nn.Module):
         scales = [nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)]
         self.scale1, self.scale2 = scales
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mixer(x) if self.whole else x + self.scale1(self.mixer(self.norm1(x)))
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        """given: for the mixer, such as mask=Padding(), keep=..."""
+        self.check(given)
+        x = self.mixer(x, **given) if self.whole else x + self.scale1(self.mixer(self.norm1(x), **given))
         return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
+    def check(self, given: Mapping[str, Any]) -> None:
+        """RegardError where the mixer reads no mask and one is given."""
+        if given and "mask" not in inspect.signature(self.mixer.forward).parameters:
+            raise RegardError(f"{type(self.mixer).__name__} takes no mask, so no padding; expected whole sequences, or another mechanism")
+
     @whole
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(x if self.whole else self.norm1(x), state)  # type: ignore[operator]
+    def step(self, x: Tensor, state: Any, **given: Any) -> tuple[Tensor, Any]:
+        self.check(given)
+        y, state = self.mixer.step(x if self.whole else self.norm1(x), state, **given)  # type: ignore[operator]
         x = y if self.whole else x + self.scale1(y)
         return x + self.scale2(self.mlp(self.norm2(x))), state
 
@@ -81,18 +90,21 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         return self.norm(x) @ self.embed.weight.T  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep (B, L) bool: tokens that are no padding (None: all)."""
+        given = {} if keep is None else {"mask": Padding(), "keep": keep}
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, **given)
         return self.logits(x)
 
     @whole
-    def step(self, tokens: Tensor, states: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """New tokens (B, n) after those in `states` -> (logits (B, n, vocab), new states)."""
+    def step(self, tokens: Tensor, states: list[LayerState] | None = None, keep: Tensor | None = None) -> tuple[Tensor, list[LayerState]]:
+        """New tokens (B, n) after those in `states` -> (logits (B, n, vocab), new states). keep: of all tokens so far, as in `forward`."""
+        given = {} if keep is None else {"mask": Padding(), "keep": keep}
         x, new = self.embed(tokens), []
         for at, block in enumerate(self.blocks):
-            x, state = block.step(x, states[at] if states else None)  # type: ignore[operator]
+            x, state = block.step(x, states[at] if states else None, **given)  # type: ignore[operator]
             new.append(state)
         return self.logits(x), new
 

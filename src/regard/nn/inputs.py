@@ -64,7 +64,7 @@ class Inputs(nn.Module):
         super()._apply(fn, recurse)
         for name, value in self.exact.items():
             held = getattr(self, name)
-            if held.dtype == torch.float64 and not held.is_meta and torch.equal(held.cpu(), value.float().double()):
+            if held.dtype == torch.float64 and not (held.is_meta or value.is_meta) and torch.equal(held.cpu(), value.float().double()):
                 setattr(self, name, value.to(held))
         return self
 

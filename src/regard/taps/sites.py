@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..adapt.call import Call
 from ..adapt.host import attention_modules, interface, shape_of, watch
+from ..adapt.intercept import Intercepted
 from ..adapt.patch import Patch, answered, forward
 from ..algebra import Causal
 from ..catalog import get
@@ -136,19 +136,6 @@ class TransformersSite(Site):
         return Terms(scale, sight.k_len, sight.shown, first, call.bias(sight), call.softcap, call.sinks)
 
 
-class Intercepted(TorchFunctionMode):
-    """Inside it, calls of SDPA go to `site`."""
-
-    def __init__(self, site: SDPASite):
-        super().__init__()
-        self.site = site
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return self.site.attend(*args, **(options or {}))
-        return function(*args, **(options or {}))
-
-
 class SDPASite(Site):
     """A module whose forward calls torch's scaled_dot_product_attention once, as timm's do."""
 
@@ -164,7 +151,7 @@ class SDPASite(Site):
         @functools.wraps(own)
         def seen(*args: Any, **options: Any) -> Any:
             self.calls = 0
-            with Intercepted(self):
+            with Intercepted(self.attend):
                 out = own(*args, **options)
             if self.calls != 1:
                 raise RegardError(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from regard.adapt.policies import rope_of
-from regard.algebra import Rope
 from regard.cache.rows import cache_argument
 from regard.catalog.registry import register
 from regard.errors import RegardError
@@ -57,8 +56,8 @@ class BlockKVStore:
     """
 
     def __init__(self, model: nn.Module, most: int | None = None, dtype: torch.dtype | None = None):
-        self.model: Any = model
-        self.rope: Rope = rope_of(self.model.config.get_text_config(), "block attention")
+        host: Any = model
+        self.model, self.rope = host, rope_of(host.config.get_text_config(), "block attention")
         if most is not None and most < 1:
             raise RegardError(f"most={most}: expected at least 1")
         self.most, self.dtype, self.forwarded = most, dtype, 0
@@ -84,7 +83,7 @@ class BlockKVStore:
         name = hashlib.sha256(ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()
         kept = self.blocks.pop(name, None)
         if kept is None:
-            cache = DynamicCache()
+            cache: Any = DynamicCache()
             self.read(ids, cache, 0)
             back = -torch.arange(len(ids), device=ids.device)
             dtype = self.dtype or cache.layers[0].keys.dtype
@@ -101,7 +100,8 @@ class BlockKVStore:
 
         if final.dim() != 1 or len(final) < 1 or any(block.dim() != 1 or len(block) < 1 for block in blocks):
             raise RegardError("blocks, final: expected token ids (n,), at least one token each")
-        cache, offset = DynamicCache(), 0
+        offset = 0
+        cache: Any = DynamicCache()
         parts = []
         for ids in blocks:
             parts.append((self.block(ids), torch.arange(offset, offset + len(ids), device=ids.device)))
