@@ -92,6 +92,10 @@ def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
 
 
+def clips(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 16, length), torch.randn(batch, 5, length)
+
+
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
 
@@ -128,6 +132,7 @@ LAYERS: dict[str, Layer] = {
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
+    "csa": Layer({"sem": 5, "feat": 16, "fuse": "concat"}, clips, channels=1),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
     "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
     "dependencyvit": Layer({**SMALL, "temperature": 1.0}),

@@ -10,6 +10,11 @@ from regard import RegardError
 from regard.adapt import after, replace
 from regard.nn import timm_host
 from regard.zoo.vision.cbam import CBAM
+from regard.zoo.vision.ela import ELA
+from regard.zoo.vision.little_attention_block import LiteAttention
+from regard.zoo.vision.polarized_attention import PolarizedSelfAttention
+from regard.zoo.vision.ulsam import ULSAM
+from regard.zoo.vision.van_lka import LKA
 
 HOSTS = {
     "resnet18": ("torchvision", "layer*.*.bn2", 64),
@@ -98,3 +103,26 @@ def test_refusals_leave_the_model_alone():
         with pytest.raises(RegardError, match=words):
             replace(model, where, factory)
     assert dict(model.named_modules()) == before
+
+
+DROP_INS = {
+    "cbam": lambda width: CBAM(width, 4),
+    "ela": lambda width: ELA(width, norm_groups=1),
+    "ulsam": lambda width: ULSAM(width, 4),
+    "polarized": PolarizedSelfAttention,
+    "lka": LKA,
+    "lite": lambda width: LiteAttention(width, 4),
+}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
+def test_drop_ins_run_in_hosts_and_leave_no_trace(name):
+    model, where = host(name), HOSTS[name][1]
+    x = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        before = model(x)
+        for make in DROP_INS.values():
+            with replace(model, where, after(make)) as done:
+                out = model(x)
+                assert out.shape == before.shape and out.isfinite().all() and not torch.equal(out, before) and len(done.names) >= 4
+            assert torch.equal(model(x), before)

@@ -30,7 +30,7 @@ ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have n
     "transformer-vq": "keys learn straight through their codes",
 }
 ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
-LINEAR = {"sentence-attention-block"}  # in its first input
+LINEAR = {"csa", "sentence-attention-block"}  # in its first input
 TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
     "dcal": "the balance of its losses learns in the loss",
     "seerattention": "the gate learns from its own alignment loss; attention itself is the model's",

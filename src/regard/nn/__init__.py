@@ -110,6 +110,7 @@ ROWS = {
     "ACMIL": "vision.acmil",
     "GatedAttentionPool": "vision.acmil",
     "CompositionalAttention": "vision.comateformer",
+    "ClassSemanticAttention": "vision.csa",
     "SelectPackAttention": "vision.spa",
     "SelectPackBlock": "vision.spa",
     "SelectPackNet": "vision.spa",

@@ -9,7 +9,7 @@ from regard import RegardError, records
 VISION = {record.slug for record in records("vision", "works")}
 ESTIMATED = {"spa"}  # its gate learns straight through
 LAYERS_OF_VISION = sorted(name for name in MODULES if name in VISION)
-PLANES = sorted(name for name in MODULES if name in VISION and LAYERS[name].channels == 1)
+PLANES = sorted(name for name in MODULES if name in VISION and LAYERS[name].channels == 1 and given(name)[0].dim() == 4)
 
 
 def loss(out):
