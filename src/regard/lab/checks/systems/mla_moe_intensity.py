@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from regard.lab import naive
@@ -89,7 +91,8 @@ def _() -> tuple[float, float]:
 @torch.no_grad()
 def _() -> tuple[float, float]:
     layer, x = LatentAttention(24, 3, 10, 4, 6).double(), torch.randn(2, 12, 24, dtype=F64)
-    outs, cache = [], None
+    outs = []
+    cache: Any = None
     for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
         y, cache = layer(x[:, start:stop], cache)
         outs.append(y)
