@@ -336,6 +336,23 @@ def test_taps_stand_above_patches():
 
 
 @torch.no_grad()
+def test_mechanisms_named_by_the_config_are_what_is_seen():
+    model, inputs = built("llama"), {"input_ids": torch.randint(3, 97, (2, 9))}
+    model.set_attn_implementation("regard:sigmoid")
+    own = model(**inputs)[0]
+    with taps(model, ["weights", "heads", "v"]) as seen:
+        assert torch.equal(model(**inputs)[0], own)
+    torch.testing.assert_close(seen["weights", 0] @ seen["v", 0].repeat_interleave(2, 1), seen["heads", 0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen["weights", 0].sum(-1), torch.ones(2, 4, 9))
+    with pytest.raises(regard.RegardError, match="no logits"), taps(model, "logits"):
+        model(**inputs)
+    model.set_attn_implementation("regard")
+    with taps(model, "weights") as seen:
+        model(**inputs)
+    torch.testing.assert_close(seen["weights", 0].sum(-1), torch.ones(2, 4, 9))
+
+
+@torch.no_grad()
 def test_timm_vision_transformers():
     timm = load("timm")
     torch.manual_seed(0)

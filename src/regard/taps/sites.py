@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt.call import Call
-from ..adapt.host import attention_modules, interface, shape_of, watch
+from ..adapt.host import NAME, attention_modules, interface, own_name, shape_of, watch
 from ..adapt.intercept import Intercepted
 from ..adapt.patch import Patch, answered, forward
 from ..algebra import Causal
@@ -120,11 +120,12 @@ class TransformersSite(Site):
         working = [patch for patch in patches if patch.when != ("prefill" if call.query.shape[2] == 1 else "decode")]
         asked = (call.query, call.key, call.value, fused, call.dropout)
         attending: Attending
-        if not working:
+        own = own_name(call.module)
+        if not working and not own.startswith(f"{NAME}:"):
             attending = Softmax(*asked, functools.partial(self.terms, call))
         else:
             matrix = lambda q, k, v: answered(with_heads(q, k, v, output_attentions=True), working)[1]  # noqa: E731
-            attending = Given(*asked, f"the patch {working[-1].name!r}", matrix)
+            attending = Given(*asked, f"the patch {working[-1].name!r}" if working else repr(own), matrix)
         out, p = self.run(attending)
         return out.transpose(1, 2).contiguous(), p
 
