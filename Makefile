@@ -37,7 +37,7 @@ mutants: $(VENV)/installed-test  ## break rows on purpose; their checks and test
 	PYTHONPATH=tests $(BIN)/python -m mutants.run $(SLUGS) --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(VENV)/installed-test
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples docs scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+DRY = os.environ.get("REGARD_DRY") == "1"  # without a GPU: that the script runs, on tiny shapes; its numbers mean nothing
+DEVICE = "cpu" if DRY else "cuda"
+DTYPE = torch.float32 if DRY else torch.bfloat16
+HEADS, DIMS = (2, (16,)) if DRY else (32, (64, 128))
+
 
 def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     """The mean time of `run` on the device, after three runs that warm it up."""
+    if DRY:
+        start = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - start)
     for _ in range(3):
         run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -26,6 +37,8 @@ def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
 
 def header() -> dict[str, Any]:
     """What the numbers were taken on; without a CUDA device there is nothing to take."""
+    if DRY:
+        return {"torch": torch.__version__, "device": "none: a dry run"}
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     import triton

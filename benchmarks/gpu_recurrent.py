@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu import header, milliseconds, with_gradients, write
+from gpu import DEVICE, DIMS, DRY, DTYPE, HEADS, header, milliseconds, with_gradients, write
 from torch import Tensor
 
 import regard
 
-HEADS = 32
 PEERS = {  # regard's name: where the peer's operator is, and its names for regard's inputs
     "gla": ("fla.ops.gla", "chunk_gla", {"log_decay": "g"}),
     "lightning-attention-2": ("fla.ops.simple_gla", "chunk_simple_gla", {"log_decay": "g_gamma"}),
@@ -28,11 +27,11 @@ PEERS = {  # regard's name: where the peer's operator is, and its names for rega
 
 
 def case(name: str, length: int, dim: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    q, k, v = (torch.randn(1, HEADS, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(1, HEADS, length, dim, device=DEVICE, dtype=DTYPE) for _ in range(3))
     more = {
-        "gla": lambda: {"log_decay": F.logsigmoid(torch.randn(1, HEADS, length, dim, device="cuda")) / 16},
-        "lightning-attention-2": lambda: {"log_decay": -(2.0 ** (-8 * torch.arange(1, HEADS + 1, device="cuda") / HEADS))},
-        "deltanet": lambda: {"beta": torch.rand(1, HEADS, length, device="cuda")},
+        "gla": lambda: {"log_decay": F.logsigmoid(torch.randn(1, HEADS, length, dim, device=DEVICE)) / 16},
+        "lightning-attention-2": lambda: {"log_decay": -(2.0 ** (-8 * torch.arange(1, HEADS + 1, device=DEVICE) / HEADS))},
+        "deltanet": lambda: {"beta": torch.rand(1, HEADS, length, device=DEVICE)},
     }[name]()
     return [q, F.normalize(k, dim=-1), v], more
 
@@ -51,11 +50,11 @@ def peer(name: str, inputs: dict[str, Tensor]) -> Callable[[Tensor, Tensor, Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64] if DRY else [2048, 8192, 32768])
     given = parser.parse_args()
     result = header()
     for length in given.lengths:
-        for dim in (64, 128):
+        for dim in DIMS:
             for name in PEERS:
                 tensors, inputs = case(name, length, dim)
                 mechanism = regard.get(name)

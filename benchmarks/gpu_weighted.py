@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu import header, milliseconds, with_gradients, write
+from gpu import DEVICE, DIMS, DRY, DTYPE, HEADS, header, milliseconds, with_gradients, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -58,22 +58,22 @@ def adasplash() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64] if DRY else [2048, 8192, 16384])
     given = parser.parse_args()
     result = header()
     for length in given.lengths:
-        for dim in (64, 128):
+        for dim in DIMS:
             for causal in (True, False):
-                tensors = [torch.randn(1, 32, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+                tensors = [torch.randn(1, HEADS, length, dim, device=DEVICE, dtype=DTYPE) for _ in range(3)]
                 peers: dict[str, Callable[..., Tensor] | None] = {
-                    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, causal),
+                    "cudnn": None if DRY else sdpa(SDPBackend.CUDNN_ATTENTION, causal),
                     "flash": sdpa(SDPBackend.FLASH_ATTENTION, causal),
-                    "flex": flex(causal),
-                    "adasplash": adasplash() if causal else None,
+                    "flex": None if DRY else flex(causal),
+                    "adasplash": adasplash() if causal and not DRY else None,
                 }
                 for what, made in (("forward", lambda f, t: lambda: f(*t)), ("both", lambda f, t: with_gradients(f, *t))):
                     times = {who: milliseconds(made(run, tensors)) for who, run in peers.items() if run is not None}
-                    for name in NAMES:
+                    for name in NAMES[:2] if DRY else NAMES:
                         mechanism = regard.get(name, alpha=1.5) if name == "entmax" else regard.get(name)
                         mask = regard.Causal() if causal else None
                         own = milliseconds(

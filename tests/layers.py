@@ -88,6 +88,10 @@ def registered(**options: Any) -> nn.Module:
     return TestTimeRegisters(vit(), {0: [3, 7], 1: [2]}, **options)
 
 
+def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
+
+
 def relational(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.randn(batch, length, 16)
 
@@ -126,6 +130,7 @@ LAYERS: dict[str, Layer] = {
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
     "dcal": Layer({"ratio": 0.5}, image(3, 8, 8), channels=1, factory=dual),
+    "dependencyvit": Layer({**SMALL, "temperature": 1.0}),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
@@ -168,8 +173,14 @@ LAYERS: dict[str, Layer] = {
         lambda batch, length: (torch.randn(batch, 16), torch.randn(batch, length, 16)),
     ),
     "rank-one-universal": Layer({"dim": 16}, lambda batch, length: (torch.randn(batch, 16, length),), channels=1),
+    "icl-linear-regression": Layer(
+        {"dim": 16, "heads": 2},
+        lambda batch, length: (torch.randn(batch, length, 16), torch.randn(batch, length, 1), torch.randn(batch, 16)),
+    ),
+    "sentence-attention-block": Layer({"text_dim": 8, "channels": 16}, told, channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
+    "spa": Layer(SMALL),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),
     "ssa": Layer({**SMALL, "block_size": 4, "top_k": 2}, causal=True),
     "super-attention": Layer({**SMALL, "length": LENGTH}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -40,3 +42,19 @@ def cued_bumps(count: int, generator: torch.Generator, side: int = 16, noise: fl
     x[:, 0] += bumps(bright, side, 1.0) - bumps(dark, side, 1.0)
     x[:, 1] += sign[:, None, None] * bumps(at[:, 2], side, 1.0)
     return x, bumps(torch.where(sign[:, None] > 0, bright, dark), side, 1.0)[:, None]
+
+
+def named_squares(
+    count: int, generator: torch.Generator, side: int = 32, size: int = 8, noise: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One red, one green and one blue square that do not overlap, and one of them named: images (count, 3, side, side), the colour named
+    (count,), and the masks of all three squares (count, 3, side, side) bool."""
+    cells = side // size
+    if cells**2 < 3:
+        raise RegardError(f"side={side}, size={size}: room for {cells**2} squares; expected three")
+    at = torch.rand(count, cells**2, generator=generator).argsort(1)[:, :3]
+    axis = torch.arange(side) // size
+    masks = (axis[:, None] * cells + axis)[None, None] == at[:, :, None, None]
+    masks &= bool(side % size == 0) | ((axis[:, None] < cells) & (axis < cells))
+    x = masks.float() + noise * torch.randn(count, 3, side, side, generator=generator)
+    return x, torch.randint(3, (count,), generator=generator), masks

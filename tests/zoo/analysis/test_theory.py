@@ -83,3 +83,44 @@ def test_regressions_and_margins_refuse_bad_shapes():
         with pytest.raises(regard.RegardError, match=message):
             call()
     assert nuclear_svm(problem, rank=3, starts=2).feasible and "<svg" in descend(problem, steps=3).plot()
+
+
+def test_prompts_and_scans_refuse_bad_sizes():
+    from regard.zoo.analysis.icl_linear_regression import RegressionHeads, head_pattern, planted_heads, regression_prompts
+    from regard.zoo.analysis.scan_snap import scan_and_snap, scan_data
+
+    for call, message in (
+        (lambda: regression_prompts(2, rho=1.0), "rho"),
+        (lambda: RegressionHeads(normalizer="relu"), "normalizer"),
+        (lambda: planted_heads(torch.ones(2), torch.ones(3), 4), "omega"),
+        (lambda: head_pattern(RegressionHeads(4, 2, tasks=2)), "2 tasks"),
+        (lambda: scan_data(low=0.0), "low"),
+        (lambda: scan_and_snap(scan_data(), length=1), "length"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            call()
+    x = regression_prompts(20_000, 1, 3, rho=0.5, generator=torch.Generator().manual_seed(0))[2]
+    torch.testing.assert_close(x.T @ x / len(x), 0.5 ** (torch.arange(3)[:, None] - torch.arange(3)).abs().float(), rtol=0.05, atol=0.05)
+    assert "<svg" in scan_and_snap(scan_data(), length=8, steps=4, batch=4, every=2).plot()
+
+
+def test_penalties_refuse_bad_shapes_and_hold_at_the_edge():
+    from regard.zoo.analysis.deceptive_attention import BiLSTMAttention, EmbAttention, Translator, attention_penalty, translation
+
+    a = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    penalty = attention_penalty(a, torch.tensor([[0, 1]]), 1.0)  # all on what it must not see
+    assert bool(penalty.isfinite()) and float(attention_penalty(a, torch.tensor([[0, 0]]), 1.0)) == pytest.approx(0, abs=1e-9)
+    for call, message in (
+        (lambda: attention_penalty(a, torch.ones(1, 3), 1.0), "expected"),
+        (lambda: attention_penalty(a, torch.ones(1, 2), 1.0, "sum"), "reduce"),
+        (lambda: attention_penalty(a, torch.ones(1, 2), -1.0), "lam"),
+        (lambda: Translator(5, attention="hard"), "attention"),
+        (lambda: translation("sort", 1, 4, 5, torch.Generator()), "kind"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            call()
+    for model in (EmbAttention(9, 8).eval(), BiLSTMAttention(9, 8, 4).eval()):
+        logits, alpha = model(torch.tensor([[3, 4, 0, 0], [0, 0, 0, 0]]))
+        assert bool(logits.isfinite().all()) and not alpha[0, 2:].any() and not alpha[1].any()
+    source, target, _ = translation("copy", 2, 4, 5, torch.Generator())
+    assert float(Translator(5, 8, "uniform")(source, target)[1].std()) < 1e-6

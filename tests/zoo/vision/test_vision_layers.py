@@ -7,6 +7,7 @@ from layers import LAYERS, MODULES, given, make, tensors
 from regard import RegardError, records
 
 VISION = {record.slug for record in records("vision", "works")}
+ESTIMATED = {"spa"}  # its gate learns straight through
 LAYERS_OF_VISION = sorted(name for name in MODULES if name in VISION)
 PLANES = sorted(name for name in MODULES if name in VISION and LAYERS[name].channels == 1)
 
@@ -15,7 +16,7 @@ def loss(out):
     return sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in tensors(out))
 
 
-@pytest.mark.parametrize("name", LAYERS_OF_VISION)
+@pytest.mark.parametrize("name", [name for name in LAYERS_OF_VISION if name not in ESTIMATED])
 def test_gradients_are_the_derivatives(name):
     layer = make(name).double().eval()
     x, *rest = (y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y for y in given(name, 1))

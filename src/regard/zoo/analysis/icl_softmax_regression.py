@@ -165,6 +165,6 @@ def trained_closeness(
     descent = mean + rate.detach() * raw
     slopes = [torch.autograd.grad(z.sum(), query, retain_graph=True)[0] for z in (out, descent)]
     found = {"error": (out - y).square().mean(), "descent": (descent - y).square().mean(), "mean": (mean - y).square().mean()}
-    found |= {"difference": (out - descent).square().mean().sqrt(), "cosine": F.cosine_similarity(*slopes, dim=1).mean()}
+    found |= {"difference": (out - descent).square().mean().sqrt(), "cosine": F.cosine_similarity(slopes[0], slopes[1], dim=1).mean()}
     found["norms"] = (slopes[0].norm(dim=1) - slopes[1].norm(dim=1)).abs().mean()
     return {name: float(x.detach()) for name, x in found.items()}

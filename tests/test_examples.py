@@ -1,0 +1,29 @@
+"""The examples run as they stand, and print what they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {"train": ["gla", "--steps", "12"]}
+PROMISED = {
+    "train": "bits per byte",
+    "swap": "regard:moba?block_size=32&top_k=4",
+    "own_mechanism": "token by token equals the whole pass",
+    "cache": "StreamingLLM",
+    "look_inside": "the same by regard.interpret.ablated",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_example(name, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS.get(name, [])]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert PROMISED.get(name, "") in done.stdout and done.stdout

@@ -1,0 +1,74 @@
+"""Packing, unpacking, gates and refusals of select-and-pack attention."""
+
+import pytest
+import torch
+
+from regard import RegardError
+from regard.zoo.vision.spa import SelectGate, SelectPackAttention, SelectPackBlock, SelectPackNet, first_fit, pack, selection_labels, unpack
+
+
+def test_images_go_into_the_first_package_with_room():
+    assert first_fit([3, 4, 2, 0, 1], 5) == [[(0, 0, 3), (2, 0, 2)], [(1, 0, 4), (4, 0, 1)]]
+    assert first_fit([7, 2], 3) == [[(0, 0, 3)], [(0, 3, 6)], [(0, 6, 7), (1, 0, 2)]]
+    assert first_fit([0, 0], 3) == []
+
+
+def test_packing_and_back_changes_nothing():
+    x, keep = torch.randn(4, 9, 3), torch.rand(4, 9) < 0.5
+    for length in (None, 2, 30):
+        packed = pack(x, keep, length)
+        assert torch.equal(unpack(packed.tokens, packed, x), x) and int(packed.real.sum()) == int(keep.sum())
+        assert torch.equal(unpack(packed.tokens, packed, torch.zeros_like(x)), torch.where(keep[..., None], x, 0.0))
+        assert packed.tokens[~packed.real].abs().sum() == 0
+    nothing = pack(x, torch.zeros(4, 9, dtype=torch.bool))
+    assert len(nothing.tokens) == 0 and torch.equal(unpack(nothing.tokens, nothing, x), x)
+
+
+def test_nothing_kept_leaves_everything():
+    torch.manual_seed(0)
+    x, block = torch.randn(2, 5, 8), SelectPackBlock(8, 2)
+    torch.nn.init.constant_(block.attention.gate.score.bias, -50.0)
+    out = block(x)[0]
+    assert torch.equal(out, x)
+    out.sum().backward()
+    assert SelectPackAttention(8, 2)(x, torch.zeros(2, 5, dtype=torch.bool))[0].abs().max() == 0
+
+
+def test_noise_moves_choices_in_training_alone():
+    torch.manual_seed(0)
+    gate, x = SelectGate(8, noise=5.0), torch.randn(2, 50, 8)
+    assert not torch.equal(gate(x)[1], gate(x)[1])
+    scores, keep, factor = gate.eval()(x)
+    assert torch.equal(keep, gate(x)[1]) and torch.equal(keep, scores > 0) and torch.allclose(factor, keep.float(), atol=1e-6)
+
+
+def test_labels_are_pooled_by_their_largest():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 5, 2] = True
+    assert selection_labels(mask, (2, 2)).tolist() == [[[False, False], [True, False]]]
+
+
+def test_task_loss_alone_reaches_the_gates():
+    torch.manual_seed(0)
+    net = SelectPackNet((8, 16), (1, 1), (2, 2), classes=3)
+    logits, scores = net(torch.randn(2, 3, 17, 16))
+    assert logits.shape == (2, 3) and [tuple(s.shape) for s in scores] == [(2, 4, 4), (2, 2, 2)]
+    logits.square().sum().backward()
+    assert all(float(stage[0].attention.gate.score.weight.grad.abs().max()) > 0 for stage in net.stages)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SelectPackAttention(9, 2),
+        lambda: SelectPackAttention(8, 2, 0),
+        lambda: SelectPackAttention(8, 2)(torch.randn(1, 4, 8), torch.ones(1, 3, dtype=torch.bool)),
+        lambda: pack(torch.randn(1, 4, 8), torch.ones(1, 4)),
+        lambda: pack(torch.randn(4, 8), torch.ones(4, dtype=torch.bool)),
+        lambda: pack(torch.randn(1, 4, 8), torch.ones(1, 4, dtype=torch.bool), -1),
+        lambda: SelectPackNet((8,), (1, 1), (2,)),
+    ],
+)
+def test_refusals(make):
+    with pytest.raises(RegardError, match="expected"):
+        make()
