@@ -3,6 +3,9 @@
 from typing import Any
 
 from ..lazy import listed, load
+from ..nn.timm_host import operators
+
+operators()  # transformers reads torchvision where it is installed
 
 NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),

@@ -1,11 +1,14 @@
 """Several tokens a pass: drafts of what comes next, verified by the model at once; the output is that of plain decoding."""
 
+from ..nn.timm_host import operators
 from .accept import Greedy, Sampled, Typical
 from .host import Host, Seen
 from .loop import Generation, generate
 from .state import State, Strategy
 from .strategies import DraftModel, Plain, PromptLookup, made, named
 from .tree import Draft, Shape, chain
+
+operators()  # transformers reads torchvision where it is installed
 
 __all__ = [
     "Draft",
