@@ -92,7 +92,10 @@ class Attention(Momentary):
         key = recipe.key_dim
         self.key_dim = self.value_dim if key is None else key if isinstance(key, int) else max(1, int(self.value_dim * key))
         own_position = getattr(self.mechanism, "position", None) is not None
-        self.rope = Rope() if rope and recipe.rope and not own_position and self.key_dim % 2 == 0 else None
+        turned = rope and recipe.rope and not own_position
+        if turned and self.key_dim % 2:
+            raise RegardError(f"rope=True turns pairs of channels, and heads have {self.key_dim}; expected an even number, or rope=False")
+        self.rope = Rope() if turned else None
         widths = (heads * self.key_dim, kv_heads * self.key_dim, kv_heads * self.value_dim)
         self.q, self.k, self.v = (nn.Linear(dim, width, bias) for width in widths)
         self.out = nn.Linear(heads * self.value_dim, dim, bias)
