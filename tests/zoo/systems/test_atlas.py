@@ -73,6 +73,30 @@ def test_nothing_is_sure_enough():
     assert loss == 0 and logits.grad.isfinite().all()
 
 
+def test_linearised_learns_and_wants_a_tensor():
+    base = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    vectors = TaskVectors(base, [moved(base)])
+    line, full = (Atlas(base, vectors, linearised=one) for one in (True, False))
+    x = torch.randn(1, 3, dtype=torch.float64)
+    slopes = []
+    for made in (line, full):
+        made(x).sum().backward()
+        slopes.append(made.coefficients.grad)
+    assert torch.allclose(*slopes)  # at zero both have the same slope
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return {"text": "no tensor", "logits": self.inner(x)}
+
+    named = Named()
+    with pytest.raises(RegardError, match="linearised"):
+        Atlas(named, TaskVectors(named, [moved(named)]), linearised=True)(torch.randn(1, 3))
+
+
 def test_what_cannot_be_is_refused():
     base = nn.Linear(3, 2)
     vectors = TaskVectors(base, [moved(base)])

@@ -83,8 +83,13 @@ class Atlas(nn.Module):
             return functional_call(self.base, self.weights(), args, named)
         blocks, change = dict(self.base.named_parameters()), self.change()
         at = {name: blocks[name].detach() for name in change}
-        with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward derivative
-            both: tuple[Tensor, ...] = jvp(lambda weights: functional_call(self.base, weights, args, named), (at,), (change,))
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward derivative
+                both: tuple[Tensor, ...] = jvp(lambda weights: functional_call(self.base, weights, args, named), (at,), (change,))
+        except (NotImplementedError, RuntimeError) as why:
+            raise RegardError(
+                f"linearised=True: base's call has no forward derivative ({why}); expected a tensor of PyTorch operators"
+            ) from why
         return both[0] + both[1]
 
     @torch.no_grad()
