@@ -185,7 +185,20 @@ SILENT: dict[tuple[str, str], str] = {
     ("ssa", "select"): "a mechanism of the caller",
     ("vig", "cls"): "another call, with a class token: the row's checks",
 }
-WIDTHS = {"dim", "dim_in", "inputs", "tokens", "length", "channels", "colours", "d_model", "features", "text_dim", "sem", "feat"}  # of the inputs: what does not fit is refused
+WIDTHS = {
+    "dim",
+    "dim_in",
+    "inputs",
+    "tokens",
+    "length",
+    "channels",
+    "colours",
+    "d_model",
+    "features",
+    "text_dim",
+    "sem",
+    "feat",
+}  # of the inputs: what does not fit is refused
 
 
 def other_value(value):

@@ -298,7 +298,7 @@ def _() -> tuple[float, float]:
     gaps = [
         abs(interference(made, error, 0, 1) - truth),
         naive.gap(part(x), by_hand(base, tuned, mask)(x)),
-        float(made.coefficients.abs().sum()),
+        float(made.coefficients.detach().abs().sum()),
     ]
     made.coefficients.data.copy_(scores)
     order = [name for name, _ in made.report()]
