@@ -148,6 +148,7 @@ LAYERS: dict[str, Layer] = {
     "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),
     "kernelized-attention-rpe": Layer({"heads": 2, "head_dim": 8, "features": 16, "reach": 16}, heads()),
     "lalte": Layer({**SMALL, "window": 6, "sinks": 1, "budget": 32}, causal=True),
+    "hgf": Layer({**SMALL, "differential": True}, causal=True),
     "lama": Layer(SMALL),
     "landmark-attention": Layer({**SMALL, "block": 3}, causal=True),
     "latent-monotonic-attention": Layer({"inputs": 6, "classes": 5, "dim": 16}, transduction, shortest=4),

@@ -23,6 +23,7 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
 }
 WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}
 ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have none themselves
+    "hgf": "weights and activations learn straight through their rounding",
     "lalte": "the router learns straight through its decisions",
     "longvq": "keys learn straight through their codes",
     "sea": "the estimated map learns through the values that were chosen by it",
@@ -181,7 +182,9 @@ def test_compiles(name):
     assert gap(compiled(*inputs), layer(*inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - set(ESTIMATED) - LINEAR - {"minimax-01", "mqsa-ted"}))  # which take numbers of tokens
+@pytest.mark.parametrize(
+    "name", sorted(set(MODULES) - set(ESTIMATED) - LINEAR - {"minimax-01", "mqsa-ted"})
+)  # which take numbers of tokens
 def test_second_derivatives_or_a_reason(name):
     layer, inputs = make(name).double().eval(), cast(given(name, 1), torch.float64)
     x = inputs[0].requires_grad_()

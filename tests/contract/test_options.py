@@ -18,7 +18,7 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("biformer", "qk_dim"): (8, {}),
     ("biformer", "scale"): (1.0, {}),
     ("biformer", "differentiable"): (True, {"soft": True}),
-        ("biformer", "padded"): ("attended", {"regions": 3, "auto_pad": True}),
+    ("biformer", "padded"): ("attended", {"regions": 3, "auto_pad": True}),
     ("combiner", "pattern"): ("logsparse", {}),
     ("combiner", "pool"): ("mean", {}),
     ("dat", "kv_heads"): (1, {}),
@@ -42,6 +42,9 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("halonet", "pool"): (True, {"stride": 2}),
     ("halonet", "stride"): (2, {}),
     ("halonet", "steps"): ("queries", {"stride": 2}),
+    ("hgf", "mode"): ("ternary", {}),
+    ("hgf", "rank"): (2, {}),
+    ("hgf", "gate"): ("channel", {}),
     ("kernelized-attention-rpe", "axes"): (2, {"reach": 4}),
     ("lalte", "kv_heads"): (1, {}),
     ("latent-monotonic-attention", "context"): ("window", {}),
@@ -182,7 +185,20 @@ SILENT: dict[tuple[str, str], str] = {
     ("ssa", "select"): "a mechanism of the caller",
     ("vig", "cls"): "another call, with a class token: the row's checks",
 }
-WIDTHS = {"dim", "dim_in", "inputs", "tokens", "length", "channels", "colours", "d_model", "features", "text_dim", "sem", "feat"}  # of the inputs: what does not fit is refused
+WIDTHS = {
+    "dim",
+    "dim_in",
+    "inputs",
+    "tokens",
+    "length",
+    "channels",
+    "colours",
+    "d_model",
+    "features",
+    "text_dim",
+    "sem",
+    "feat",
+}  # of the inputs: what does not fit is refused
 
 
 def other_value(value):
