@@ -26,7 +26,7 @@ CASES = [
     (lambda: regard.attend(t(1, 4, 8, 0), t(1, 4, 8, 0), t(1, 4, 8, 8)), "at least one channel"),
     (lambda: regard.attend([1], t(1, 4, 8, 8), t(1, 4, 8, 8)), "q is list"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "softmx"), "Did you mean softmax"),
-    (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "token-pooling"), "planned"),
+    (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "attention-surgery"), "planned"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), 3), "expected a name"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "softmax", beta=t(4)), "unknown input 'beta'"),
     (lambda: regard.attend(t(1, 4, 8, 8), t(1, 4, 8, 8), t(1, 4, 8, 8), "deltanet"), "'beta' is missing"),
