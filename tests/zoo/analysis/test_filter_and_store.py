@@ -51,7 +51,7 @@ def test_given_facts_are_kept_and_a_drawn_corpus_repeats():
 def test_attention_alone_reads_out_by_a_matrix_that_learns_or_not():
     for readout, moves in (("linear", True), ("frozen", False)):
         start = acquire(small(), readout=readout, steps=(0, 0), **SMALL).model
-        end = acquire(small(), readout=readout, steps=(5, 5), **SMALL).model
+        end = acquire(small(), readout=readout, steps=(5, 5), rank=2, **SMALL).model
         assert isinstance(end.readout, torch.nn.Linear)
         assert torch.equal(start.readout.weight, end.readout.weight) != moves
         assert not torch.equal(start.value.weight, end.value.weight)

@@ -125,11 +125,12 @@ class LowRank(nn.Module):
 
 
 def low_rank(model: FilterStore, rank: int) -> None:
-    """From now on only W + B A of attention's and the readout's matrices learn: everything else is held."""
+    """From now on only W + B A of attention's and the readout's matrices learn, where W did: everything else is held."""
     if rank < 1:
         raise RegardError(f"rank={rank}; expected 1 or more")
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     model.requires_grad_(False)
-    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+    for layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.out_features, layer.in_features, rank))
 
 
