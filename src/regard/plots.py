@@ -66,7 +66,7 @@ def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log
     kept = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     points = [p for found in kept.values() for p in found]
     columns = 2 if max(map(len, kept), default=0) <= 34 else 1
-    height = HEIGHT + ROW * -(-len(kept) // columns)
+    height = HEIGHT + ROW * -(-len(kept) // columns) + 8
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}" '
         'font-family="system-ui,sans-serif" font-size="12" fill="currentColor">'
@@ -89,7 +89,7 @@ def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log
     out.append(f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{html.escape(y)}</text>')
     for at, (name, found) in enumerate(kept.items()):
         out += line(at, name, sorted(found), across, up, x, y)
-        left, top = LEFT + at % columns * (WIDTH - LEFT) / columns, HEIGHT + ROW * (at // columns) + 4
+        left, top = LEFT + at % columns * (WIDTH - LEFT) / columns, HEIGHT + ROW * (at // columns) + 12
         out.append(marker(MARKS[at % 4], left, top - 4, COLOURS[at % 8], name) + f'<text x="{left + 10}" y="{top}">{html.escape(name)}</text>')
     return "".join(out) + "</svg>"
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no build for this platform; the Linux CI runs this test")
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_complete_and_right(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "gpu_day.py"
     done = subprocess.run(

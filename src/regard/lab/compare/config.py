@@ -22,7 +22,7 @@ BACKENDS = ("loky", "ray", "dask")
 
 def default_mechanisms() -> tuple[str, ...]:
     """Two weighted, three recurrent and a selected mechanism; MoBA's blocks are cut to the short training length."""
-    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=16,top_k=3", "hedgehog")
+    return ("softmax", "softpick", "gla", "deltanet", "moba:block_size=32,top_k=2", "hedgehog")
 
 
 @dataclass(frozen=True)
