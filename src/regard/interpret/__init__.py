@@ -22,6 +22,8 @@ ROWS = {
     "direct_attribution": "analysis.circuit_reuse",
     "find_circuit": "analysis.circuit_reuse",
     "flow": "analysis.rollout_and_flow",
+    "graph_attention_report": "analysis.graph_attention_windows_in_llms",
+    "graph_window": "analysis.graph_attention_windows_in_llms",
     "input_gradients": "analysis.rollout_and_flow",
     "inequality": "analysis.headmask",
     "prune_schedule": "analysis.head_pruning",

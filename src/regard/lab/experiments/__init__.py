@@ -6,6 +6,7 @@ from ...lazy import listed, load
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
 ROWS = {
+    "acquire": "analysis.filter_and_store",
     "train_backcopy": "analysis.active_dormant_heads",
     "rank_benefit": "analysis.benefits_of_rank",
     "low_rank_bottleneck": "analysis.fixed_head_size",

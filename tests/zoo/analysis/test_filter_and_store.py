@@ -1,0 +1,86 @@
+"""Filter and store: what the checks cannot hold."""
+
+import copy
+
+import pytest
+import torch
+
+import regard
+from regard.lab.experiments import acquire
+from regard.zoo.analysis.filter_and_store import Facts, FilterStore, extraction, low_rank
+
+SMALL = {"dim": 8, "hidden": 6, "batch": 8, "every": 2}
+
+
+def small() -> Facts:
+    return Facts(6, 3, 4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Facts(multiplicity=25), "multiplicity=25"),
+        (lambda: Facts(fillers=0), "fillers=0"),
+        (lambda: Facts(3, 2, answer=torch.tensor([0, 1, 2])), "answer"),
+        (lambda: Facts(3, 2, answer=torch.tensor([0.0, 1.0, 1.0])), "float32"),
+        (lambda: Facts(2, 2, 4, 1, 1, phrases=torch.zeros(2, 2).long()), "phrases"),
+        (lambda: FilterStore(5, readout="relu"), "readout"),
+        (lambda: FilterStore(5)(torch.zeros(3).long()), "ids"),
+        (lambda: FilterStore(5)(torch.zeros(3, 0).long()), "ids"),
+        (lambda: low_rank(FilterStore(5), 0), "rank=0"),
+        (lambda: acquire(small(), 0.0, **SMALL), "share=0.0"),
+        (lambda: acquire(small(), 1.0, **SMALL), "share=1.0"),
+        (lambda: acquire(small(), leak=1.5, **SMALL), "leak=1.5"),
+        (lambda: acquire(small(), start=acquire(small(), steps=(1, 0), **SMALL), **SMALL), "start"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(regard.RegardError, match=message):
+        call()
+
+
+def test_given_facts_are_kept_and_a_drawn_corpus_repeats():
+    answer, phrases = torch.tensor([1, 0]), torch.tensor([[2], [3]])
+    facts = Facts(2, 2, 4, 1, 1, answer=answer, phrases=phrases)
+    ids, a = facts.statements(9, torch.Generator().manual_seed(0))
+    assert torch.equal(ids[:, 3], 2 + phrases[ids[:, 1], 0]) and torch.equal(a, 8 + answer[ids[:, 1]])
+    assert torch.equal(small().phrases, small().phrases) and not torch.equal(Facts(seed=0).answer, Facts(seed=1).answer)
+    assert all(len(set(row)) == 2 for row in small().phrases.tolist())
+
+
+def test_attention_alone_reads_out_by_a_matrix_that_learns_or_not():
+    for readout, moves in (("linear", True), ("frozen", False)):
+        start = acquire(small(), readout=readout, steps=(0, 0), **SMALL).model
+        end = acquire(small(), readout=readout, steps=(5, 5), rank=2, **SMALL).model
+        assert isinstance(end.readout, torch.nn.Linear)
+        assert torch.equal(start.readout.weight, end.readout.weight) != moves
+        assert not torch.equal(start.value.weight, end.value.weight)
+
+
+def test_a_start_is_taken_over_and_left_as_it_is():
+    facts = small()
+    start = acquire(facts, steps=(4, 0), **SMALL)
+    kept = copy.deepcopy(start.model.state_dict())
+    end, whole = acquire(facts, steps=(0, 3), start=start, **SMALL), acquire(facts, steps=(4, 3), **SMALL)
+    assert all(torch.equal(kept[k], v) for k, v in start.model.state_dict().items())
+    assert torch.allclose(end.model.kq.weight, whole.model.kq.weight) and end.finetune == pytest.approx(whole.finetune)
+    assert end.pretrain == start.pretrain and end.loss == start.loss and end.steps == [0, 2, 4] and len(end.finetune) == 3
+    assert "<svg" in end.plot()
+
+
+def test_first_weights_are_even_and_initial_values_as_asked_for():
+    model = FilterStore(500, 40, std=0.1)
+    assert torch.equal(model.weights(torch.zeros(1, 4).long()), torch.full((1, 4), 0.25))
+    assert float(model.embed.weight.std()) == pytest.approx(0.1, rel=0.05)
+    assert float(FilterStore(500, 40).embed.weight.std()) == pytest.approx(1.0, rel=0.05)
+    assert model.readout[0].weight.shape == (256, 40)
+
+
+def test_extraction_counts_right_answers():
+    class Oracle(torch.nn.Module):
+        def forward(self, ids):
+            right = facts.first_answer + torch.where(ids[:, 1] < 3, facts.answer[ids[:, 1]], facts.answer[ids[:, 1]] + 1)
+            return torch.nn.functional.one_hot(right, facts.vocab + 1).float()
+
+    facts = small()
+    assert extraction(Oracle(), facts, torch.arange(6)) == 0.5

@@ -1,0 +1,88 @@
+"""Graph windows: what the checks cannot hold."""
+
+import pytest
+import torch
+
+import regard
+from regard.interpret import graph_attention_report, graph_window
+from regard.zoo.analysis.graph_attention_windows_in_llms import FAR, attention_shift, ego_graphs, hop_distance, perturb
+
+# The centre 4 joins 0 and 1; 0 joins 2 and 1 joins 3.
+EDGES, TOKENS, AT = torch.tensor([[4, 0], [1, 4], [0, 2], [3, 1]]), torch.tensor([10, 11, 12, 13, 14]), torch.tensor([1, 2, 3, 4, 5])
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def pairs(edges):
+    return {frozenset(e) for e in edges.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: graph_window([EDGES], [AT], 5), "rising places"),
+        (lambda: graph_window([EDGES], [AT.flip(0)], 8), "rising places"),
+        (lambda: graph_window([EDGES], [AT[:4]], 8), "edges"),
+        (lambda: graph_window([EDGES], [AT], 8, 0), "k=0"),
+        (lambda: graph_window([EDGES], [AT], 8, last="free"), "last='free'"),
+        (lambda: graph_window([EDGES], [AT, AT], 8), "1 graphs"),
+        (lambda: graph_window([EDGES], [AT], 8, keep=torch.ones(1, 7).bool()), "keep"),
+        (lambda: graph_attention_report([torch.ones(2, 1, 8, 8)], [EDGES], [AT]), "attns"),
+        (lambda: perturb(EDGES, TOKENS, "swapped", generator()), "swapped"),
+        (lambda: perturb(EDGES, TOKENS, "replace", generator()), "pool"),
+        (lambda: perturb(EDGES[:2], TOKENS, "second", generator()), "0 second hops"),
+        (lambda: perturb(EDGES[:1], TOKENS, "swap", generator()), "1 neighbours"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(regard.RegardError, match=message):
+        call()
+
+
+def test_no_path_is_farther_than_any_window():
+    hops = hop_distance(torch.tensor([[0, 1]]), 3)
+    assert hops.tolist() == [[0, 1, FAR], [1, 0, FAR], [FAR, FAR, 0]]
+    assert not graph_window([torch.zeros(0, 2).long()], [torch.tensor([1, 2])], 3, 9, last="window")[0, 0, 2, 1]
+
+
+def test_the_mask_to_add_says_what_is_hidden_by_what():
+    keep = torch.ones(1, 8).bool()
+    keep[0, 7] = False
+    seen = graph_window([EDGES], [AT], 8, 1, keep=keep)
+    added = graph_window([EDGES], [AT], 8, 1, keep=keep, low=-6000.0)
+    assert torch.equal(added == 0, seen) and added[0, 0, 1, 2] == -6000 and added[0, 0, 3, 2] == -6000
+    least = torch.finfo(torch.float32).min
+    assert added[0, 0, 0, 1] == least and added[0, 0, 7, 7] == least and added[0, 0, 1, 7] == least
+
+
+def test_perturbed_graphs():
+    swapped, tokens = perturb(EDGES, TOKENS, "swap", generator())
+    assert pairs(swapped) == pairs(torch.tensor([[4, 0], [1, 4], [1, 2], [3, 0]])) and torch.equal(tokens, TOKENS)
+    across, _ = perturb(EDGES, TOKENS, "across", generator())
+    assert sorted(hop_distance(across, 5)[-1].tolist()) == [0, 1, 1, 2, 2] and pairs(across) != pairs(EDGES)
+    assert (hop_distance(across, 5)[-1] != hop_distance(EDGES, 5)[-1]).sum() == 2
+    found = {tuple(perturb(EDGES, TOKENS, "second", torch.Generator().manual_seed(s))[0].flatten().tolist()) for s in range(9)}
+    assert found == {(4, 0, 1, 4, 0, 2, 3, 1), (4, 0, 1, 4, 0, 3, 2, 1)}
+    edges, tokens = perturb(EDGES, TOKENS, "replace", generator(), share=0.5, pool=torch.tensor([99]))
+    assert (tokens == 99).sum() == 2 and tokens[-1] == 14 and torch.equal(edges, EDGES)
+    _, tokens = perturb(EDGES, TOKENS, "shuffle", generator())
+    assert sorted(tokens.tolist()) == TOKENS.tolist() and tokens[-1] == 14 and not torch.equal(tokens, TOKENS)
+
+
+def test_labels_are_of_the_neighbours():
+    edges, ids, labels = ego_graphs(30, generator(), 3, 4, classes=3)
+    for e, row, label in zip(edges, ids, labels, strict=True):
+        hops = hop_distance(e, 8)[-1]
+        counts = torch.bincount(row[1:-2][hops[:-1] == 1], minlength=3)
+        assert (hops == 1).sum() == 3 and (hops == 2).sum() == 4 and counts[label] == counts.max() and row[-2:].tolist() == [4, 5]
+
+
+def test_the_report_of_two_examples_plots():
+    attention = torch.rand(2, 2, 8, 8).softmax(-1)
+    found = graph_attention_report([attention], [EDGES, EDGES[:2]], [AT, AT])
+    assert found.rings.shape == (1, 2, 5) and bool(found.rings[..., :3].isfinite().all()) and bool(found.rings[..., 3:].isnan().all())
+    assert "<svg" in found.plot()
+    shuffled = attention[..., torch.randperm(8, generator=generator())]
+    assert bool((attention_shift([attention], [shuffled], [AT, AT]) > 0).all())
