@@ -461,3 +461,17 @@ def test_half_precision_and_autocast():
     with taps.edit(half, {"weights": lambda p: p}), taps(half, "heads") as seen:
         half(**inputs)
     assert seen["heads", 0].dtype == torch.bfloat16 and bool(seen["heads", 0].isfinite().all())
+
+
+@pytest.mark.parametrize("point", ["out", "residual_in", "residual_mid", "residual_out", "mlp"])
+def test_a_step_says_what_it_does_not_pass(point):
+    model = regard.nn.Decoder("softmax", dim=16, layers=1, heads=2)
+    tokens = torch.randint(1, 200, (1, 5))
+    with regard.taps(model, [point]) as seen:
+        model(tokens)
+        assert seen[point, 0].shape == (1, 5, 16)
+        with pytest.raises(regard.RegardError, match=f"{point} are not seen in a step"):
+            model.step(tokens)
+    with regard.taps(model, ["q", "heads"]) as seen:
+        model.step(tokens)
+        assert seen["heads", 0].shape == (1, 2, 5, 8)

@@ -28,6 +28,11 @@ class Attending(ABC):
     dropout: float
 
     @property
+    def stepped(self) -> bool:
+        """Whether the call runs outside the modules around it, whose points are then not passed."""
+        return False
+
+    @property
     def heads(self) -> int:
         return self.query.shape[1]
 

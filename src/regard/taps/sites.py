@@ -243,6 +243,10 @@ class OwnSite(Site):
 class Stepped(Attending):
     """New tokens whose past is in a state: there are no keys to look at."""
 
+    @property
+    def stepped(self) -> bool:
+        return True
+
     def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
         raise RegardError("a step of regard's own layer keeps its past in a state; expected a forward pass over all tokens for its logits")
 
