@@ -92,6 +92,10 @@ def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
 
 
+def captions(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, length, 16), torch.arange(4 * batch).reshape(batch, 4) * 3 % 5
+
+
 def clips(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 16, length), torch.randn(batch, 5, length)
 
@@ -185,6 +189,10 @@ LAYERS: dict[str, Layer] = {
     ),
     "sentence-attention-block": Layer({"text_dim": 8, "channels": 16}, told, channels=1),
     "set-transformer": Layer({"dim_in": 16, "dim_out": 5, "dim": 16, "heads": 2, "inducing": 3}),
+    "show-attend-tell": Layer(
+        {"vocab": 5, "features": 16, "hidden": 8, "embed": 6, "deep_attention": 2, "deep_start": 2, "deep_readout": 2, "selector": True},
+        captions,
+    ),
     "sla": Layer({"head_dim": 8, "top": 0.4, "bottom": 0.2, "block_size": 4}, heads()),
     "spa": Layer(SMALL),
     "sparsifiner": Layer({**SMALL, "tokens": LENGTH, "rank": 4}),

@@ -19,6 +19,7 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
     "rcmha": ("head_convs.1.bias",),
     "sea": ("last.bias",),
     "set-transformer": ("k.bias", "mix.mab.k.weight"),
+    "show-attend-tell": ("energy.bias",),
     "ulsam": ("wise.bias",),
 }
 WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}

@@ -2,6 +2,7 @@
 
 from ..nn.timm_host import operators
 from .accept import Greedy, Sampled, Typical
+from .beams import Beam, beam_search
 from .host import Host, Seen
 from .loop import Generation, generate
 from .state import State, Strategy
@@ -11,6 +12,7 @@ from .tree import Draft, Shape, chain
 operators()  # transformers reads torchvision where it is installed
 
 __all__ = [
+    "Beam",
     "Draft",
     "DraftModel",
     "Generation",
@@ -24,6 +26,7 @@ __all__ = [
     "State",
     "Strategy",
     "Typical",
+    "beam_search",
     "chain",
     "generate",
     "made",

@@ -109,6 +109,7 @@ ROWS = {
     "PixelAttention": "vision.a2n",
     "ACMIL": "vision.acmil",
     "GatedAttentionPool": "vision.acmil",
+    "CaptionDecoder": "vision.show_attend_tell",
     "CompositionalAttention": "vision.comateformer",
     "ClassSemanticAttention": "vision.csa",
     "SelectPackAttention": "vision.spa",

@@ -58,3 +58,19 @@ def named_squares(
     masks &= bool(side % size == 0) | ((axis[:, None] < cells) & (axis < cells))
     x = masks.float() + noise * torch.randn(count, 3, side, side, generator=generator)
     return x, torch.randint(3, (count,), generator=generator), masks
+
+
+def listed_glyphs(
+    count: int, generator: torch.Generator, grid: int = 4, glyphs: int = 3, kinds: int = 6, size: int = 4, noise: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A few different glyphs in cells of a grid, and their list row by row: images (count, 1, grid size, grid size), words (count, glyphs) from 1 to
+    kinds, and the cells they stand in (count, glyphs), numbered row by row. A kind's strokes, of -1 and 1, are the same in every batch."""
+    if glyphs > min(kinds, grid**2):
+        raise RegardError(f"glyphs={glyphs}; expected at most {min(kinds, grid**2)}, the kinds and the cells")
+    strokes = 2.0 * torch.randint(2, (kinds, size, size), generator=torch.Generator().manual_seed(kinds)) - 1
+    cells = torch.rand(count, grid**2, generator=generator).argsort(1)[:, :glyphs].sort(1).values
+    words = torch.rand(count, kinds, generator=generator).argsort(1)[:, :glyphs]
+    x = torch.zeros(count, grid**2, size, size)
+    x.scatter_(1, cells[..., None, None].expand(-1, -1, size, size), strokes[words])
+    x = x.unflatten(1, (grid, grid)).transpose(2, 3).reshape(count, 1, grid * size, grid * size)
+    return x + noise * torch.randn(x.shape, generator=generator), words + 1, cells
