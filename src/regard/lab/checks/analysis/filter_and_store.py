@@ -63,7 +63,12 @@ def _() -> tuple[float, float]:
     return max(r.filler[-1] for r in runs) if kept else 1.0, runs[0].filler[0]
 
 
-@check("filter-and-store", "fine-tuning of rank 8: the same two arms apart by", above=0.4, control="both arms with leaked questions")
+@check(
+    "filter-and-store",
+    "fine-tuning of rank 8: the same two arms apart by",
+    above=0.4,
+    control="the M=4 arm less an M=1 arm with leaked questions, both fine-tuned whole",
+)
 def _() -> tuple[float, float]:
     gap = asked(4, 0.5, 0, rank=8).unseen - asked(1, 0.1, 0, rank=8).unseen
     return gap, asked(4, 0.5, 0).unseen - asked(1, 0.1, 0, leak=0.2).unseen
