@@ -11,7 +11,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8
 MARKS = ("circle", "square", "diamond", "triangle")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 62, 14, 34, 46
 ROW = 18  # of the legend
-Point = tuple[float, ...]  # (x, y) or (x, y, half the interval of y)
+Point = tuple[float, ...]  # (x, y), or (x, y, low, high) with an interval of y
 
 
 class Axis:
@@ -43,7 +43,7 @@ class Axis:
 def number(x: float) -> str:
     """A number as people write it: 16k, 0.25, 3.1."""
     for size, letter in ((2**30, "Gi"), (2**20, "Mi"), (1024, "k")):
-        if x >= size and x % (size / 8) == 0:
+        if size <= x < 1024 * size and x % (size / 8) == 0:
             return f"{x / size:g}{letter}"
     if abs(x) >= 1e5:
         return f"{x:.1e}".replace("e+0", "e").replace("e+", "e")
@@ -62,7 +62,7 @@ def marker(kind: str, x: float, y: float, colour: str, title: str) -> str:
 
 
 def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log_x: bool = False, log_y: bool = False) -> str:
-    """An SVG plot of named lines of points (x, y) or (x, y, half interval); points that are no numbers are left out."""
+    """An SVG plot of named lines of points (x, y) or (x, y, low, high); points that are no numbers are left out."""
     kept = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     points = [p for found in kept.values() for p in found]
     columns = 2 if max(map(len, kept), default=0) <= 34 else 1
@@ -75,7 +75,7 @@ def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log
     if not points:
         return head + f'<text x="{LEFT}" y="60">nothing to show</text></svg>'
     across = Axis([p[0] for p in points], LEFT, WIDTH - RIGHT, log_x, 0.03)
-    spread = [p[1] + sign * (p[2] if len(p) > 2 and not log_y else 0.0) for p in points for sign in (-1, 1)]
+    spread = [y for p in points for y in (p[1:] if not log_y else p[1:2])]
     up = Axis(spread, HEIGHT - BOTTOM, TOP, log_y, 0.05)
     out = [head]
     for tick in up.ticks():
@@ -99,10 +99,10 @@ def line(at: int, name: str, points: Sequence[Point], across: Axis, up: Axis, x:
     places = [(across.at(p[0]), up.at(p[1])) for p in points]
     out = [f'<path d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in places)}" stroke="{colour}" stroke-width="1.8" fill="none"{dash}/>']
     for p, (a, b) in zip(points, places, strict=True):
-        half = p[2] if len(p) > 2 else 0.0
-        if half and not up.log:
-            out.append(f'<path d="M{a:.1f} {up.at(p[1] - half):.1f}V{up.at(p[1] + half):.1f}" stroke="{colour}" opacity=".55"/>')
-        told = f"{name}: {p[1]:.4g}" + (f" ± {half:.2g}" if half else "") + f" {y} at {number(p[0])} {x}"
+        wide = len(p) > 2 and p[2] < p[3]
+        if wide and not up.log:
+            out.append(f'<path d="M{a:.1f} {up.at(p[2]):.1f}V{up.at(p[3]):.1f}" stroke="{colour}" opacity=".55"/>')
+        told = f"{name}: {p[1]:.4g}" + (f" ({p[2]:.3g} to {p[3]:.3g})" if wide else "") + f" {y} at {number(p[0])} {x}"
         if len(points) <= 24:
             out.append(marker(MARKS[at % 4], a, b, colour, told))
         else:  # a curve: places to hover over, not to see

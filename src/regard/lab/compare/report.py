@@ -33,8 +33,9 @@ document.querySelectorAll("th").forEach(other=>other.removeAttribute("aria-sort"
 Curves = Callable[[dict[str, Any]], list[Point]]
 
 
-def with_interval(found: list[tuple[float, Estimate]]) -> list[Point]:
-    return [(n, e.mean, e.half or 0.0) for n, e in found]
+def with_interval(found: list[tuple[float, Estimate]], top: float = math.inf) -> list[Point]:
+    """Points and their intervals, which end where the measure does: at 0 and at `top`."""
+    return [(n, e.mean, max(0.0, e.low), min(top, e.high)) for n, e in found]
 
 
 def learning(task: str) -> Curves:
@@ -60,7 +61,7 @@ def by_length(*path: str) -> Curves:
 
 
 def at_numbers(task: str, key: str) -> Curves:
-    return lambda one: with_interval(curve(one, task, key))
+    return lambda one: with_interval(curve(one, task, key), 1.0 if key == "accuracy" else math.inf)
 
 
 # id, title, x, y, curves, log x, log y, caption

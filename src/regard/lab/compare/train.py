@@ -18,7 +18,7 @@ from .optimizer import Muon
 
 # Found by benchmarks/recipe.py: what learns most in ten seconds of one core.
 MATRIX_RATE, OTHER_RATE = 0.02, 0.01
-VOCAB, LENGTH, COUNT = 64, 64, 32  # of the synthetic tasks: symbols, tokens, sequences a step
+VOCAB, LENGTH, COUNT = 64, 64, 16  # of the synthetic tasks: symbols, tokens, sequences a step
 PAIRS = (4, 8, 16)
 TASKS = ("language", "recall", "copying")
 
