@@ -66,6 +66,7 @@ REFUSED = {
     "regard:sofpick": "Did you mean softpick",
     "regard:moba?block=3": "Did you mean block_size",
     "regard:longheads": "is a policy",
+    "regard:moba?block_size": "is not key=value",
 }
 
 

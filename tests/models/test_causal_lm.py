@@ -107,6 +107,11 @@ def test_refused(ids):
         RegardForCausalLM(RegardConfig(mechanism="sofpick"))
     with pytest.raises(RegardError, match="inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(2, 11, 32))
+    with pytest.raises(RegardError, match="position_ids"):
+        model(ids, position_ids=torch.zeros_like(ids))
+    assert model(ids, output_hidden_states=False).logits.shape == (2, 11, 64)
+    with pytest.raises(RegardError, match="expected 12: all so far"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), **{CACHE: model(ids)[CACHE]})
     with pytest.raises(RegardError, match="attention_mask has shape"):
         model(ids, attention_mask=torch.ones(2, 1, 11, 11))
     with pytest.raises(RegardError, match="takes no mask"):

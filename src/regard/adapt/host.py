@@ -65,7 +65,9 @@ def viewed(module: nn.Module) -> Routed:
 
 
 def route(module: nn.Module, patch: Any) -> None:
-    """Send the module's attention calls to `patch`, and before that to no other."""
+    """Send the module's attention calls to `patch`, and before that to no other. RegardError inside a cache policy, which reads softmax."""
+    if own_name(module).startswith(f"{NAME}_"):
+        raise RegardError("a cache policy is at work in this model, and policies read softmax; expected the patch without the policy")
     viewed(module).patches.append(patch)
 
 

@@ -29,7 +29,11 @@ def described(name: str) -> Mechanism:
         return get("softmax")
     plain, _, rest = name.removeprefix(PREFIX).partition("?")
     options: dict[str, Any] = {}
-    for key, value in parse_qsl(rest, keep_blank_values=True, strict_parsing=bool(rest)):
+    try:
+        given = parse_qsl(rest, keep_blank_values=True, strict_parsing=bool(rest))
+    except ValueError:
+        raise RegardError(f"attn_implementation={name!r}: {rest!r} is not key=value&key=value") from None
+    for key, value in given:
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapt.host import routed
 from ..errors import RegardError
 from .layer import KeptLayer
 from .rows import cache_argument
@@ -54,6 +55,12 @@ class Session:
 
         if any(module in _sessions for module in self.modules):
             raise RegardError("a policy is on the model already; expected one, which may wrap others")
+        own = str(self.model.config._attn_implementation)
+        if own.startswith("regard") or any(view.patches for module in self.modules if (view := routed(module)) is not None):
+            raise RegardError(
+                f"the model attends by another mechanism ({own if own.startswith('regard') else 'a patch'}), and policies read softmax; expected "
+                "the model's own attention: restore the patch, or model.set_attn_implementation('sdpa')"
+            )
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, padding_alone)
         self.own = self.model.config._attn_implementation

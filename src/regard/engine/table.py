@@ -14,7 +14,6 @@ from ..algebra.token_mask import Explicit
 from . import sdpa, tiled
 from .pairs import indices, visible
 from .problem import Problem
-from .reference import Stats
 
 HEAD, CALL = 1 << 18, 1 << 23  # pairs of a head, and of a call, that are looked at whole
 
@@ -29,7 +28,7 @@ def refusal(mechanism: Weighted, sizes: Sizes, device: torch.device) -> str:
     return "" if pairs <= HEAD and pairs * sizes.batch * sizes.heads <= CALL else "too many pairs to look at each"
 
 
-def run(problem: Problem) -> tuple[Tensor, Stats | None]:
+def run(problem: Problem) -> tuple[Tensor, None]:
     """(out, None): by PyTorch's kernel where it is plain softmax, else tile by tile."""
     seen = pairs_of(problem)
     mechanism: Any = problem.mechanism
@@ -39,7 +38,7 @@ def run(problem: Problem) -> tuple[Tensor, Stats | None]:
     of_mask = {item.name for part in problem.mask.parts() for item in getattr(part, "inputs", ())}
     of_mask -= {item.name for item in mechanism.declared}
     inputs = {name: x for name, x in problem.inputs.items() if name not in of_mask}
-    return tiled.run(problem.with_(mask=Explicit(), inputs={**inputs, "visible": seen}, selection=None))
+    return tiled.run(problem.with_(mask=Explicit(), inputs={**inputs, "visible": seen}, selection=None))[0], None
 
 
 def pairs_of(problem: Problem) -> Tensor:

@@ -161,7 +161,7 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask (B, L, or all tokens so far with a cache): 0 is padding.
         """
         cache = more.pop(CACHE, None)
-        unknown = {key for key, value in more.items() if value is not None} - {"num_items_in_batch", "cache_position", "position_ids"}
+        unknown = {key for key, value in more.items() if value is not None and value is not False} - {"num_items_in_batch"}
         if unknown or input_ids is None:
             raise RegardError(
                 f"RegardForCausalLM got {sorted(unknown) or 'no input_ids'}; expected input_ids, attention_mask, labels, {CACHE}, use_cache"
@@ -172,6 +172,9 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
             raise RegardError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, tokens so far), 1 for tokens and 0 for padding"
             )
+        so_far = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if attention_mask is not None and attention_mask.shape[1] != so_far:
+            raise RegardError(f"attention_mask covers {attention_mask.shape[1]} tokens; expected {so_far}: all so far, those in the cache too")
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         wanted = use_cache if use_cache is not None else self.config.use_cache and labels is None and not self.training
         if cache is None and not wanted:

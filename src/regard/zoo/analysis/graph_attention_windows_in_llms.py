@@ -4,7 +4,8 @@ Node rows: M_k = 1[(E + E^T)^k > 0], E with self loops, of nodes; every other pa
 full connection. The last node, which is asked about, keeps its causal row, and earlier nodes see it where an edge joins them.
 Report: attention of text on nodes, of nodes on nodes, of the last node by hops (mean over a ring), correlation with the adjacency, the first token.
 
-Unlike the paper's code, every node has a self loop, and without `bidirectional` no edge shows a later node.
+Unlike the paper's code, every node has a self loop, and without `bidirectional` no edge shows a later node; k = None connects all
+nodes, where theirs leaves the raw edges. Not reproduced: the gain of training in an intermediate window and reading without one.
 
 Not built: LoRA of a 7B backbone, and accuracy on its data sets.
 """

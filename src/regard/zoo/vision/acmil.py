@@ -3,6 +3,7 @@
 h_i = relu(W f_i),  a_ki = w_k . (tanh(V h_i) sigmoid(U h_i)),  A_k = softmax_i a_k,  z_k = sum_i A_ki h_i, a classifier each
 bag: mean_k A_k read once, with a classifier of its own;  training: of each branch's 10 largest scores int(0.6 10) at random become -1e9
 loss = CE(bag) + mean_k CE(branch k) + 2 / (K (K - 1)) sum_{j < k} cos(A_j, A_k).  One branch, no masking: ABMIL.
+Not built: the form with several queries of multi-head attention.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 a = mean over heads of the teacher's last row class -> patches;  n = floor(r N).  high: the n largest hidden;  low: the n smallest
 hint: high, then floor(s r N) of the floor(s N) largest shown again, by chance;  each image is masked with probability 1/2
 L = l1 DINO (class tokens across views, teacher centred, at 0.04, student at 0.1) + l2 MIM (masked patches, the same view)
+Not built: block masks as a mode of `attmask` (a function of their own makes them); local crops enter the loss alone.
 """
 
 from __future__ import annotations

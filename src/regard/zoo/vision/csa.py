@@ -3,6 +3,7 @@
 R: class-rich features (B, C_r, T), F: features of localisation (B, C_f, T);  gates are made of R and applied to F
 g_c = sigmoid(W_2 relu(W_1 mean_t conv_k(R)_t)),  g_t = sigmoid(w . relu(conv_k(R))_t);  F' = F g_c + F g_t, or conv_1x1 [F g_c; F g_t]
 The sizes and the way to join them are not public and follow squeeze and excitation, which reads F in place of R.
+Not built: mAP over several overlaps: one is measured.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ rollout: S_hat_l = (S_l + I)/2 ... (S_1 + I)/2, S_l mean over heads of block l's
 GLCA: queries of the R patches (and the class token) of largest S_hat[class, .], keys and values of all tokens, a block of its own
 PWCA: softmax(q_1 [k_1; k_2]^T / sqrt(d)) [v_1; v_2] in every block, weights of self-attention, label of image 1; in training alone
 L = 1/2 sum_i (e^{-w_i} L_i + w_i) over self-attention, GLCA and PWCA.  Answer: sum of the two heads' class probabilities
+Not built: the triplet loss and the readout of re-identification.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 s_i = sigmoid(w . x_i + b), keep_i = [s_i > 1/2], straight through;  L_sel = BCE(s, y), y_i = 1 where the patch overlaps an object
 kept tokens of all images, first fit into packages of L, padded;  attention where segment_i = segment_j;  the others pass by
 Cost sum_b n_b^2 in place of B N^2. The abstract leaves noise, weights and labels open; these are the straightforward ones.
+Not built: the windowed form; the net is a small pyramid.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _() -> tuple[float, float]:
 
 @check(
     "longspec",
-    "greedy output, drafts at random, three trees, and a trained one: tokens that differ",
+    "greedy output, drafts at random, three trees: tokens that differ",
     below=0.0,
     control="guesses that nobody verifies",
 )
