@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from regard.adapt.attending import attending
@@ -111,7 +110,7 @@ def longer(
     model: nn.Module,
     length: int,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: int = 16,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     also: Sequence[str] = ("embed", "norm"),
 ) -> Any:
