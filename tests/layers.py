@@ -159,6 +159,7 @@ LAYERS: dict[str, Layer] = {
     "little-attention-block": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "litv2-hilo": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
+    "mamba-yolo": Layer({"dim": 16, "state": 4}, image(16, 5, 7), channels=1),
     "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
