@@ -92,6 +92,10 @@ def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
 
 
+def overviewed(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 16, 6, 7), torch.randn(batch, 6, 6, 7)
+
+
 def captions(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, 16), torch.arange(4 * batch).reshape(batch, 4) * 3 % 5
 
@@ -135,6 +139,7 @@ LAYERS: dict[str, Layer] = {
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
+    "contmix": Layer({"dim": 16, "context_dim": 6, "kernel": 5, "small": 3, "pool": 3}, overviewed, channels=1),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "csa": Layer({"sem": 5, "feat": 16, "fuse": "concat"}, clips, channels=1),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),

@@ -125,6 +125,11 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("little-attention-block", "reduction"): (8, {}),
     ("little-attention-block", "kernel"): (5, {}),
     ("litv2-hilo", "scale"): (1.0, {}),
+    ("contmix", "kernel"): (7, {}),
+    ("contmix", "small"): (5, {}),
+    ("contmix", "scale"): (0.5, {}),
+    ("contmix", "on_stream"): (True, {"scale": 0.5}),
+    ("contmix", "std"): (0.5, {}),
     ("mamba-yolo", "rank"): (2, {}),
     ("mamba-yolo", "kernel"): (5, {}),
     ("mamba-yolo", "rank_ratio"): (1.0, {}),
@@ -159,6 +164,7 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
 }
 # What changes nothing that these calls can show, with the reason.
 SILENT: dict[tuple[str, str], str] = {
+    ("contmix", "first"): "a later block takes a third map: the row's checks",
     ("biformer", "auto_pad"): "other sizes are refused without it: the row's checks",
     ("biformer", "layout"): "the order of the input's dimensions: tests/golden",
     ("fftnet", "seq_len"): "other lengths interpolate the filter: the row's checks",
@@ -204,6 +210,7 @@ WIDTHS = {
     "text_dim",
     "sem",
     "feat",
+    "context_dim",
 }  # of the inputs: what does not fit is refused
 
 

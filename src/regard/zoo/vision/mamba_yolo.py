@@ -109,7 +109,8 @@ class VSSBlock(nn.Module):
         self.first = nn.Identity() if neck and inner == dim else first
         self.local, self.norm1 = LSBlock(dim), ChannelNorm(dim, 1e-6)
         self.scans = nn.Sequential(*[SS2D(dim, **options) for _ in range(scans)])
-        self.norm2, self.mlp = (ChannelNorm(dim, 1e-6), RGBlock(dim, int(dim * ratio))) if ratio > 0 else (None, None)
+        self.norm2 = ChannelNorm(dim, 1e-6) if ratio > 0 else None
+        self.mlp = RGBlock(dim, int(dim * ratio)) if ratio > 0 else None
         self.drop = DropPath(drop_path)
 
     @takes(x="batch channels height width")

@@ -151,7 +151,8 @@ def yolo_conv(x: Tensor, layer: Any, stride: int = 1, eps: float = 1e-3) -> Tens
 def net_by_hand(x: Tensor, net: MambaYOLO) -> tuple[Tensor, Tensor]:
     """Sides (B, N, 4 bins) and scores (B, N, classes), by the blocks themselves."""
     maps = []
-    for at, stage in enumerate(net.stages):
+    stages: Any = net.stages
+    for at, stage in enumerate(stages):
         down, *blocks = stage
         if at == 0:
             one, bn1, _, two, bn2, _ = down
@@ -177,7 +178,8 @@ def net_by_hand(x: Tensor, net: MambaYOLO) -> tuple[Tensor, Tensor]:
     out = []
     for branches in (net.head.sides, net.head.scores):
         rows = []
-        for y, (one, two, last) in zip((low, middle, high), branches, strict=True):
+        parts: Any = branches
+        for y, (one, two, last) in zip((low, middle, high), parts, strict=True):
             y = yolo_conv(yolo_conv(y, one), two)
             rows.append(pointwise(y, last.weight, last.bias).flatten(2).mT)
         out.append(torch.cat(rows, 1))
@@ -248,7 +250,8 @@ def loss_by_hand(found: Found, boxes: Tensor, labels: Tensor, top: int) -> float
     parts, total, wanted = [0.0, 0.0, 0.0], 0.0, []
     for image_at in range(len(boxes)):
         own, scores = found.boxes[image_at].tolist(), found.scores[image_at].sigmoid().tolist()
-        laps, worths, takers = {}, {}, {}
+        laps, worths = dict[tuple[int, int], float](), dict[tuple[int, int], float]()
+        takers: dict[int, list[int]] = {}
         for m in range(boxes.shape[1]):
             if labels[image_at, m] < 0:
                 continue
@@ -339,6 +342,7 @@ def _() -> tuple[float, float]:
 
     net.eval()
     trained = f1()
-    for values in net.head.sides[0][-1].parameters():
+    last: Any = net.head.sides[0]
+    for values in last[-1].parameters():
         torch.nn.init.zeros_(values)
     return trained, f1()
