@@ -1,4 +1,4 @@
-"""Train the two small nets that ship as `regard.models.load("digits-vit")` and `("digits-resnet")`: about twelve minutes of one core.
+"""Train the two small nets that ship as `regard.models.load("digits-vit")` and `("digits-resnet")`: about fifteen minutes of one core.
 
     python scripts/train_vision.py OUT [--only digits-vit] [--steps 900]
 
@@ -95,7 +95,7 @@ def train(name: str, out: Path, steps: int, seed: int = 0) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(vision.SHAPES[name], indent=1) + "\n")
     facts = {
-        "steps": steps, "seed": seed, "digits": DIGITS, "photographs": PHOTOGRAPHS, "minutes": (time.perf_counter() - start) / 60,
+        "steps": steps, "seed": seed, "digits": DIGITS, "photographs": PHOTOGRAPHS,
         "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__, "timm": timm_host.load("timm").__version__,
         "probes": told, "loss": [(step, round(value, 3)) for step, value in thinned(losses, 40)],
     }  # fmt: skip

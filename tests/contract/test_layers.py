@@ -13,7 +13,7 @@ from regard import RegardError
 CAUSAL = [name for name in MODULES if LAYERS[name].causal]
 STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
 UNFELT = {  # softmax does not feel what is added to all scores of a row, nor anything where there is one key; nor batch norms a bias
-    "contmix": ("fuse.0.bias",),
+    "contmix": ("fuse.0.bias", "norms.0.bias", "norms.1.bias", "norms.2.bias"),
     "convit": ("position.bias",),
     "latent-monotonic-attention": ("energy.bias",),
     "mqsa-ted": ("k.bias",),

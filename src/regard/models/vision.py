@@ -1,7 +1,7 @@
 """Two small nets of timm's make over images of 32 x 32 pixels, trained by scripts/train_vision.py on handwritten digits and photographs.
 
 "digits-vit": a VisionTransformer of 0.7M parameters (6 blocks, 3 heads, 96 channels, 64 patches of 4 x 4 and a class token).
-"digits-resnet": a ResNet of 0.9M parameters (four basic blocks of 24, 48, 96 and 192 channels).
+"digits-resnet": a ResNet of 0.7M parameters (four basic blocks of 24, 48, 96 and 192 channels).
 Images as `regard.tasks.digits` makes them; logits of the ten digits.
 """
 

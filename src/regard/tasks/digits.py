@@ -82,7 +82,7 @@ def photo_patches(count: int, generator: torch.Generator, side: int = 32, held_o
 def rotated(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Square images, each turned by 0 to 3 quarters, and by how many: a task without labels (Gidaris et al., 2018)."""
     turns = torch.randint(4, (len(images),), generator=generator)
-    return torch.stack([x.rot90(int(turn), (1, 2)) for x, turn in zip(images, turns, strict=True)]), turns
+    return torch.stack([images.rot90(turn, (2, 3)) for turn in range(4)], 1)[torch.arange(len(images)), turns], turns
 
 
 def placed(ink: Tensor, generator: torch.Generator, side: int, shift: float, scale: tuple[float, float], turn: float) -> Tensor:

@@ -88,7 +88,7 @@ def test_refusals():
         DilatedReparam(4, 3)
     with pytest.raises(RegardError, match="'xt', 't', 's', 'b'"):
         overlock("m")
-    with pytest.raises(RegardError, match="expected 4 dims"):
+    with pytest.raises(RegardError, match="expected 4 of dims"):
         OverLoCK(dims=(8, 8))
     with pytest.raises(RegardError, match="one value a channel"):
         OverLoCK(**SMALL).train()(torch.zeros(1, 3, 16, 16))

@@ -142,9 +142,7 @@ class OverLoCK(nn.Module):
             not len(dims) == len(depths) == len(kernels) == len(ratios) == len(scales) == 4
             or not len(focus) == len(heads) == len(focus_ratios) == 2
         ):
-            raise RegardError(
-                "dims, depths, kernels, ratios and scales name four stages; focus, heads and focus_ratios two; something has others"
-            )
+            raise RegardError("expected 4 of dims, depths, kernels, ratios and scales, and 2 of focus, heads and focus_ratios")
         self.channels, context = channels, dims[3] // 4
         rates = depth_rates(drop_path, (*depths, *focus))
         half, first = dims[0] // 2, dims[0]
