@@ -170,6 +170,7 @@ LAYERS: dict[str, Layer] = {
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "moh": Layer({"dim": 16, "heads": 8, "shared": 2, "routed": 2, "causal": True}, causal=True),
     "moment-probing": Layer({"dim": 16, "classes": 3, "proj": 32}),
+    "mossformer": Layer({"dim": 16, "group": 4, "qk_dim": 8, "causal": True, "kernel": 3, "rotary": 4}, causal=True),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mqsa-ted": Layer({"items": 25, "dim": 8, "length": LENGTH}, lambda batch, length: (bytes_of(batch, length)[0] + 1,), causal=True),
     "mta": Layer(SMALL, causal=True),

@@ -48,7 +48,7 @@ def path(name: str = "tiny") -> Path:
 
 
 @overload
-def load(name: Literal["digits-vit", "digits-resnet"]) -> nn.Module: ...
+def load(name: Literal["digits-vit", "digits-resnet"]) -> nn.Module: ...  # type: ignore[overload-overlap]
 @overload
 def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM: ...
 def load(name: str = "tiny", **options: Any) -> Any:

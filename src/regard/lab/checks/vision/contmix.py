@@ -233,12 +233,13 @@ def net_by_hand(net: OverLoCK, x: Tensor, context_up: bool = True) -> tuple[Tens
     blocks: Any = net.focus
     for number, part in enumerate(blocks[0]):
         x, context = part(x, context, *([origin] if number else []))
-    (c1, n1), (c2, n2) = net.downs  # type: ignore[misc]
+    downs: Any = net.downs
+    (c1, n1), (c2, n2) = downs
     x, context = batch_norm(F.conv2d(x, c1.weight, None, 2, 1), n1), batch_norm(F.conv2d(context, c2.weight, None, 2, 1), n2)
     for part in blocks[1]:
         x, context = part(x, context, small)
-    conv, bn, _, _, _, last = net.head  # type: ignore[misc]
-    aux_bn, _, _, aux = net.aux  # type: ignore[misc]
+    heads: Any = (net.head, net.aux)
+    (conv, bn, _, _, _, last), (aux_bn, _, _, aux) = heads
     pooled = silu(batch_norm(pointwise(torch.cat((x, context), 1), conv.weight), bn)).mean((2, 3))
     return pooled @ last.weight.T + last.bias, batch_norm(overview, aux_bn).mean((2, 3)) @ aux.weight.T + aux.bias
 
