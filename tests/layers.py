@@ -82,6 +82,12 @@ def dual(**options: Any) -> nn.Module:
     return DCAL(vit(classes=0), 3, **options)
 
 
+def two_stages(**options: Any) -> nn.Module:
+    from regard.zoo.vision.ifam import TwoStageFaithful
+
+    return TwoStageFaithful(vit(classes=0), vit(classes=0), 3, 2, draws="training", **options)
+
+
 def registered(**options: Any) -> nn.Module:
     from regard.zoo.vision.test_time_registers import TestTimeRegisters
 
@@ -152,6 +158,7 @@ LAYERS: dict[str, Layer] = {
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
     "gaam": Layer({"heads": 2}),
     "gated-prompt-tuning": Layer({"prompts": 3, "classes": 3, "gate_init": 0.5}, image(3, 8, 8), channels=1, factory=prompted),
+    "ifam": Layer({"dropout": 0.0, "mask_dropout": 0.0}, image(3, 8, 8), channels=1, factory=two_stages),
     "gin-attention": Layer(SMALL, causal=True),
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
     "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),

@@ -30,8 +30,8 @@ class ScaleNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        square = x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(-1, keepdim=True)
-        return x * square.clamp_min(self.eps**2).rsqrt().to(x.dtype) * self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * wide.square().mean(-1, keepdim=True).clamp_min(self.eps**2).rsqrt()).to(x.dtype) * self.weight
 
 
 class ConvModule(nn.Module):

@@ -103,11 +103,12 @@ def layer_by_hand(x: Tensor, layer: JointGatedAttention, dims: int, gates: int =
 )
 def _() -> tuple[float, float]:
     gaps, x = [], torch.randn(2, 21, 7, dtype=F64).requires_grad_()
-    for options in (
+    cases: tuple[dict[str, Any], ...] = (
         {"group": 8, "qk_dim": 6},
         {"group": 4, "qk_dim": 10, "rotary": 4, "norm": "layernorm", "causal": True, "kernel": 5},
         {"group": 8, "qk_dim": 6, "expansion": 2.0, "shift": False, "kernel": 3},
-    ):
+    )
+    for options in cases:
         layer = drawn(JointGatedAttention(7, **options)).eval()
         dims = min(options.get("rotary", 32), options["qk_dim"])
         gaps.append(gap_with_gradients(layer(x), layer_by_hand(x, layer, dims), (x, *layer.parameters())))
