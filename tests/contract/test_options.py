@@ -141,6 +141,9 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("moment-probing", "proj"): (64, {}),
     ("moment-probing", "heads"): (2, {}),
     ("moment-probing", "pairs"): ("all", {}),
+    ("hyperzzw", "kernels"): ((3, 3, 5, 3), {}),
+    ("hyperzzw", "hidden"): ((4, 4, 4, 4, 6), {}),
+    ("hyperzzw", "groups"): (2, {}),
     ("mossformer", "qk_dim"): (12, {}),
     ("mossformer", "norm"): ("layernorm", {}),
     ("mossformer", "kernel"): (5, {}),
@@ -168,6 +171,8 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
 }
 # What changes nothing that these calls can show, with the reason.
 SILENT: dict[tuple[str, str], str] = {
+    ("hyperzzw", "side"): "another call: the map's size",
+    ("hyperzzw", "earlier"): "another call, with earlier blocks' maps: the row's checks",
     ("contmix", "first"): "a later block takes a third map: the row's checks",
     ("biformer", "auto_pad"): "other sizes are refused without it: the row's checks",
     ("biformer", "layout"): "the order of the input's dimensions: tests/golden",
