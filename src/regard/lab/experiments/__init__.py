@@ -12,6 +12,7 @@ ROWS = {
     "low_rank_bottleneck": "analysis.fixed_head_size",
     "closeness_experiment": "analysis.icl_softmax_regression",
     "descend": "analysis.attention_svm",
+    "emergence": "analysis.abrupt_icl",
     "fit_sequences": "analysis.rank_one_universal",
     "scan_and_snap": "analysis.scan_snap",
     "train_regression": "analysis.icl_linear_regression",
