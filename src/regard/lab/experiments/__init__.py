@@ -8,6 +8,7 @@ from ...lazy import listed, load
 ROWS = {
     "acquire": "analysis.filter_and_store",
     "train_backcopy": "analysis.active_dormant_heads",
+    "recall_accuracy": "analysis.dsf",
     "rank_benefit": "analysis.benefits_of_rank",
     "low_rank_bottleneck": "analysis.fixed_head_size",
     "closeness_experiment": "analysis.icl_softmax_regression",
