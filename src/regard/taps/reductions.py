@@ -110,6 +110,24 @@ class MeanDistance(Reduction):
 
 
 @dataclass(frozen=True)
+class Behind(Reduction):
+    """(B, h, Lq): what each query gives to the token `back` places before it; 0 where there is none."""
+
+    back: int = 1
+    label: str = "behind"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def of(self, part: Rows) -> Tensor:
+        at = part.places - self.back
+        inside = (at >= 0) & (at < part.weights.shape[-1])
+        index = at.clamp(0, part.weights.shape[-1] - 1)[:, None].expand(*part.weights.shape[:3], 1)
+        return part.weights.gather(3, index)[..., 0] * inside
+
+
+@dataclass(frozen=True)
 class Pooled(Reduction):
     """(B, h, ceil(Lq / block), ceil(Lk / block)): the mean weight in blocks of the map; ragged last blocks are means of what they hold."""
 
