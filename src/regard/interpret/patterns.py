@@ -86,7 +86,8 @@ class PatternMass(Reduction):
             raise RegardError(
                 f"{self.label} has shape {tuple(pattern.shape)}; expected {(len(part.weights), part.q_len, part.weights.shape[-1])}"
             )
-        return (part.weights * (pattern[:, part.rows] & part.real[:, 0, :, None])[:, None]).sum((2, 3))
+        shown = pattern[:, part.rows]
+        return (part.weights * (shown if part.real is None else shown & part.real[:, 0, :, None])[:, None]).sum((2, 3))
 
 
 def held(logits: Tensor, pattern: Tensor, flat: bool = False) -> Tensor:
