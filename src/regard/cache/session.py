@@ -103,7 +103,7 @@ class Session:
         out: Any = None
         for part in layer.parts:
             q = grouped.index_select(1, part.heads)
-            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window)
+            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window, layer.memory)
             o = self.policy.compute(view, places)
             out = o.new_zeros(*grouped.shape[:4], o.shape[-1]) if out is None else out
             out[:, part.heads] = o
@@ -112,7 +112,15 @@ class Session:
             while number < len(layer.parts):
                 part, before = layer.parts[number], len(layer.parts)
                 view = View(
-                    module.layer_idx, len(self.modules), first, layer.prompt, part, grouped.index_select(1, part.heads), scale, window
+                    module.layer_idx,
+                    len(self.modules),
+                    first,
+                    layer.prompt,
+                    part,
+                    grouped.index_select(1, part.heads),
+                    scale,
+                    window,
+                    layer.memory,
                 )
                 self.policy.run(layer, number, view)
                 number += 1 + len(layer.parts) - before
