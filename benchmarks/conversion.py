@@ -31,7 +31,9 @@ class Benchmark:
     def __init__(self, asked: argparse.Namespace):
         self.asked = asked
         self.found = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {"settings": {}, "bits": {}, "said": {}}
-        self.found["settings"] = {key: str(x) if isinstance(x, Path) else x for key, x in vars(asked).items()} | {"torch": torch.__version__}
+        self.found["settings"] = {key: str(x) if isinstance(x, Path) else x for key, x in vars(asked).items()} | {
+            "torch": torch.__version__
+        }
         self.model, self.reader = model_and_reader(asked.model)
         self.corpus = python_text() if asked.text is None else read_text(asked.text, 10 * asked.length)
         begin = [] if self.reader.begin is None else [self.reader.begin]
@@ -122,7 +124,9 @@ class Benchmark:
             conversion, self.recipe(transfer), self.draw, folder=folder, save_every=10, progress=self.asked.progress, watch=watch
         )
         for name, losses in zip(report.stages, report.losses, strict=True):
-            self.found.setdefault("losses", {})[label + name] = [sum(losses[at : at + 10]) / len(losses[at : at + 10]) for at in range(0, len(losses), 10)]
+            self.found.setdefault("losses", {})[label + name] = [
+                sum(losses[at : at + 10]) / len(losses[at : at + 10]) for at in range(0, len(losses), 10)
+            ]
         self.found.setdefault("seconds", {})[label or "transfer, LoRA"] = report.seconds
         if transfer:
             self.model.eval()

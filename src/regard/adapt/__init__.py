@@ -8,8 +8,8 @@ from .conversion import Conversion, convert
 from .linearise import distil
 from .named import register
 from .patch import Patch, patch
-from .recorded import record
 from .recipe import Report, carry_out
+from .recorded import record
 from .replace import Replaced, after, replace
 from .stages import Distil, Lora, Stage, Transfer, Tune
 

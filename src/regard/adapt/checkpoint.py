@@ -73,7 +73,7 @@ def read(folder: Path, mark: str) -> Place | None:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["conversion"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as why:
         raise RegardError(f"{path} is damaged ({' '.join(str(why).split())[:120]}); delete it, and the conversion begins anew") from None
     if about["mark"] != mark:
@@ -88,6 +88,8 @@ def put(weights: dict[str, Tensor], parameters: Iterable[tuple[str, nn.Parameter
     known = dict(parameters)
     missing = [name for name in weights if name not in known or known[name].shape != weights[name].shape]
     if missing:
-        raise RegardError(f"the model has no parameter {missing[0]!r} of shape {tuple(weights[missing[0]].shape)}; expected the model that was converted")
+        raise RegardError(
+            f"the model has no parameter {missing[0]!r} of shape {tuple(weights[missing[0]].shape)}; expected the model that was converted"
+        )
     for name, x in weights.items():
         known[name].copy_(x)

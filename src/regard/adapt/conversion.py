@@ -66,14 +66,15 @@ class Conversion:
                 part.training = mode
         missing = [name for name in self.parts if name not in kept]
         if missing:
-            raise RegardError(f"the model did not call {', '.join(missing)} on this batch, so that they learn nothing; expected batches that reach every part")
+            raise RegardError(
+                f"the model did not call {', '.join(missing)} on this batch, so that they learn nothing; expected batches that reach every part"
+            )
         return kept
 
     def read(self, batch: Batch) -> Any:
         """The model's answer to a batch: token ids (B, L), or its keyword arguments."""
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        given.setdefault("use_cache", False) if hasattr(self.model, "config") else None
-        return self.model(**given)
+        given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        return self.model(**({"use_cache": False} if hasattr(self.model, "config") else {}) | given)
 
     def teacher(self) -> nn.Module:
         """A copy of the model with its own parts, frozen."""
@@ -94,11 +95,15 @@ def attention_parts(model: nn.Module) -> list[str]:
     """Names of the attention layers of a transformers decoder, in order."""
     found = [name for name, part in model.named_modules() if all(hasattr(part, x) for x in ("q_proj", "k_proj", "v_proj", "o_proj"))]
     if not found:
-        raise RegardError(f"{type(model).__name__} has no attention layers with q_proj, k_proj, v_proj and o_proj; expected a transformers decoder")
+        raise RegardError(
+            f"{type(model).__name__} has no attention layers with q_proj, k_proj, v_proj and o_proj; expected a transformers decoder"
+        )
     return found
 
 
-def convert(model: nn.Module, make: Callable[[nn.Module], nn.Module], where: Where | None = None, layers: Iterable[int] | None = None) -> Conversion:
+def convert(
+    model: nn.Module, make: Callable[[nn.Module], nn.Module], where: Where | None = None, layers: Iterable[int] | None = None
+) -> Conversion:
     """Replace parts of a model by make(part), its student, which starts from copies of the part's weights.
 
     where: as of `replace` (None: every attention layer with q_proj, k_proj, v_proj and o_proj). layers: which of those attention layers, by
@@ -118,6 +123,6 @@ def convert(model: nn.Module, make: Callable[[nn.Module], nn.Module], where: Whe
             return name in wanted
 
         where = fits
-    before = {name: part for name, part in model.named_modules(remove_duplicate=False)}
+    before = dict(model.named_modules(remove_duplicate=False))
     replaced = replace(model, where, make)
     return Conversion(model, replaced, {name: (before[name], model.get_submodule(name)) for name in replaced.names})

@@ -48,7 +48,9 @@ class Named(Patch):
         self.mechanism, self.name, self.when, self.given = described(name), name, "both", {}
         self.dressed, self.heads, self.modules = {}, None, [module]
         if isinstance(self.mechanism, Policy):
-            raise RegardError(f"attn_implementation={name!r} is a policy for prompts; expected regard.adapt.patch(model, ..., when='prefill')")
+            raise RegardError(
+                f"attn_implementation={name!r} is a policy for prompts; expected regard.adapt.patch(model, ..., when='prefill')"
+            )
         heads, kv_heads, width = shape_of(module)
         self.shapes = [(heads, kv_heads, width)]
         inputs = Inputs(self.mechanism, Sizes(1, heads, kv_heads, 1024, 1024, width, width), None)
@@ -72,7 +74,9 @@ _known: dict[tuple[Any, ...], Named] = {}
 def attention(name: str) -> Any:
     """The attention function of a name, as transformers calls it. A patched or tapped module asks by regard's plain name."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any) -> tuple[Tensor, Any]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
+    ) -> tuple[Tensor, Any]:
         if name == NAME and routed(module) is not None:
             return forward(module, query, key, value, attention_mask, **given)
         found = Call(module, query, key, value, attention_mask, given)

@@ -58,16 +58,16 @@ def carry_out(
     stages = list(recipe)
     wrong = [type(stage).__name__ for stage in stages if not isinstance(stage, (Transfer, Tune, Distil))]
     if wrong or not stages or save_every < 1:
-        raise RegardError(f"recipe has {', '.join(wrong) or 'no stages'}, save_every={save_every}; expected Transfer, Lora, Tune or Distil, and 1 or more")
+        raise RegardError(
+            f"recipe has {', '.join(wrong) or 'no stages'}, save_every={save_every}; expected Transfer, Lora, Tune or Distil, and 1 or more"
+        )
     return Run(conversion, stages, draw, None if folder is None else Path(folder), seed, save_every, watch).go(progress)
 
 
 class Run:
     """One call of `carry_out`."""
 
-    def __init__(
-        self, conversion: Conversion, stages: list[Stage], draw: Draw, folder: Path | None, seed: int, every: int, watch: Any
-    ):
+    def __init__(self, conversion: Conversion, stages: list[Stage], draw: Draw, folder: Path | None, seed: int, every: int, watch: Any):
         self.conversion, self.model, self.stages, self.draw = conversion, conversion.model, stages, draw
         self.folder, self.seed, self.every, self.watch = folder, seed, every, watch
         self.place = Place()
@@ -145,7 +145,9 @@ class Run:
             batch = moved(self.draw(generator), next(iter(learned.values())).device)
             total += self.backward(stage, batch)
         if not math.isfinite(total):
-            raise RegardError(f"stage {number + 1} ({stage.name}): the loss of step {step + 1} is {total}; expected a lower lr, or clip=...")
+            raise RegardError(
+                f"stage {number + 1} ({stage.name}): the loss of step {step + 1} is {total}; expected a lower lr, or clip=..."
+            )
         if stage.clip is not None:
             nn.utils.clip_grad_norm_(learned.values(), stage.clip)
         optimizer.step()
@@ -174,7 +176,7 @@ class Run:
         if isinstance(stage, Tune) and stage.loss is not None:
             return stage.loss(self.model, batch)
         logits = self.conversion.read(batch).logits
-        ids = batch if isinstance(batch, Tensor) else batch.get("labels", batch.get("input_ids"))
+        ids: Tensor = batch if isinstance(batch, Tensor) else batch["labels" if "labels" in batch else "input_ids"]
         if isinstance(stage, Tune):
             return next_token_loss(logits, ids)
         assert isinstance(stage, Distil) and self.teacher is not None
@@ -242,7 +244,8 @@ def adapters(model: nn.Module, stage: Lora) -> Iterator[None]:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as missing:
         raise MissingDependency("Lora needs peft: pip install 'regard[lora]'") from missing
-    options, had = {} if stage.alpha is None else {"lora_alpha": stage.alpha}, hasattr(model, "peft_config")
+    options: dict[str, Any] = {} if stage.alpha is None else {"lora_alpha": stage.alpha}
+    had = hasattr(model, "peft_config")
     inject_adapter_in_model(LoraConfig(r=stage.rank, lora_dropout=stage.dropout, target_modules=names, **options), model)
     whole = False
     try:
@@ -300,7 +303,13 @@ def bars(wanted: bool) -> Iterator[Callable[[str, int, int, float], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4g}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4g}"),
+    )
     with Progress(*columns) as shown:
         tasks: dict[str, Any] = {}
 

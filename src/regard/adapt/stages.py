@@ -48,7 +48,9 @@ class Stage:
         if isinstance(self.learn, str) or not self.learn:
             raise RegardError(f"{type(self).__name__}(learn={self.learn!r}): expected a tuple of patterns of parameters' names")
         if min(self.steps, self.patience) < 0 or min(self.every, self.accumulate) < 1 or self.lr <= 0:
-            raise RegardError(f"{type(self).__name__}: expected steps and patience of 0 or more, every and accumulate of 1 or more, lr above 0")
+            raise RegardError(
+                f"{type(self).__name__}: expected steps and patience of 0 or more, every and accumulate of 1 or more, lr above 0"
+            )
 
     def rate(self, step: int, losses: Sequence[float]) -> float:
         """The learning rate of a step, losses being those of the steps before it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class Student(nn.Module):
         self.scaling = getattr(host, "scaling", self.head_dim**-0.5)
         for name in (*PROJECTIONS, *(name for name in NORMS if hasattr(host, name))):
             setattr(self, name, copy.deepcopy(getattr(host, name)))
-        self.turn = sys.modules[type(host).__module__].apply_rotary_pos_emb
+        self.turn: Callable[[Tensor, Tensor, Tensor, Tensor], Rotary] = sys.modules[type(host).__module__].apply_rotary_pos_emb
         self.train(host.training)
 
     def mix(self, tokens: Tokens, state: Any) -> tuple[Tensor, Any]:
@@ -71,7 +72,8 @@ class Student(nn.Module):
         q, k, v = (getattr(self, name)(x).unflatten(-1, (-1, self.head_dim)) for name in PROJECTIONS[:3])
         q, k = (getattr(self, name)(y) if hasattr(self, name) else y for name, y in zip(NORMS, (q, k), strict=True))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return Tokens(q, k, v, *self.turn(q, k, *rotary), keep)
+        turned_q, turned_k = self.turn(q, k, *rotary)
+        return Tokens(q, k, v, turned_q, turned_k, keep)
 
     def heads_of(self, x: Tensor, rotary: Rotary, keep: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """Each head's output (B, H, L, D) before the output projection, and the next state; mixed in at least float32."""
@@ -83,7 +85,8 @@ class Student(nn.Module):
     def run(self, x: Tensor, rotary: Rotary, keep: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """x (B, L, dim) -> (B, L, dim), and the next state. rotary: cosines and sines (B or 1, L, D) of the places."""
         out, state = self.heads_of(x, rotary, keep, state)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), state
+        y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[operator]
+        return y, state
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Rotary | None = None, attention_mask: Any = None, **given: Any
@@ -143,4 +146,6 @@ def check_layer(layer: Any) -> None:
     if not hasattr(layer, "sliding_window") and getattr(layer.config, "sliding_window", None) is not None:
         extra.append("sliding_window")
     if extra or not getattr(layer, "is_causal", True):
-        raise RegardError(f"{name} has {', '.join(extra) or 'no causal order'}, which a student has no part for; expected plain causal softmax")
+        raise RegardError(
+            f"{name} has {', '.join(extra) or 'no causal order'}, which a student has no part for; expected plain causal softmax"
+        )

@@ -100,7 +100,9 @@ class LolcatsAttention(Student):
 
 
 @register("lolcats", kind="function")
-def convert_lolcats(model: nn.Module, window: int = 64, feature_dim: int = 64, layers: Any = None, seed: int = 0, **options: Any) -> Conversion:
+def convert_lolcats(
+    model: nn.Module, window: int = 64, feature_dim: int = 64, layers: Any = None, seed: int = 0, **options: Any
+) -> Conversion:
     """Every attention layer of a transformers decoder (or those numbered in `layers`) in its LoLCATs form, with maps drawn from `seed`.
 
     options: form "softmax" or "half", eps, gamma and train_gamma (the window's factor before the sigmoid), affine, tie (one map for queries and
