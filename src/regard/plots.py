@@ -90,7 +90,9 @@ def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log
     for at, (name, found) in enumerate(kept.items()):
         out += line(at, name, sorted(found), across, up, x, y)
         left, top = LEFT + at % columns * (WIDTH - LEFT) / columns, HEIGHT + ROW * (at // columns) + 12
-        out.append(marker(MARKS[at % 4], left, top - 4, COLOURS[at % 8], name) + f'<text x="{left + 10}" y="{top}">{html.escape(name)}</text>')
+        out.append(
+            marker(MARKS[at % 4], left, top - 4, COLOURS[at % 8], name) + f'<text x="{left + 10}" y="{top}">{html.escape(name)}</text>'
+        )
     return "".join(out) + "</svg>"
 
 

@@ -10,14 +10,16 @@ from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from regard import RegardError, adapt  # noqa: E402
-from regard.adapt.checkpoint import FILE  # noqa: E402
-from regard.adapt.host import cache_argument  # noqa: E402
-from regard.adapt.kept_state import StateLayer  # noqa: E402
-from regard.adapt.stages import distance, next_token_loss  # noqa: E402
-from regard.lab.checks.shared.decoding import llama  # noqa: E402
-from regard.zoo.systems.liger import convert_liger, liger_lora  # noqa: E402
-from regard.zoo.systems.lolcats import attention_transfer, convert_lolcats, lora_finetune  # noqa: E402
+import itertools
+
+from regard import RegardError, adapt
+from regard.adapt.checkpoint import FILE
+from regard.adapt.host import cache_argument
+from regard.adapt.kept_state import StateLayer
+from regard.adapt.stages import distance, next_token_loss
+from regard.lab.checks.shared.decoding import llama
+from regard.zoo.systems.liger import convert_liger, liger_lora
+from regard.zoo.systems.lolcats import attention_transfer, convert_lolcats, lora_finetune
 
 
 def draw(generator):
@@ -83,7 +85,7 @@ def test_stages_change_what_they_name_and_nothing_else():
         seen.append((number, stage.name, model.training))
 
     adapt.carry_out(conversion, recipe(), draw, watch=watch)
-    moved = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in zip(before, before[1:], strict=False)]
+    moved = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in itertools.pairwise(before)]
     attention = {name for name in before[0] if "self_attn" in name}
     assert moved[0] == {name for name in attention if name.endswith(("query_map", "key_map", "gamma"))}
     assert moved[1] == {name for name in attention if "proj" in name}
@@ -285,7 +287,7 @@ def test_some_layers_alone():
     model = llama()
     plain, ids = copy.deepcopy(model), torch.randint(1, 50, (1, 12))
     conversion = convert_liger(model, window=2, layers=[1])
-    assert [name for name in conversion.parts] == ["model.layers.1.self_attn"]
+    assert list(conversion.parts) == ["model.layers.1.self_attn"]
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-3)
         made = model.generate(ids, max_new_tokens=4, do_sample=False)

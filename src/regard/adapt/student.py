@@ -20,6 +20,7 @@ from .sight import Sight, ahead, look, pieces
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")  # of queries and keys, a head, before the rotary turn, where a model has them
 Rotary = tuple[Tensor, Tensor]
+Turn = Callable[[Tensor, Tensor, Tensor, Tensor], Rotary]
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Student(nn.Module):
         self.scaling = getattr(host, "scaling", self.head_dim**-0.5)
         for name in (*PROJECTIONS, *(name for name in NORMS if hasattr(host, name))):
             setattr(self, name, copy.deepcopy(getattr(host, name)))
-        self.turn: Callable[[Tensor, Tensor, Tensor, Tensor], Rotary] = sys.modules[type(host).__module__].apply_rotary_pos_emb
+        self.turn = turn_of(host)
         self.train(host.training)
 
     def mix(self, tokens: Tokens, state: Any) -> tuple[Tensor, Any]:
@@ -69,11 +70,7 @@ class Student(nn.Module):
 
     def projected(self, x: Tensor, rotary: Rotary, keep: Tensor | None) -> Tokens:
         """x (B, L, dim) -> queries, keys and values."""
-        q, k, v = (getattr(self, name)(x).unflatten(-1, (-1, self.head_dim)) for name in PROJECTIONS[:3])
-        q, k = (getattr(self, name)(y) if hasattr(self, name) else y for name, y in zip(NORMS, (q, k), strict=True))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        turned_q, turned_k = self.turn(q, k, *rotary)
-        return Tokens(q, k, v, turned_q, turned_k, keep)
+        return projected(self, x, rotary, keep, self.turn)
 
     def heads_of(self, x: Tensor, rotary: Rotary, keep: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """Each head's output (B, H, L, D) before the output projection, and the next state; mixed in at least float32."""
@@ -119,6 +116,21 @@ class Student(nn.Module):
             at = (piece.rows[:, None], piece.queries)
             y = y.index_put(at, self.run(x[at], (cos[at], sin[at]))[0].to(y.dtype))
         return y
+
+
+def turn_of(layer: Any) -> Turn:
+    """How a model's attention layer puts rotary positions on queries and keys."""
+    found: Turn = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+    return found
+
+
+def projected(layer: Any, x: Tensor, rotary: Rotary, keep: Tensor | None = None, turn: Turn | None = None) -> Tokens:
+    """What an attention layer makes of x (B, L, dim). rotary: cosines and sines (B or 1, L, D). turn: None for a model's own layer."""
+    q, k, v = (getattr(layer, name)(x).unflatten(-1, (-1, layer.head_dim)) for name in PROJECTIONS[:3])
+    q, k = (getattr(layer, name)(y) if hasattr(layer, name) else y for name, y in zip(NORMS, (q, k), strict=True))
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    turned_q, turned_k = (turn or turn_of(layer))(q, k, *rotary)
+    return Tokens(q, k, v, turned_q, turned_k, keep)
 
 
 def keep_of(sight: Sight, length: int) -> Tensor | None:

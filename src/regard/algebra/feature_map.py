@@ -130,9 +130,7 @@ def stable_query(x: Tensor, projection: Tensor, eps: float, hyperbolic: bool) ->
     return (torch.exp(at - half - at.detach().amax(-1, keepdim=True)) + eps) / math.sqrt(at.shape[-1])
 
 
-def stable_key(
-    x: Tensor, projection: Tensor, key_shift: Tensor, real: Tensor | None, causal: bool, eps: float, hyperbolic: bool
-) -> Tensor:
+def stable_key(x: Tensor, projection: Tensor, key_shift: Tensor, real: Tensor | None, causal: bool, eps: float, hyperbolic: bool) -> Tensor:
     """The same over e^max w.x of all keys that are no padding; over e^key_shift in a causal call, where a maximum would look ahead."""
     at, half = exponents(x, projection, hyperbolic)
     if causal:

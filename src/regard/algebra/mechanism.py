@@ -292,7 +292,11 @@ class Clustered(Mechanism):
     scaled: bool = True
     count_eps: float = 0.0
     norm_eps: float = 1e-5
-    inputs: tuple[Input, ...] = (Input("centroids", "hfd"), Input("memory_k", "hffd", default="pool"), Input("memory_v", "hffe", default="pool"))
+    inputs: tuple[Input, ...] = (
+        Input("centroids", "hfd"),
+        Input("memory_k", "hffd", default="pool"),
+        Input("memory_v", "hffe", default="pool"),
+    )
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:

@@ -225,7 +225,9 @@ class Headwise(Part):
 
 
 # What functions are told by these names already, or what calls take by them.
-TAKEN = frozenset(["b", "h", "i", "j", "q", "k", "v", "n", "offset", "k_len", "mask", "scale", "executor", "state", "return_state", "dropout_p", "source"])
+TAKEN = frozenset(
+    ["b", "h", "i", "j", "q", "k", "v", "n", "offset", "k_len", "mask", "scale", "executor", "state", "return_state", "dropout_p", "source"]
+)
 
 
 @described

@@ -105,7 +105,9 @@ class Rope(Position):
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         dims = x.shape[-1] if self.dims is None else self.dims
         if dims % 2 or not 0 < dims <= x.shape[-1]:
-            raise RegardError(f"head_dim={x.shape[-1]}, dims={dims}: rotary positions turn pairs of channels; expected an even number of at most head_dim")
+            raise RegardError(
+                f"head_dim={x.shape[-1]}, dims={dims}: rotary positions turn pairs of channels; expected an even number of at most head_dim"
+            )
         rates = self.base ** (-torch.arange(0, dims, 2, device=x.device, dtype=torch.float64) / dims)
         angle = positions.to(torch.float64)[..., None] * rates
         wide = torch.promote_types(x.dtype, torch.float32)

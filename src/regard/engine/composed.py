@@ -187,7 +187,9 @@ def remembered(inputs: Mapping[str, Tensor], keys: Tensor, values: Tensor, seen:
     memory = [inputs.get(name) for name in ("memory_k", "memory_v")]
     if memory[0] is None or memory[1] is None or memory[0].shape[:3] != memory[1].shape[:3]:
         came = [None if x is None else tuple(x.shape) for x in memory]
-        raise RegardError(f"inputs 'memory_k' and 'memory_v' have shapes {came[0]} and {came[1]}; expected both, (H, c, m, D) and (H, c, m, Dv)")
+        raise RegardError(
+            f"inputs 'memory_k' and 'memory_v' have shapes {came[0]} and {came[1]}; expected both, (H, c, m, D) and (H, c, m, Dv)"
+        )
     if memory[0].shape[0] * memory[0].shape[1] != keys.shape[1]:
         raise RegardError(f"input 'memory_k' has shape {tuple(memory[0].shape)}; expected {keys.shape[1]} heads times clusters")
     old_k, old_v = (x.flatten(0, 1).to(keys.dtype).expand(keys.shape[0], -1, -1, -1) for x in memory if x is not None)

@@ -62,7 +62,9 @@ class Plan:
     @functools.cached_property
     def inputs(self) -> dict[str, Input]:
         """Everything a call may be given beside q, k and v."""
-        own = declared_of(self.mechanism) if isinstance(self.mechanism, Recurrent) else {item.name: item for item in self.mechanism.declared}
+        own = (
+            declared_of(self.mechanism) if isinstance(self.mechanism, Recurrent) else {item.name: item for item in self.mechanism.declared}
+        )
         return {**own, **self.mask_inputs}
 
     def __str__(self) -> str:
@@ -127,7 +129,9 @@ def make(
         return weighted(mechanism, combine_masks(mechanism, mask), mask, sizes, dtype, device, grad, wanted, wide)
     if isinstance(mechanism, Recurrent):
         if mechanism.causal_only and isinstance(mask, Full):
-            raise RegardError(f"mask={mask!r}: this recurrence reads the past alone; expected Causal() or None, or a mechanism that reads all keys")
+            raise RegardError(
+                f"mask={mask!r}: this recurrence reads the past alone; expected Causal() or None, or a mechanism that reads all keys"
+            )
         if wanted not in (None, *RECURRENT):
             raise RegardError(f"executor={wanted!r}; a recurrence runs in one of {', '.join(RECURRENT)}")
         name = wanted or "chunk"

@@ -174,7 +174,9 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
             )
         so_far = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
         if attention_mask is not None and attention_mask.shape[1] != so_far:
-            raise RegardError(f"attention_mask covers {attention_mask.shape[1]} tokens; expected {so_far}: all so far, those in the cache too")
+            raise RegardError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens; expected {so_far}: all so far, those in the cache too"
+            )
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         wanted = use_cache if use_cache is not None else self.config.use_cache and labels is None and not self.training
         if cache is None and not wanted:

@@ -174,7 +174,29 @@ ROWS = {
     "van": "vision.van_lka",
 }
 
-__all__ = ["Attention", "Block", "Codebook", "Decoder", "Dress", "GridAttention", "GridBlock", "GridNet", "LayerScale", "LayerState", "LocalConcentration", "MultiHeadEMA", "MultiheadAttention", "NSAAttention", "ShortConv", "SwiGLU", "WindowAttention", "mixer", "mixer_names", "scaled_dot_product_attention", *ROWS]
+__all__ = [
+    "Attention",
+    "Block",
+    "Codebook",
+    "Decoder",
+    "Dress",
+    "GridAttention",
+    "GridBlock",
+    "GridNet",
+    "LayerScale",
+    "LayerState",
+    "LocalConcentration",
+    "MultiHeadEMA",
+    "MultiheadAttention",
+    "NSAAttention",
+    "ShortConv",
+    "SwiGLU",
+    "WindowAttention",
+    "mixer",
+    "mixer_names",
+    "scaled_dot_product_attention",
+    *ROWS,
+]
 
 
 def __getattr__(name: str) -> Any:

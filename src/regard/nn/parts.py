@@ -236,7 +236,9 @@ def documents_of(mask: Any, inputs: Mapping[str, Any], length: int) -> Tensor | 
         elif isinstance(part, Explicit) and inputs["visible"].shape[1:3] == (1, 1):  # a mask of keys alone
             documents = torch.where(inputs["visible"][:, 0, 0, -length:], 0 if documents is None else documents, -1)
         elif not isinstance(part, (Full, Causal)):
-            raise RegardError(f"mask={part!r}: a short convolution reads neighbours, so it takes Causal(), Padding(), Segments() or no mask")
+            raise RegardError(
+                f"mask={part!r}: a short convolution reads neighbours, so it takes Causal(), Padding(), Segments() or no mask"
+            )
     return documents
 
 

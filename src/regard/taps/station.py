@@ -119,7 +119,9 @@ class Station:
         """Heads (B, H, Lq, Dv) of a call, and its weights where the host asked for them."""
         blind = [point for point in STREAM if call.stepped and point != "mlp" and any(tap.wants(point) for tap in self.taps)]
         if blind:
-            raise RegardError(f"points {', '.join(blind)} are not seen in a step of regard's own layers; expected a forward pass over all tokens")
+            raise RegardError(
+                f"points {', '.join(blind)} are not seen in a step of regard's own layers; expected a forward pass over all tokens"
+            )
         call = call.with_heads(*(self.through(point, x) for point, x in zip("qkv", (call.query, call.key, call.value), strict=True)))
         out, p = call.fused(call.query, call.key, call.value)
         wanting = [tap for tap in self.taps if tap.maps]

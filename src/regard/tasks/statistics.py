@@ -55,7 +55,9 @@ def concentration(weights: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     w = checked(weights).abs()
     length = grid[0] * grid[1]
     if w.shape[-2:] != (length, length) or size < 1 or size % 2 == 0:
-        raise RegardError(f"weights {tuple(weights.shape)}, grid={grid}, size={size}; expected (..., L, L) with L = {length}, and an odd size")
+        raise RegardError(
+            f"weights {tuple(weights.shape)}, grid={grid}, size={size}; expected (..., L, L) with L = {length}, and an odd size"
+        )
     at = torch.arange(length, device=w.device)
     row, column = at // grid[1], at % grid[1]
     near = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) <= size // 2

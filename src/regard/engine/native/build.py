@@ -19,7 +19,12 @@ from pathlib import Path
 
 from ...errors import RegardError
 
-BLOCKS = (("__AVX512F__", "8 x 32, AVX-512"), ("__AVX2__", "6 x 16, AVX2"), ("__AVX__", "6 x 16, AVX"), ("", "8 x 8, vectors of 4"))  # template.c's
+BLOCKS = (
+    ("__AVX512F__", "8 x 32, AVX-512"),
+    ("__AVX2__", "6 x 16, AVX2"),
+    ("__AVX__", "6 x 16, AVX"),
+    ("", "8 x 8, vectors of 4"),
+)  # template.c's
 PROBE = "int regard_probe(void) { return 1; }\n"
 
 

@@ -225,7 +225,11 @@ class Tiled(torch.autograd.Function):
         shift, q, k, v, *inputs = ctx.saved_tensors
         problem: Problem = ctx.problem
         if torch.is_grad_enabled():
-            return None, None, *twice(problem, ctx.names, (d_o, d_total, d_shift if ctx.anchored else None), shift.detach(), q, k, v, *inputs)
+            return (
+                None,
+                None,
+                *twice(problem, ctx.names, (d_o, d_total, d_shift if ctx.anchored else None), shift.detach(), q, k, v, *inputs),
+            )
         wrt = tuple(name for name, x in zip(ctx.names, inputs, strict=True) if x.requires_grad)
         d_inputs: dict[str, Tensor] = {name: torch.zeros_like(problem.inputs[name]) for name in wrt}
         normalizer: Any = problem.mechanism.normalizer

@@ -121,7 +121,10 @@ def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, 
         began = time.perf_counter()
         seed = (config.seed + number) % 2**32
         jobs = [
-            Job(task, name, seed, report["steps"][task]) for task in TASKS for name in results if str(seed) not in results[name].get(task, {})
+            Job(task, name, seed, report["steps"][task])
+            for task in TASKS
+            for name in results
+            if str(seed) not in results[name].get(task, {})
         ]
         line = bar.add_task(f"learning, seed {seed}", total=len(jobs))
         for job, found in results_of(config, jobs):

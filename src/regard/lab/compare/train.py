@@ -104,9 +104,7 @@ def fitted(config: Config, task: str, spec: str, seed: int, steps: int, corpus: 
         model = language_model(config, spec, seed, VOCAB, LENGTH)
         return model, optimise(model, lambda _: asked_loss(model, *copying(COUNT, LENGTH, VOCAB, generator)), steps)
     model = recall_model(config, spec, seed)
-    return model, optimise(
-        model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)), steps
-    )
+    return model, optimise(model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)), steps)
 
 
 def language(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:

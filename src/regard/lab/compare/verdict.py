@@ -95,5 +95,7 @@ def verdict(report: dict[str, Any]) -> str:
     if not said:
         return "Nothing was finished."
     seeds = max((len(one.get("language", {})) for one in results.values()), default=0)
-    closing = "Small models; ± is the 95% interval over seeds." if seeds > 1 else "Small models and one seed: no difference is told from chance."
+    closing = (
+        "Small models; ± is the 95% interval over seeds." if seeds > 1 else "Small models and one seed: no difference is told from chance."
+    )
     return " ".join([*said, closing])

@@ -45,7 +45,9 @@ class Config:
         if self.needles < 1:
             raise RegardError(f"--needles {self.needles}: expected at least one prompt a depth")
         if min(self.windows, self.repeats) < 1 or not self.depths or not all(0 <= d <= 1 for d in self.depths):
-            raise RegardError(f"windows={self.windows}, repeats={self.repeats}, depths={self.depths}: expected positive counts, depths between 0 and 1")
+            raise RegardError(
+                f"windows={self.windows}, repeats={self.repeats}, depths={self.depths}: expected positive counts, depths between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)

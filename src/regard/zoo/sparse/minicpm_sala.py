@@ -205,7 +205,9 @@ def train_stages(
     """Linear layers towards the dense ones with the rest held, then everything by distillation, the sparse layers reading all; and, where
     steps has a third number, on `long` batches, next tokens with the sparse layers choosing. batches(step), long(step) -> tokens (B, L)."""
     if len(steps) not in (2, 3) or (len(steps) == 3) != (long is not None):
-        raise RegardError(f"steps={tuple(steps)}, long={'None' if long is None else 'given'}; expected two numbers, or three and long batches")
+        raise RegardError(
+            f"steps={tuple(steps)}, long={'None' if long is None else 'given'}; expected two numbers, or three and long batches"
+        )
     log: dict[str, list[float]] = {}
     linear = [p for b in model.blocks if isinstance(b.mixer.mechanism, Recurrent) for p in b.mixer.parameters()]  # type: ignore[union-attr]
     every = list(model.parameters())

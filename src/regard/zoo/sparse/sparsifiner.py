@@ -104,7 +104,9 @@ class SparsifinerAttention(Momentary):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """token_mask (B, N - 1) bool: False for tokens that a layer before has pruned; their q, k and v are zero, and their rows too."""
         if x.dim() != 3 or x.shape[1] != len(self.down):
-            raise RegardError(f"x has shape {tuple(x.shape)}; expected (batch, tokens={len(self.down)}, dim), for which the predictor is made")
+            raise RegardError(
+                f"x has shape {tuple(x.shape)}; expected (batch, tokens={len(self.down)}, dim), for which the predictor is made"
+            )
         q, k, v = self.split(x)
         real = None
         if token_mask is not None:
@@ -135,7 +137,8 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     most = int(counts.max()) if counts.numel() else 0
     places = mask[..., 1:, :].to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
     keys, values = (
-        x[:, :, None].expand(-1, -1, places.shape[2], -1, -1).gather(3, places[..., None].expand(*places.shape, x.shape[-1])) for x in (k, v)
+        x[:, :, None].expand(-1, -1, places.shape[2], -1, -1).gather(3, places[..., None].expand(*places.shape, x.shape[-1]))
+        for x in (k, v)
     )
     real = torch.arange(most, device=q.device) < counts
     one, keys, values = (x.flatten(0, 2)[:, None] for x in (q[..., 1:, None, :], keys, values))
