@@ -107,6 +107,12 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("variational-attention", "floor"): (0.4, {"mode": "dirichlet"}),
     ("variational-attention", "leave_one_out"): (True, {"samples": 3, "mode": "wake_sleep"}),
     ("a2n", "plain_kernel"): (5, {}),
+    ("acm", "act"): ("relu", {}),
+    ("acm", "out"): (12, {}),
+    ("acm", "dropout"): (0.5, {}),
+    ("acm", "gate_depth"): (1, {}),
+    ("acm", "gate_act"): ("tanh", {}),
+    ("acm", "tau"): (None, {}),
     ("acmil", "masked"): (2, {}),
     ("acmil", "share"): (1.0, {"masked": 2}),
     ("attention-cl", "weights"): ("sigmoid", {}),
@@ -156,6 +162,7 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
 }
 # What changes nothing that these calls can show, with the reason.
 SILENT: dict[tuple[str, str], str] = {
+    ("acm", "detach"): "of `outputs`, which the first stage trains: the row's checks",
     ("biformer", "auto_pad"): "other sizes are refused without it: the row's checks",
     ("biformer", "layout"): "the order of the input's dimensions: tests/golden",
     ("fftnet", "seq_len"): "other lengths interpolate the filter: the row's checks",

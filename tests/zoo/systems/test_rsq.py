@@ -84,7 +84,7 @@ def test_what_cannot_be_rounded_is_refused():
         rsq_quantize(model, ids[0])
     with pytest.raises(RegardError, match="Llama's layers"):
         rsq_quantize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50)), ids)
-    with pytest.raises(RegardError, match="some of 0 .. 3"):
+    with pytest.raises(RegardError, match="some of 0"):
         chunks((4,), 4)
     with pytest.raises(RegardError, match="gram"):
         gptq(torch.ones(2, 3), torch.eye(2), Grid(3))

@@ -192,7 +192,7 @@ def grams(
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(keeping(name)) for name in names]
     try:
-        for x, own, r in zip(streams, given, weights, strict=True):  # noqa: B007: hooks read r
+        for x, own, r in zip(streams, given, weights, strict=True):  # noqa: B007
             layer(x, **own)
     finally:
         for handle in handles:
