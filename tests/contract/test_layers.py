@@ -15,7 +15,13 @@ STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
 UNFELT = {  # softmax does not feel what is added to all scores of a row, nor anything where there is one key; nor batch norms a bias
     "contmix": ("fuse.0.bias", "norms.0.bias", "norms.1.bias", "norms.2.bias"),
     "convit": ("position.bias",),
-    "hyperzzw": ("slow.y.bias", "fast.y.bias", "mix.bias", "bottleneck.bias"),
+    "hyperzzw": (
+        "slow.y.bias",
+        "fast.y.bias",
+        "mix.bias",
+        "bottleneck.bias",
+        "after",
+    ),  # the last is added to all alike, which loss_of leaves out
     "latent-monotonic-attention": ("energy.bias",),
     "mqsa-ted": ("k.bias",),
     "rcmha": ("head_convs.1.bias",),
