@@ -30,7 +30,9 @@ def main() -> None:
     config, corpus, found = Config(tuple(asked.mechanisms)), corpus_of(None, 0), []
     for matrix, other, spec in itertools.product(MATRIX, OTHER, asked.mechanisms):
         train.MATRIX_RATE, train.OTHER_RATE = matrix, other
-        runs = {task: [train.train(config, task, spec, seed, steps, corpus) for seed in range(asked.seeds)] for task, steps in STEPS.items()}
+        runs = {
+            task: [train.train(config, task, spec, seed, steps, corpus) for seed in range(asked.seeds)] for task, steps in STEPS.items()
+        }
         bits = sum(run["bits"]["1"] for run in runs["language"]) / asked.seeds
         accuracy = {
             task: {n: sum(run["accuracy"][n] for run in runs[task]) / asked.seeds for n in runs[task][0]["accuracy"]}

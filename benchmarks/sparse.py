@@ -81,7 +81,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability(), "shape": [1, HEADS, "L", DIM]}
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "shape": [1, HEADS, "L", DIM],
+    }
     for length in (8192, 16384):
         result[str(length)] = measured(length, given.repeats)
         for name, one in result[str(length)].items():
