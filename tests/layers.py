@@ -134,6 +134,7 @@ LAYERS: dict[str, Layer] = {
     "afa": Layer(SMALL, causal=True),
     "attention-cl": Layer({"channels": 6, "hidden": 5, "spatial": (4, 3)}, image(3, 6, 4, 3), channels=2),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "bipft": Layer(SMALL),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),

@@ -73,7 +73,10 @@ def test_attention(alpha: float, executor: str) -> None:
         seen, eye = z.isfinite(), torch.eye(40, dtype=dtype)[None, None]
         q = torch.where(seen, z, 0.0)[None, None]
         tolerance = allowed(dtype, alpha, 1e-9 if dtype == torch.float64 else 5e-5)
-        for mechanism, given in ((regard.get("entmax", alpha=alpha), {}), (regard.get("entmax"), {"alpha": torch.tensor([alpha], dtype=dtype)})):
+        for mechanism, given in (
+            (regard.get("entmax", alpha=alpha), {}),
+            (regard.get("entmax"), {"alpha": torch.tensor([alpha], dtype=dtype)}),
+        ):
             out = regard.attend(q, eye, eye, mechanism, mask=seen, scale=1.0, executor=executor, **given)
             assert float((out[0, 0].double() - want).abs().max()) < tolerance, (dtype, given)
 

@@ -31,7 +31,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "sparse-transformer": {"stride": 8, "count": 2},
     "vmoba": {"grid": (2, 8, 8), "tile": (1, 4, 4), "layer": 2},
 }
-CAUSAL = {"delta-attention", "dhsa", "flexprefill", "hip", "moba", "pbs-attn", "powerattention", "proxyattn", "sampleattention", "sparse-transformer"}
+CAUSAL = {
+    "delta-attention",
+    "dhsa",
+    "flexprefill",
+    "hip",
+    "moba",
+    "pbs-attn",
+    "powerattention",
+    "proxyattn",
+    "sampleattention",
+    "sparse-transformer",
+}
 LONG = {"delta-attention": 200}  # its last 128 rows are dense
 # Prompts this short are read whole.
 SHORT = {"delta-attention": 100, "flexprefill": 16, "hip": 16, "hyperattention": 30, "pbs-attn": 16}

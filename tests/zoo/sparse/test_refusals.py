@@ -68,8 +68,16 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("proxyattn", lambda: regard.get("proxyattn", block_size=10), "block_size=10"),
     ("psa", lambda: regard.get("psa", mode="best"), "mode='best'"),
     ("psa", lambda: regard.get("psa", tile=0), "tile=0"),
-    ("recurrent-memory-transformer", lambda: of("recurrent-memory-transformer", "RecurrentMemoryBlock")(8, 2, slots=2, written=3), "written=3"),
-    ("recurrent-memory-transformer", lambda: of("recurrent-memory-transformer", "RecurrentMemoryBlock")(8, 2, chunk=4)(x(1, 4, 8), first=3), "first=3"),
+    (
+        "recurrent-memory-transformer",
+        lambda: of("recurrent-memory-transformer", "RecurrentMemoryBlock")(8, 2, slots=2, written=3),
+        "written=3",
+    ),
+    (
+        "recurrent-memory-transformer",
+        lambda: of("recurrent-memory-transformer", "RecurrentMemoryBlock")(8, 2, chunk=4)(x(1, 4, 8), first=3),
+        "first=3",
+    ),
     (
         "recurrent-memory-transformer",
         lambda: of("recurrent-memory-transformer", "RecurrentMemoryBlock")(8, 2, chunk=4, use_global=True)(x(1, 4, 8), first=4),
@@ -85,7 +93,11 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("sparse-transformer", lambda: regard.get("sparse-transformer", stride=4, count=5), "count=5"),
     ("sparse-transformer", lambda: regard.get("sparse-transformer", integration="sum"), "integration='sum'"),
     ("sparsifiner", lambda: of("sparsifiner", "SparsifinerAttention")(8, 2, 9, keep=0.0), "keep=0.0"),
-    ("sparsifiner", lambda: of("sparsifiner", "SparsifinerAttention")(8, 2, 9)(x(1, 9, 8), torch.ones(1, 9, dtype=torch.bool)), "token_mask"),
+    (
+        "sparsifiner",
+        lambda: of("sparsifiner", "SparsifinerAttention")(8, 2, 9)(x(1, 9, 8), torch.ones(1, 9, dtype=torch.bool)),
+        "token_mask",
+    ),
     ("ssa", lambda: of("ssa", "SSAAttention")(8, 2).use("both"), "mode='both'"),
     ("ssa", lambda: of("ssa", "SSAAttention")(8, 2)(x(1, 4, 8), x(1, 4, 8)), "context"),
     ("superlinear-attention", lambda: of("superlinear-attention", "SuperlinearAttention")(9, 2), "dim=9"),

@@ -108,7 +108,9 @@ def test_a_student_learns_and_its_teacher_follows():
         optimizer.step()
         net.follow(momentum(step, 12))
     moved = {name for name, p in net.named_parameters() if not torch.equal(first[name], p)}
-    assert {f"{side}.{part}.weight" for side in ("student", "teacher") for part in ("vit.patch_embed.proj", "vit.blocks.1.attn.qkv", "head.0")} <= moved
+    assert {
+        f"{side}.{part}.weight" for side in ("student", "teacher") for part in ("vit.patch_embed.proj", "vit.blocks.1.attn.qkv", "head.0")
+    } <= moved
     assert net.mask_token.grad.abs().max() > 0
     assert all(p.grad is None for p in net.teacher.parameters())
     assert momentum(0, 10) == pytest.approx(0.996) and momentum(10, 10) == 1
