@@ -16,7 +16,12 @@ with torch.no_grad(), regard.taps(model, ["weights", ColumnMass(), Entropy()]) a
 for layer, maps in seen.items("weights"):
     first = maps[0, :, 1:, 0].mean(-1)
     entropy = seen[Entropy().name, layer][0].mean(-1)
-    print(f"layer {layer}: weight on the first token by head", [round(x, 2) for x in first.tolist()], "entropy", [round(x, 1) for x in entropy.tolist()])
+    print(
+        f"layer {layer}: weight on the first token by head",
+        [round(x, 2) for x in first.tolist()],
+        "entropy",
+        [round(x, 1) for x in entropy.tolist()],
+    )
 print("the most looked-at token of layer 3:", repr(models.decode(ids[0, seen[ColumnMass().name, 3][0].sum(0)[1:].argmax() + 1].reshape(1))))
 
 # An edit: two heads of layer 2 say nothing. What nobody edits stays as it was, and leaving the block restores the model.

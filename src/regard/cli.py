@@ -169,6 +169,27 @@ def sweep(
 
 
 @app.command()
+def look(
+    model: Annotated[str, typer.Argument(help="tiny, smollm2-135m, or a folder in transformers' format")],
+    text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
+    tokens: Annotated[int, typer.Option(help="of the text that are read, the first ones")] = 512,
+    questions: Annotated[int, typer.Option(help="facts hidden in the text and asked for")] = 4,
+    file: Annotated[Path, typer.Option("--out", help="the page")] = Path("runs/look.html"),
+) -> None:
+    """What a model's heads look at: sinks, retrieval, induction, spread and reach, a heat map each, in one HTML file."""
+    from .lab.look import best, write
+    from .lab.look import look as run
+    from .tasks.text import python_text, read_text
+
+    corpus = python_text(8 * tokens) if text is None else read_text(text, 64)
+    found = run(model, bytes(corpus.train.tolist() + corpus.valid.tolist()), tokens, questions)
+    write(found, file)
+    for title, table, _ in found.tables:
+        say(f"{title:18} {best(table, 3)}")
+    say(f"page: {file}")
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="tiny, smollm2-135m, or a folder in transformers' format")],
     prompt: Annotated[str, typer.Option(help="the text to continue")],

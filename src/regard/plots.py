@@ -168,5 +168,8 @@ def heatmap(title: str, x: str, y: str, values: Sequence[Sequence[float]]) -> st
     for step in range(24):
         at = bottom - (step + 1) * (bottom - TOP) / 24
         out.append(f'<rect x="{WIDTH - 58}" y="{at:.2f}" width="12" height="{(bottom - TOP) / 24 + 0.5:.2f}" fill="{shade(step / 23)}"/>')
-    out += [f'<text x="{WIDTH - 42}" y="{at:.0f}">{v:.3g}</text>' for at, v in ((TOP + 10, high), (bottom, low))]
+    size = max(abs(low), abs(high))  # an end that is next to nothing is shown as 0
+    out += [
+        f'<text x="{WIDTH - 42}" y="{at:.0f}">{v if abs(v) > 1e-3 * size else 0:.3g}</text>' for at, v in ((TOP + 10, high), (bottom, low))
+    ]
     return "".join(out) + "</svg>"

@@ -36,7 +36,9 @@ def test_names_are_taken_once():
 
 def test_import_is_light():
     """Beside torch, asking for `regard.attend` loads its own algebra, engine and catalogue, and hardly anything else: no compiler, no host, no layer."""
-    script = "import torch, sys; before = set(sys.modules); import regard; regard.attend; print(' '.join(sorted(set(sys.modules) - before)))"
+    script = (
+        "import torch, sys; before = set(sys.modules); import regard; regard.attend; print(' '.join(sorted(set(sys.modules) - before)))"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     own = [name for name in loaded if name.partition(".")[0] == "regard"]
     assert set(loaded) - set(own) <= {"shlex", "subprocess", "_posixsubprocess"}

@@ -132,6 +132,14 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("little-attention-block", "reduction"): (8, {}),
     ("little-attention-block", "kernel"): (5, {}),
     ("litv2-hilo", "scale"): (1.0, {}),
+    ("contmix", "kernel"): (7, {}),
+    ("contmix", "small"): (5, {}),
+    ("contmix", "scale"): (0.5, {}),
+    ("contmix", "on_stream"): (True, {"scale": 0.5}),
+    ("contmix", "std"): (0.5, {}),
+    ("mamba-yolo", "rank"): (2, {}),
+    ("mamba-yolo", "kernel"): (5, {}),
+    ("mamba-yolo", "rank_ratio"): (1.0, {}),
     ("mambaout", "kernel"): (5, {}),
     ("mha-memorization-capacity", "model_dim"): (12, {}),
     ("mha-memorization-capacity", "weights"): ("sigmoid", {}),
@@ -140,6 +148,13 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("moment-probing", "proj"): (64, {}),
     ("moment-probing", "heads"): (2, {}),
     ("moment-probing", "pairs"): ("all", {}),
+    ("hyperzzw", "kernels"): ((3, 3, 5, 3), {}),
+    ("hyperzzw", "hidden"): ((4, 4, 4, 4, 6), {}),
+    ("hyperzzw", "groups"): (2, {}),
+    ("mossformer", "qk_dim"): (12, {}),
+    ("mossformer", "norm"): ("layernorm", {}),
+    ("mossformer", "kernel"): (5, {}),
+    ("mossformer", "rotary"): (2, {}),
     ("mqsa-ted", "hidden"): (12, {}),
     ("polarized-attention", "layout"): ("sequential", {}),
     ("rank-one-universal", "direction"): (torch.linspace(-1, 1, 16), {}),
@@ -163,6 +178,9 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
 }
 # What changes nothing that these calls can show, with the reason.
 SILENT: dict[tuple[str, str], str] = {
+    ("hyperzzw", "side"): "another call: the map's size",
+    ("hyperzzw", "earlier"): "another call, with earlier blocks' maps: the row's checks",
+    ("contmix", "first"): "a later block takes a third map: the row's checks",
     ("acm", "detach"): "of `outputs`, which the first stage trains: the row's checks",
     ("biformer", "auto_pad"): "other sizes are refused without it: the row's checks",
     ("biformer", "layout"): "the order of the input's dimensions: tests/golden",
@@ -209,6 +227,7 @@ WIDTHS = {
     "text_dim",
     "sem",
     "feat",
+    "context_dim",
 }  # of the inputs: what does not fit is refused
 
 

@@ -112,17 +112,23 @@ def test_padding_reaches_nothing(name):
     outs = []
     for fill in (0.0, float("nan")):
         parts = [x.masked_fill(hidden, fill) for x in (q, k, v)]
-        outs.append(regard.attend(*parts, mechanism, mask=Causal() & Padding() if causal else Padding(), keep=ids >= 0, **inputs_of(mechanism)))
+        outs.append(
+            regard.attend(*parts, mechanism, mask=Causal() & Padding() if causal else Padding(), keep=ids >= 0, **inputs_of(mechanism))
+        )
     for out in outs[1:]:
         assert torch.equal(out, outs[0])
 
 
-@pytest.mark.parametrize("name", ["moba", "dhsa", "hip", "flexprefill", "spargeattn causal", "proxyattn", "powerattention", "delta-attention"])
+@pytest.mark.parametrize(
+    "name", ["moba", "dhsa", "hip", "flexprefill", "spargeattn causal", "proxyattn", "powerattention", "delta-attention"]
+)
 def test_a_token_after_a_padded_prompt(name):
     """Keys in a cache, padded on the left, and room that is not filled yet."""
     mechanism, _ = made(name)
     q, k, v = tensors()
-    truth = torch.cat([regard.attend(q[r : r + 1, :, -1:], *(x[r : r + 1, :, a:] for x in (k, v)), mechanism) for r, (a, _) in enumerate(LEFT)])
+    truth = torch.cat(
+        [regard.attend(q[r : r + 1, :, -1:], *(x[r : r + 1, :, a:] for x in (k, v)), mechanism) for r, (a, _) in enumerate(LEFT)]
+    )
     keep = marked([[s] for s in LEFT]) >= 0
     out = regard.attend(q[:, :, -1:], k, v, mechanism, mask=Causal() & Padding(), keep=keep)
     assert torch.allclose(out, truth, atol=1e-10)
@@ -182,7 +188,9 @@ def test_what_cannot_be_divided_is_refused():
     with pytest.raises(RegardError, match="in one piece"):
         regard.attend(q, k, v, made("moba")[0], mask=Causal() & Segments(), segments=(torch.arange(ROW) // 9 % 2)[None])
     with pytest.raises(RegardError, match="'docs'"):
-        regard.attend(q, k, v, made("nabla")[0], mask=Padding(), keep=(torch.arange(ROW) > 5)[None], docs=torch.zeros(1, ROW, dtype=torch.long))
+        regard.attend(
+            q, k, v, made("nabla")[0], mask=Padding(), keep=(torch.arange(ROW) > 5)[None], docs=torch.zeros(1, ROW, dtype=torch.long)
+        )
 
 
 def test_tables_that_are_no_padding_hide_pairs_only():

@@ -134,7 +134,8 @@ def test_operators_pass_opcheck():
 
         def __call__(self, *args):
             recorded[self.name] = tuple(
-                [y.detach().clone() for y in x] if isinstance(x, list) else x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args
+                [y.detach().clone() for y in x] if isinstance(x, list) else x.detach().clone() if isinstance(x, torch.Tensor) else x
+                for x in args
             )
             return self.op(*args)
 

@@ -18,7 +18,11 @@ WEIGHTED = [n for n in NAMES if isinstance(described(n), Weighted)]
 def test_nothing_to_compute(name, sizes):
     batch, q_len, k_len = sizes
     mechanism = described(name)
-    inputs = {k: x for k, x in sample(name).inputs.items() if not set("bqk") & set(next((i.shape for i in mechanism.declared if i.name == k), "b"))}
+    inputs = {
+        k: x
+        for k, x in sample(name).inputs.items()
+        if not set("bqk") & set(next((i.shape for i in mechanism.declared if i.name == k), "b"))
+    }
     for mask in (None, Causal(), Causal() & Window(3)):
         q, k, v = (torch.randn(batch, 4, n, d, dtype=torch.float64, requires_grad=True) for n, d in ((q_len, 8), (k_len, 8), (k_len, 6)))
         try:
@@ -60,7 +64,6 @@ def added(q, k, bias, weights):
 def softmax_of(s):
     p = torch.exp(s - s.amax(-1, keepdim=True).clamp_min(-1e30))
     return p / p.sum(-1, keepdim=True).clamp_min(1e-300)
-
 
 
 @pytest.mark.parametrize("executor", [None, "tiled", "native", "reference"])
@@ -122,7 +125,9 @@ def test_every_scale(executor, masked, scale):
     out = regard.attend(q, k, v, mask=mask, scale=scale, executor=executor)
     truth = softmax_of((q.double() @ k.double().mT * scale).masked_fill(~seen, float("-inf"))) @ v.double()
     for a, b in zip(
-        (out, *torch.autograd.grad(out.square().sum(), (q, k, v))), (truth, *torch.autograd.grad(truth.square().sum(), (q, k, v))), strict=True
+        (out, *torch.autograd.grad(out.square().sum(), (q, k, v))),
+        (truth, *torch.autograd.grad(truth.square().sum(), (q, k, v))),
+        strict=True,
     ):
         assert float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max()))
 

@@ -38,7 +38,9 @@ OF_PLACE = {
     "batches": lambda b, h, i, j: (j <= i) & ((j % 3 == b) | (i == j)),
     "both": lambda b, h, i, j: (j <= i) & (i - j < 9 * (1 + h) + 200 * b),
     "heads, by a table": lambda b, h, i, j: (j <= i) & (i - j < torch.tensor([5, 60, 400])[h]),
-    "batches, by documents": lambda b, h, i, j: torch.tensor([[0, 1], [1, 1]])[b, (i > 20).long()] == torch.tensor([[0, 1], [1, 1]])[b, (j > 20).long()],
+    "batches, by documents": lambda b, h, i, j: (
+        torch.tensor([[0, 1], [1, 1]])[b, (i > 20).long()] == torch.tensor([[0, 1], [1, 1]])[b, (j > 20).long()]
+    ),
 }
 
 

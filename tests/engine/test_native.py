@@ -207,6 +207,8 @@ def test_other_instruction_sets(march):
         "            assert (a - b).abs().max() <= 2e-4 * max(1.0, float(b.abs().max())), (sizes, name)\n"
         "print(native.block())"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "REGARD_MARCH": march}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "REGARD_MARCH": march}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == {"x86-64-v2": "8 x 8, vectors of 4", "x86-64-v3": "6 x 16, AVX2"}[march]

@@ -72,7 +72,9 @@ def test_against_differences(name):
 def test_executors_agree_in_float32(name, executor):
     call = sample(name, dtype=torch.float32, q_len=40)
     options = {"mask": Causal() & regard.Window(9)}
-    for a, b in zip(penalty(call, executor=executor, **options)[1], penalty(call.to(torch.float64), executor="reference", **options)[1], strict=True):
+    for a, b in zip(
+        penalty(call, executor=executor, **options)[1], penalty(call.to(torch.float64), executor="reference", **options)[1], strict=True
+    ):
         assert torch.allclose(a.double(), b, rtol=2e-2, atol=2e-3 * float(b.abs().max()))
 
 

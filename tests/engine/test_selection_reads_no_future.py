@@ -12,7 +12,18 @@ from regard.zoo.sparse.dma import DynamicMaskAttention
 from regard.zoo.sparse.landmark_attention import LandmarkAttention
 
 LENGTH = 45
-POLICIES = ["dhsa", "flexprefill", "hip", "proxyattn", "spargeattn", "delta-attention", "pbs-attn", "sampleattention", "hyperattention", "psa"]
+POLICIES = [
+    "dhsa",
+    "flexprefill",
+    "hip",
+    "proxyattn",
+    "spargeattn",
+    "delta-attention",
+    "pbs-attn",
+    "sampleattention",
+    "hyperattention",
+    "psa",
+]
 CHOOSE_BY_THE_PAST = ["moba", "powerattention", "sparse-transformer"]
 
 

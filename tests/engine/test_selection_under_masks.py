@@ -40,7 +40,7 @@ def masks(length):
     """name -> (mask, inputs, what it shows as a loop would say it: (b, h, i, j) -> bool)."""
     torch.manual_seed(3)
     keep = torch.rand(2, length) < 0.7
-    ids = (torch.arange(length)[None] * torch.tensor([[3], [4]]) // length)
+    ids = torch.arange(length)[None] * torch.tensor([[3], [4]]) // length
     table = torch.rand(2, 2, length, length) < 0.5
     return {
         "none": (None, {}, lambda b, h, i, j: True),

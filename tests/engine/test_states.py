@@ -61,7 +61,11 @@ def test_a_first_state_is_what_earlier_tokens_leave() -> None:
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"state": torch.zeros(1, 2, 4, 3)}, "state has shape"), ({"mask": regard.Padding(), "return_state": True}, "expected mask=Causal"), ({"executor": "chunk", "return_state": True}, "executor")],
+    [
+        ({"state": torch.zeros(1, 2, 4, 3)}, "state has shape"),
+        ({"mask": regard.Padding(), "return_state": True}, "expected mask=Causal"),
+        ({"executor": "chunk", "return_state": True}, "executor"),
+    ],
 )
 def test_states_that_do_not_fit_are_refused(change: dict[str, object], match: str) -> None:
     q = torch.randn(1, 2, 5, 4)

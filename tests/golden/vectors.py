@@ -24,7 +24,9 @@ FLOAT32 = (2e-5, 2e-4)  # values and gradients of float32 runs, where the vector
 Adapter = Callable[["Vectors"], None]
 
 
-def case(*configs: str, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32), float32: float | None = None) -> Callable[[Adapter], Adapter]:
+def case(
+    *configs: str, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32), float32: float | None = None
+) -> Callable[[Adapter], Adapter]:
     """Marks an adapter's function as the test of these configurations. float32: another tolerance of its float32 run."""
 
     def mark(function: Adapter) -> Adapter:
@@ -172,7 +174,9 @@ class Vectors:
         for (name, x), grad in zip(of.items(), found, strict=True):
             rounded = ROUNDED if self.arrays[self.key(f"grad_{name}") or ""].dtype == np.float32 else 0.0
             limit = max(self.grad if tolerance is None else tolerance, rounded)
-            self.same(torch.zeros_like(x) if grad is None else grad, self.exact(f"grad_{name}").reshape(x.shape), limit, what=f"grad_{name}")
+            self.same(
+                torch.zeros_like(x) if grad is None else grad, self.exact(f"grad_{name}").reshape(x.shape), limit, what=f"grad_{name}"
+            )
 
     def layer(self, function: Callable[[Tensor], Tensor], x: str = "x", want: str = "out", **more: Tensor) -> None:
         """function(x) and its gradients with respect to x and `more` against the stored ones."""
@@ -193,7 +197,9 @@ def stepped(layer: Any, x: Tensor, pieces: Sequence[int] | None = None, **given:
     return torch.cat(outs, 1), state
 
 
-def streamed(step: Callable[..., tuple[Tensor, Any]], *tensors: Tensor, state: Any = None, pieces: Sequence[int] | None = None) -> tuple[Tensor, Any]:
+def streamed(
+    step: Callable[..., tuple[Tensor, Any]], *tensors: Tensor, state: Any = None, pieces: Sequence[int] | None = None
+) -> tuple[Tensor, Any]:
     """step(*pieces of tensors (B, H, L, .) or (B, H, L), state) one token at a time or in pieces: (outputs, the last state)."""
     outs, start = [], 0
     with torch.no_grad():

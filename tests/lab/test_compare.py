@@ -206,7 +206,11 @@ def test_seeds_out_of_range(seed):
 
 
 def run_of(bits, recall):
-    return {"language": {"bits": dict.fromkeys("124", bits)}, "recall": {"accuracy": {"4": recall}}, "copying": {"accuracy": {"32": recall}}}
+    return {
+        "language": {"bits": dict.fromkeys("124", bits)},
+        "recall": {"accuracy": {"4": recall}},
+        "copying": {"accuracy": {"32": recall}},
+    }
 
 
 def report_of(mechanisms):

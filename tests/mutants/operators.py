@@ -31,7 +31,25 @@ COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.NotIn: ast.In,
 }
 # What a call does to its one argument that a program could leave out without an error: a norm, an activation, a cast of meaning.
-KEPT_CALLS = {"len", "int", "float", "bool", "str", "list", "tuple", "dict", "set", "range", "iter", "next", "isinstance", "super", "get", "register", "cast"}
+KEPT_CALLS = {
+    "len",
+    "int",
+    "float",
+    "bool",
+    "str",
+    "list",
+    "tuple",
+    "dict",
+    "set",
+    "range",
+    "iter",
+    "next",
+    "isinstance",
+    "super",
+    "get",
+    "register",
+    "cast",
+}
 
 
 Path = tuple[tuple[str, int | None], ...]

@@ -85,7 +85,11 @@ def killer(slug: str) -> str | None:
         return "tests"
     folders = [str(TESTS / name) for name in KILLERS if (TESTS / name).exists()]
     # 5: no test carries the row's name
-    return "tests" if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", f"({slug} or {stem}) and not compile", *folders]) not in (0, 5) else None
+    return (
+        "tests"
+        if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", f"({slug} or {stem}) and not compile", *folders]) not in (0, 5)
+        else None
+    )
 
 
 def work(slug: str, mutant: Mutant | None, pipe: multiprocessing.connection.Connection) -> None:
@@ -162,7 +166,10 @@ def main() -> int:
             if mine[-1].killer is None:
                 print(f"  {slug}:{mine[-1].line}: survived: {mine[-1].key}", flush=True)
         killed = sum(one.killer is not None for one in mine)
-        print(f"{slug}: {killed} of {len(mine)} killed, {len(EQUIVALENT.get(slug, {}))} equivalent, {first.seconds:.1f} s unchanged", flush=True)
+        print(
+            f"{slug}: {killed} of {len(mine)} killed, {len(EQUIVALENT.get(slug, {}))} equivalent, {first.seconds:.1f} s unchanged",
+            flush=True,
+        )
         done += mine
         if options.json:
             options.json.write_text(json.dumps([one.__dict__ for one in done], indent=1))

@@ -47,7 +47,10 @@ def call_of(name, batch, q_len, k_len):
         "table": {"attn_mask": hidden},
         "heads": {"attn_mask": of_heads},
         "both": {"attn_mask": hidden, "key_padding_mask": padding},
-        "float": {"attn_mask": torch.randn(q_len, k_len, dtype=F64), "key_padding_mask": torch.zeros(batch, k_len, dtype=F64).masked_fill(padding, -torch.inf)},
+        "float": {
+            "attn_mask": torch.randn(q_len, k_len, dtype=F64),
+            "key_padding_mask": torch.zeros(batch, k_len, dtype=F64).masked_fill(padding, -torch.inf),
+        },
         "causal": {"attn_mask": causal, "is_causal": True},
         "causal and padding": {"attn_mask": causal, "is_causal": True, "key_padding_mask": padding},
     }[name]
@@ -72,7 +75,9 @@ def test_layer_equals_pytorch(options, masks):
             assert (p is None) == (r is None)
             if p is not None:
                 torch.testing.assert_close(p, r)
-        grads = [torch.autograd.grad(layer(q, k, v, **last, **given)[0].sin().sum(), [q, k, v, *layer.parameters()]) for layer in (theirs, ours)]
+        grads = [
+            torch.autograd.grad(layer(q, k, v, **last, **given)[0].sin().sum(), [q, k, v, *layer.parameters()]) for layer in (theirs, ours)
+        ]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other)
 
@@ -101,7 +106,10 @@ def test_inside_pytorch_s_encoder_the_mechanism_is_what_runs():
     h = x
     for layer in encoder.layers:
         own = layer.self_attn
-        q, k, v = (F.linear(h, w, b).unflatten(-1, (4, 4)).transpose(1, 2) for w, b in zip(own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3), strict=True))
+        q, k, v = (
+            F.linear(h, w, b).unflatten(-1, (4, 4)).transpose(1, 2)
+            for w, b in zip(own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3), strict=True)
+        )
         s = q @ k.mT / 2 - torch.log((~padding).sum(-1).float())[:, None, None, None]
         o = (s.sigmoid() * ~padding[:, None, None]) @ v
         h = layer.norm1(h + own.out_proj(o.transpose(1, 2).flatten(-2)))
@@ -129,12 +137,18 @@ REFUSED = {
     "not a multiple": lambda: MultiheadAttention(16, 3),
     "dropout=1": lambda: MultiheadAttention(16, 4, dropout=1),
     "expected widths": lambda: MultiheadAttention(16, 4)(torch.zeros(3, 1, 8), torch.zeros(3, 1, 16), torch.zeros(3, 1, 16)),
-    "key_padding_mask is": lambda: MultiheadAttention(16, 4)(*[torch.zeros(3, 1, 16)] * 3, key_padding_mask=torch.zeros(3, 1, dtype=torch.bool)),
+    "key_padding_mask is": lambda: MultiheadAttention(16, 4)(
+        *[torch.zeros(3, 1, 16)] * 3, key_padding_mask=torch.zeros(3, 1, dtype=torch.bool)
+    ),
     "attn_mask has shape": lambda: MultiheadAttention(16, 4)(*[torch.zeros(3, 1, 16)] * 3, attn_mask=torch.zeros(2, 3)),
-    "attn_mask is torch.int64": lambda: MultiheadAttention(16, 4)(*[torch.zeros(3, 1, 16)] * 3, attn_mask=torch.zeros(3, 3, dtype=torch.long)),
+    "attn_mask is torch.int64": lambda: MultiheadAttention(16, 4)(
+        *[torch.zeros(3, 1, 16)] * 3, attn_mask=torch.zeros(3, 3, dtype=torch.long)
+    ),
     "is_causal=True with 3": lambda: MultiheadAttention(16, 4)(torch.zeros(3, 1, 16), *[torch.zeros(2, 1, 16)] * 2, is_causal=True),
     "enable_gqa=True": lambda: scaled_dot_product_attention(torch.zeros(1, 4, 3, 8), *[torch.zeros(1, 2, 3, 8)] * 2),
-    "is_causal=True with attn_mask": lambda: scaled_dot_product_attention(*[torch.zeros(1, 2, 3, 8)] * 3, torch.zeros(3, 3), is_causal=True),
+    "is_causal=True with attn_mask": lambda: scaled_dot_product_attention(
+        *[torch.zeros(1, 2, 3, 8)] * 3, torch.zeros(3, 3), is_causal=True
+    ),
     "do not broadcast": lambda: scaled_dot_product_attention(torch.zeros(2, 2, 3, 8), *[torch.zeros(3, 2, 3, 8)] * 2),
     "of as many dimensions": lambda: scaled_dot_product_attention(torch.zeros(2, 3, 8), *[torch.zeros(3, 2, 3, 8)] * 2),
 }

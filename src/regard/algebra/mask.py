@@ -278,18 +278,24 @@ class Strided(Mask):
 
 @described
 class FixedBlock(Mask):
-    """i and j lie in the same block of `size` positions."""
+    """i and j lie in the same block of `size` positions; blocks begin at `start`, a part of one before it."""
 
     size: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         positive(self, "size")
+        if not isinstance(self.start, int) or not 0 <= self.start < self.size:
+            raise RegardError(f"FixedBlock(start={self.start!r}): expected 0 to size - 1 = {self.size - 1}")
+
+    def block(self, i: Tensor) -> Tensor:
+        return (i - self.start) // self.size if self.start else i // self.size
 
     def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, env: Mapping[str, Any]) -> Tensor:
-        return i // self.size == j // self.size
+        return self.block(i) == self.block(j)
 
     def bounds(self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor) -> Bounds:
-        a0, a1, c0, c1 = (x // self.size for x in (i0, i1, j0, j1))
+        a0, a1, c0, c1 = (self.block(x) for x in (i0, i1, j0, j1))
         return (a0 <= c1) & (c0 <= a1), (a0 == a1) & (c0 == c1) & (a0 == c0)
 
 

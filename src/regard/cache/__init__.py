@@ -11,6 +11,7 @@ NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),
     **dict.fromkeys(("KeptLayer", "Part"), "layer"),
     "Policy": "policy",
+    "Moments": "moments",
     "View": "view",
     "Session": "session",
     **dict.fromkeys(

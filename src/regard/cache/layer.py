@@ -58,7 +58,8 @@ class Part:
 
 
 class KeptLayer(DynamicLayer):  # type: ignore[misc]
-    """parts: the key heads by how much they remember; seen: tokens so far, which is what the model takes for the layer's length."""
+    """parts: the key heads by how much they remember; seen: tokens so far, which is what the model takes for the layer's length; memory: what a
+    policy remembers of each row beside its entries, (B, ...)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +67,7 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
         self.seen = 0
         self.prompt = 0  # tokens of the first call
         self.fresh: tuple[Tensor, Tensor] | None = None
+        self.memory: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New tokens wait until attention takes them up: what is remembered is read there, head by head."""
@@ -122,16 +124,21 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.parts = [part.mapped(lambda x: x.index_select(0, indices.to(x.device))) for part in self.parts]
+        self.rows(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.parts = [part.mapped(lambda x: x.repeat_interleave(repeats, 0)) for part in self.parts]
+        self.rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of the batch, in all that is remembered."""
+        self.parts = [part.mapped(change) for part in self.parts]
+        self.memory = {name: change(x) for name, x in self.memory.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
         raise RegardError("a cache under a policy cannot go back, for it has forgotten; expected generation without assistants")
 
     def reset(self) -> None:
-        self.parts, self.seen, self.prompt, self.is_initialized = [], 0, 0, False
+        self.parts, self.memory, self.seen, self.prompt, self.is_initialized = [], {}, 0, 0, False
 
     @property
     def bytes(self) -> int:

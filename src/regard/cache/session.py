@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapt.attending import attending
 from ..adapt.host import routed
 from ..errors import RegardError
 from .layer import KeptLayer
@@ -17,11 +18,6 @@ from .view import View, Watcher
 NAME = "regard_kept"
 CHANGES = ("softcap", "s_aux", "sinks", "position_bias", "indices")
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
-
-
-def padding_alone(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """The mask as it came, (B, length): what is seen is known by the layers."""
-    return attention_mask
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
@@ -51,8 +47,6 @@ class Session:
         self.cache: Any = None
 
     def __enter__(self) -> Session:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         if any(module in _sessions for module in self.modules):
             raise RegardError("a policy is on the model already; expected one, which may wrap others")
         own = str(self.model.config._attn_implementation)
@@ -61,10 +55,8 @@ class Session:
                 f"the model attends by another mechanism ({own if own.startswith('regard') else 'a patch'}), and policies read softmax; expected "
                 "the model's own attention: restore the patch, or model.set_attn_implementation('sdpa')"
             )
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, padding_alone)
-        self.own = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)  # type: ignore[operator]
+        self.attending = attending(self.model, NAME, attention)
+        self.attending.__enter__()
         for module in self.modules:
             _sessions[module] = self
         self.hook = self.model.register_forward_pre_hook(self.before, with_kwargs=True)
@@ -74,7 +66,7 @@ class Session:
         self.hook.remove()
         for module in self.modules:
             _sessions.pop(module, None)
-        self.model.set_attn_implementation(self.own)  # type: ignore[operator]
+        self.attending.__exit__(None, None, None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the model a cache of layers that can forget."""
@@ -111,7 +103,7 @@ class Session:
         out: Any = None
         for part in layer.parts:
             q = grouped.index_select(1, part.heads)
-            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window)
+            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window, layer.memory)
             o = self.policy.compute(view, places)
             out = o.new_zeros(*grouped.shape[:4], o.shape[-1]) if out is None else out
             out[:, part.heads] = o
@@ -120,7 +112,15 @@ class Session:
             while number < len(layer.parts):
                 part, before = layer.parts[number], len(layer.parts)
                 view = View(
-                    module.layer_idx, len(self.modules), first, layer.prompt, part, grouped.index_select(1, part.heads), scale, window
+                    module.layer_idx,
+                    len(self.modules),
+                    first,
+                    layer.prompt,
+                    part,
+                    grouped.index_select(1, part.heads),
+                    scale,
+                    window,
+                    layer.memory,
                 )
                 self.policy.run(layer, number, view)
                 number += 1 + len(layer.parts) - before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +20,7 @@ class View:
     """An attention call as a policy sees it, after it was computed: the last tokens' queries over what one part remembers.
 
     layer: its number, of `layers`; first: whether this is the prompt's call. query (B, h, group, n, D): of the query heads of each key head of `part`.
+    memory: what the policy keeps of each row from call to call, (B, ...) each.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class View:
     query: Tensor
     scale: float
     window: int | None
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

@@ -81,7 +81,10 @@ def some_and_every(
     if isinstance(mask, PerHead):
         each = [some_and_every(inner, sizes, block_q, block_k, inputs, device) for inner in mask.masks]
         turns = [each[head % len(each)] for head in range(sizes.heads)]
-        return torch.cat([some for some, _ in turns], 1), torch.cat([every for _, every in turns], 1)
+        own = [tuple(x if x.shape[1] == 1 else x[:, head : head + 1] for x in turn) for head, turn in enumerate(turns)]
+        rows = max(some.shape[0] for some, _ in own)
+        some, every = (torch.cat([x.expand(rows, *x.shape[1:]) for x in xs], 1) for xs in zip(*own, strict=True))
+        return some, every
     i0, i1 = block_bounds(sizes.q_len, block_q, sizes.k_len - sizes.q_len, device)
     j0, j1 = block_bounds(sizes.k_len, block_k, 0, device)
     bounds = mask.bounds_of(inputs, i0[:, None], i1[:, None], j0, j1)

@@ -13,6 +13,7 @@ from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, 
 from .mixers import mixer, mixer_names
 from .multihead import MultiheadAttention
 from .parts import LayerScale, ShortConv, SwiGLU
+from .state_layers import QLSTM, NormalizedAttention
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
 ROWS = {
@@ -189,6 +190,8 @@ __all__ = [
     "MultiHeadEMA",
     "MultiheadAttention",
     "NSAAttention",
+    "NormalizedAttention",
+    "QLSTM",
     "ShortConv",
     "SwiGLU",
     "WindowAttention",

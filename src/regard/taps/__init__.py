@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from .points import POINTS, At
-from .reductions import ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
+from .reductions import Behind, ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
 from .seen import Seen
 from .session import Taps, edit, read
 from .sites import Site, sites
@@ -13,6 +13,7 @@ from .sites import Site, sites
 __all__ = [
     "POINTS",
     "At",
+    "Behind",
     "ColumnMass",
     "Entropy",
     "Mass",

@@ -64,6 +64,10 @@ class Attending(ABC):
     def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
         """Weights (B, h, r, Lk) in at least float32, of these logits where they are given; zeros where a query sees no key."""
 
+    def seen(self, heads: Tensor, rows: Tensor) -> Tensor:
+        """The same, (B, h, r, n): keys behind the n-th have no weight for any of these queries."""
+        return self.weights(heads, rows)
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -117,6 +121,22 @@ class Softmax(Attending):
             return torch.cat((s, more), -1).softmax(-1)[..., :-1]
         blind = s.isneginf().all(-1, keepdim=True)
         return torch.where(blind, 0.0, torch.where(blind, 0.0, s).softmax(-1))
+
+    def seen(self, heads: Tensor, rows: Tensor) -> Tensor:
+        """Under causality alone only the keys before the last of these queries are looked at, and no head's keys are copied."""
+        terms = self.terms()
+        bare = terms.bias is None and terms.softcap is None and terms.sinks is None and terms.shown is None
+        whole = len(heads) == self.heads
+        if terms.first is None or terms.first < 0 or not bare or not whole or self.query.requires_grad or self.key.requires_grad:
+            return self.weights(heads, rows)
+        first, last = terms.first + int(rows.min()), terms.first + int(rows.max())
+        with torch.autocast(self.query.device.type, enabled=False):
+            wide = torch.promote_types(self.query.dtype, torch.float32)
+            q = (self.query.index_select(2, rows).to(wide) * terms.scale).unflatten(1, (self.key.shape[1], -1)).flatten(2, 3)
+            s = (q @ self.key[:, :, : last + 1].to(wide).mT).unflatten(2, (-1, len(rows))).flatten(1, 2)
+            later = torch.arange(first, last + 1, device=s.device) > (terms.first + rows)[:, None]
+            s[..., first:].masked_fill_(later, -torch.inf)
+            return torch.softmax(s, -1)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from ..errors import RegardError
 
 @dataclass(frozen=True)
 class Rows:
-    """Some queries of a call. weights (B, h, r, Lk); rows (r,): their numbers in the call; places (r,): of the keys at which they stand;
-    real (B, 1, r) bool: which are no padding; q_len: queries of the call."""
+    """Some queries of a call. weights (B, h, r, Lk), or less where the reduction is `short`: keys that are left out have none; rows (r,): their numbers in the call; places (r,): of the keys at which they stand;
+    real (B, 1, r) bool, or None for all: which are no padding; q_len, k_len: queries and keys of the call."""
 
     weights: Tensor
     rows: Tensor
     places: Tensor
-    real: Tensor
+    real: Tensor | None
     q_len: int
+    k_len: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Reduction(ABC):
     """Read from `seen[name, layer]`. `of` gives a part for some queries; parts are summed, or stand one after another where `by_query`."""
 
     by_query = True
+    short = False  # whether `of` takes weights without the keys that no query of its part sees
 
     @property
     def name(self) -> str:
@@ -47,9 +49,11 @@ class ColumnMass(Reduction):
     """(B, h, Lk): what each key gets, summed over the queries that are no padding."""
 
     by_query = False
+    short = True
 
     def of(self, part: Rows) -> Tensor:
-        return (part.weights * part.real[..., None]).sum(2)
+        mass = part.weights.sum(2) if part.real is None else (part.weights * part.real[..., None]).sum(2)
+        return torch.nn.functional.pad(mass, (0, part.k_len - mass.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Top(Reduction):
 class Entropy(Reduction):
     """(B, h, Lq): -sum p log p in nats."""
 
+    short = True
+
     def of(self, part: Rows) -> Tensor:
         return torch.special.entr(part.weights).sum(-1)
 
@@ -104,9 +110,29 @@ class Entropy(Reduction):
 class MeanDistance(Reduction):
     """(B, h, Lq): sum_j p_j |i - j|, in tokens."""
 
+    short = True
+
     def of(self, part: Rows) -> Tensor:
         keys = torch.arange(part.weights.shape[-1], device=part.weights.device)
         return (part.weights * (part.places[:, None] - keys).abs()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Behind(Reduction):
+    """(B, h, Lq): what each query gives to the token `back` places before it; 0 where there is none."""
+
+    back: int = 1
+    label: str = "behind"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def of(self, part: Rows) -> Tensor:
+        at = part.places - self.back
+        inside = (at >= 0) & (at < part.weights.shape[-1])
+        index = at.clamp(0, part.weights.shape[-1] - 1)[:, None].expand(*part.weights.shape[:3], 1)
+        return part.weights.gather(3, index)[..., 0] * inside
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .reductions import Gathered, Reduction, Rows
 from .seen import Seen
 from .sites import Site
 
-CHUNK = 2**22  # entries of a map that reductions look at together
+CHUNK = 2**20  # entries of a map that reductions look at together
 
 Axes = dict[int, list[int]]
 
@@ -151,17 +151,18 @@ class Station:
                 self.reduce(call, tap, [(at, weights)])
         elif tap.reductions:
             size = max(1, CHUNK // max(1, call.query.shape[0] * len(heads) * call.k_len))
-            self.reduce(call, tap, ((part, call.weights(of, part)) for part in at.split(size)))
+            look = call.seen if all(one.short for one in tap.reductions) else call.weights
+            self.reduce(call, tap, ((part, look(of, part)) for part in at.split(size)))
 
     def reduce(self, call: Attending, tap: Tap, parts: Any) -> None:
         gathered = [Gathered(reduction, []) for reduction in tap.reductions]
         clock = self.site.clock
         for at, weights in parts:
-            real = torch.ones(weights.shape[0], 1, len(at), dtype=torch.bool, device=weights.device)
+            real = None
             if clock.real is not None and clock.real.shape[0] == weights.shape[0] and clock.real.shape[1] >= clock.start + call.q_len:
                 real = clock.real[:, clock.start + at].to(weights.device)[:, None]
             for one in gathered:
-                one.add(Rows(weights, at, clock.start + at, real, call.q_len))
+                one.add(Rows(weights, at, clock.start + at, real, call.q_len, call.k_len))
         for one in gathered:
             tap.seen.add(one.reduction.name, self.site.layer, one.all())
 

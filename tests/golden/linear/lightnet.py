@@ -34,7 +34,15 @@ def layer(g: Vectors) -> regard.nn.Attention:
     conv = 4 if g.get("use_short_conv") else 0
     mechanism = regard.get("lightnet", gate_rank=g["gate_low_rank_dim"], key_dim=g["expand_ratio"], short_conv=conv)
     made = regard.nn.Attention(16, g["num_heads"], mechanism).to(g.dtype)
-    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "gate.0": "g_proj.0", "gate.1": "g_proj.1", "merge_norm": "g_norm"}
+    names = {
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "out": "o_proj",
+        "gate.0": "g_proj.0",
+        "gate.1": "g_proj.1",
+        "merge_norm": "g_norm",
+    }
     g.load(made, names | {f"convs.{at}": f"{name}_conv1d" for at, name in enumerate("qkv") if conv})
     return made
 

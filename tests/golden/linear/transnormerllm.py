@@ -47,7 +47,9 @@ def layers(g: Vectors) -> None:
 
 @case("b0")
 def block(g: Vectors) -> None:
-    made = regard.nn.Block(g["n_embd"], layer(g, "token_mixer."), g("channel_mixer.l1.weight").shape[0], norm="srms", mlp="sglu").to(g.dtype)
+    made = regard.nn.Block(g["n_embd"], layer(g, "token_mixer."), g("channel_mixer.l1.weight").shape[0], norm="srms", mlp="sglu").to(
+        g.dtype
+    )
     g.load(made, {"mlp.gate": "channel_mixer.l1", "mlp.up": "channel_mixer.l2", "mlp.down": "channel_mixer.l3"})
     g.layer(made)
     g.same(stepped(made, g("x"))[0], "out")

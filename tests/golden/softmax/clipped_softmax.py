@@ -21,7 +21,10 @@ def rows(g: Vectors) -> None:
 
 def layer(g: Vectors, **options: object) -> regard.nn.Attention:
     made = regard.nn.Attention(24, 3, regard.get("clipped-softmax", **options), causal=False, bias=True, context_len=15).to(g.dtype)
-    g.load(made, {"q": "query", "k": "key", "v": "value", "out.weight": torch.eye(24, dtype=g.dtype), "out.bias": torch.zeros(24, dtype=g.dtype)})
+    g.load(
+        made,
+        {"q": "query", "k": "key", "v": "value", "out.weight": torch.eye(24, dtype=g.dtype), "out.bias": torch.zeros(24, dtype=g.dtype)},
+    )
     return made
 
 

@@ -28,7 +28,9 @@ def relative(g: Vectors) -> None:
     symbols = RelativeSymbols(24, max_rel=5).to(g.dtype)
     halves = torch.tensor([0, 2, 1, 3])
     rows_q, rows_k = (torch.cat([halves + 4 * h for h in range(n)]) for n in (4, 2))
-    g.load(made, {"q.weight": g("wq_attn.weight")[rows_q], "k.weight": g("wk_attn.weight")[rows_k], "q_rel": "wq_rel", "v": "wv", "w_r": "wr"})
+    g.load(
+        made, {"q.weight": g("wq_attn.weight")[rows_q], "k.weight": g("wk_attn.weight")[rows_k], "q_rel": "wq_rel", "v": "wv", "w_r": "wr"}
+    )
     g.put(symbols.library, g("rel_pos_embeddings").flip(0))
     x = g.leaf("x")
     y = nn.functional.linear(made(x, symbols(10, 10), relative=True), g("wo.weight"))
@@ -52,7 +54,10 @@ def dual(g: Vectors) -> None:
     g.same(symbols, "symbols")
     y = made(x, symbols)
     g.same(y, "out")
-    g.gradients(g.weigh(y), {"x": x, "sym.q_proj.weight": symbolic.q.weight, "sym.q_proj.bias": symbolic.q.bias, "sym.symbol_library": symbolic.library})
+    g.gradients(
+        g.weigh(y),
+        {"x": x, "sym.q_proj.weight": symbolic.q.weight, "sym.q_proj.bias": symbolic.q.bias, "sym.symbol_library": symbolic.library},
+    )
     state, outs, stored = None, [], g("symbols")
     with torch.no_grad():
         for t in range(10):

@@ -30,11 +30,19 @@ def as_attention(g: Vectors) -> None:
     x = g("x")
     seen, eye = torch.isfinite(x), torch.eye(x.shape[1], dtype=g.dtype)[None, None]
     for at, alpha in enumerate(g("alpha").tolist()):
-        for mechanism, given in ((regard.get("entmax", alpha=alpha), {}), (regard.get("entmax"), {"alpha": torch.tensor([alpha], dtype=g.dtype)})):
+        for mechanism, given in (
+            (regard.get("entmax", alpha=alpha), {}),
+            (regard.get("entmax"), {"alpha": torch.tensor([alpha], dtype=g.dtype)}),
+        ):
             q = torch.where(seen, x, 0.0)[None, None].requires_grad_()
             out = regard.attend(q, eye, eye, mechanism, mask=seen, scale=1.0, **given)
             g.same(out[0, 0], g.exact("y")[at], what=f"y at alpha = {alpha}")
-            g.same(torch.autograd.grad((out[0, 0] * g("w")).sum(), q)[0][0, 0], g.exact("grad_x")[at], g.grad, what=f"grad_x at alpha = {alpha}")
+            g.same(
+                torch.autograd.grad((out[0, 0] * g("w")).sum(), q)[0][0, 0],
+                g.exact("grad_x")[at],
+                g.grad,
+                what=f"grad_x at alpha = {alpha}",
+            )
 
 
 @case("c1", "c2")
@@ -61,4 +69,6 @@ def limit(g: Vectors) -> None:
     a = torch.ones(len(x), 1, dtype=g.dtype, requires_grad=True)
     y = entmax_weights(x, a)
     g.same(y, x.softmax(-1))
-    g.same(torch.stack([torch.autograd.grad(y[:, j].sum(), a, retain_graph=True)[0][:, 0] for j in range(y.shape[1])], 1), "alpha1_dy_dalpha")
+    g.same(
+        torch.stack([torch.autograd.grad(y[:, j].sum(), a, retain_graph=True)[0][:, 0] for j in range(y.shape[1])], 1), "alpha1_dy_dalpha"
+    )

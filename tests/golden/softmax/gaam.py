@@ -7,7 +7,9 @@ from golden.vectors import Vectors, case
 import regard
 
 
-def layer(g: Vectors, prefix: str, axis: int, heads: int, gaussians: int, padding: float | None = None) -> regard.nn.GaussianAdaptiveAttention:
+def layer(
+    g: Vectors, prefix: str, axis: int, heads: int, gaussians: int, padding: float | None = None
+) -> regard.nn.GaussianAdaptiveAttention:
     made = regard.nn.GaussianAdaptiveAttention(axis, heads, gaussians, padding_value=padding).to(g.dtype)
     for h in range(heads):
         g.put(made.delta[h], f"{prefix}attention_heads.{h}.mean_offsets")

@@ -8,18 +8,57 @@ import regard
 from regard.zoo.softmax.mta import MultiTokenAttention
 
 OPTIONS = {
-    "c0": {"heads": 4, "queries": 3, "keys": 5, "convolve": "pre", "pre_mix": 0, "post_mix": 0, "norm": False, "gate": False, "head_dim": 4},
+    "c0": {
+        "heads": 4,
+        "queries": 3,
+        "keys": 5,
+        "convolve": "pre",
+        "pre_mix": 0,
+        "post_mix": 0,
+        "norm": False,
+        "gate": False,
+        "head_dim": 4,
+    },
     "c1": {"heads": 4, "queries": 4, "keys": 7, "post_queries": 3, "post_keys": 5, "pre_mix": 4, "post_mix": 2, "depth": 3, "head_dim": 4},
-    "c2": {"heads": 4, "queries": 2, "keys": 3, "convolve": "post", "pre_mix": 0, "post_mix": 4, "gate": "full", "kv_heads": 2, "head_dim": 4},
+    "c2": {
+        "heads": 4,
+        "queries": 2,
+        "keys": 3,
+        "convolve": "post",
+        "pre_mix": 0,
+        "post_mix": 4,
+        "gate": "full",
+        "kv_heads": 2,
+        "head_dim": 4,
+    },
     "c3": {"heads": 2, "queries": 6, "keys": 11, "pre_mix": 2, "post_mix": 2, "head_dim": 4},
-    "c4": {"heads": 2, "queries": 2, "keys": 4, "side": "left", "convolve": "pre", "pre_mix": 0, "post_mix": 0, "norm": False, "gate": False},
+    "c4": {
+        "heads": 2,
+        "queries": 2,
+        "keys": 4,
+        "side": "left",
+        "convolve": "pre",
+        "pre_mix": 0,
+        "post_mix": 0,
+        "norm": False,
+        "gate": False,
+    },
 }
 
 
 @case(*OPTIONS)
 def layer(g: Vectors) -> None:
     made: MultiTokenAttention = regard.nn.MultiTokenAttention(g("x").shape[-1], **OPTIONS[g.config]).to(g.dtype)
-    parts = {"q": "wq", "k": "wk", "v": "wv", "out": "wo", "pre": "mta_kernel", "post": "mta_kernel_after_sm", "norm": "subln", "gate": "gate"}
+    parts = {
+        "q": "wq",
+        "k": "wk",
+        "v": "wv",
+        "out": "wo",
+        "pre": "mta_kernel",
+        "post": "mta_kernel_after_sm",
+        "norm": "subln",
+        "gate": "gate",
+    }
     parts |= {"pre_mix": "wpsm.weight", "post_mix": "wposm.weight"}
     watched = {}
     for ours, theirs in parts.items():

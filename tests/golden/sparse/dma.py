@@ -12,9 +12,9 @@ NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "dt": "dt
 @case("c0", "c1", "c2", "c3", dtypes=(torch.float64,))
 def layer(v: Vectors) -> None:
     x = v.leaf("x")
-    made = regard.nn.DynamicMaskAttention(
-        x.shape[-1], v["H"], v["Hk"], window=v["w"], bias=v["form"], head_dim=v["D"], dt_bias=False
-    ).to(v.dtype)
+    made = regard.nn.DynamicMaskAttention(x.shape[-1], v["H"], v["Hk"], window=v["w"], bias=v["form"], head_dim=v["D"], dt_bias=False).to(
+        v.dtype
+    )
     v.load(made, {**NAMES, "strength": "A"})
     y = made(x)
     v.same(y, "out")

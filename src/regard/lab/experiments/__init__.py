@@ -8,10 +8,12 @@ from ...lazy import listed, load
 ROWS = {
     "acquire": "analysis.filter_and_store",
     "train_backcopy": "analysis.active_dormant_heads",
+    "recall_accuracy": "analysis.dsf",
     "rank_benefit": "analysis.benefits_of_rank",
     "low_rank_bottleneck": "analysis.fixed_head_size",
     "closeness_experiment": "analysis.icl_softmax_regression",
     "descend": "analysis.attention_svm",
+    "emergence": "analysis.abrupt_icl",
     "fit_sequences": "analysis.rank_one_universal",
     "scan_and_snap": "analysis.scan_snap",
     "train_regression": "analysis.icl_linear_regression",

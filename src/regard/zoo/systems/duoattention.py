@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.adapt.attending import attending
 from regard.algebra import Causal, Sinks, Weighted, Window
 from regard.cache.layer import KeptLayer
 from regard.cache.policy import Policy, oldest
@@ -58,8 +59,6 @@ def identify_heads(
     batches(step) -> (ids (B, L), asked (B, L) bool: tokens whose hidden states count), such as `regard.tasks.passkeys.passkeys`. AdamW without decay of weights; lr rises
     over the first fifth of the steps and falls over the last; gates are clamped after every step. The model comes back as it was.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     host: Any = model
     config = host.config.get_text_config()
     modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and hasattr(m, "k_proj")]
@@ -71,32 +70,29 @@ def identify_heads(
     optimizer = torch.optim.AdamW([gates], lr, weight_decay=0.0)
     warm = max(1, steps // 5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: min(1.0, (at + 1) / warm, max(0.0, (steps - at) / warm)))
-    AttentionInterface.register(NAME, both)
-    AttentionMaskInterface.register(NAME, lambda *args, **options: None)
-    own, learns = host.config._attn_implementation, [p.requires_grad for p in model.parameters()]
-    host.set_attn_implementation(NAME)
+    learns = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     try:
-        for step in range(steps):
-            ids, asked = batches(step)
-            if asked.shape != ids.shape or not bool(asked.any()):
-                raise RegardError(
-                    f"asked {tuple(asked.shape)} of ids {tuple(ids.shape)}: expected the same shape, and a token that is asked for"
-                )
-            for module, row in zip(modules, gates, strict=True):
-                _training[module] = row, streaming(sink, recent)
-            hidden = states(host, torch.cat((ids, ids)))[0].float()
-            apart = (hidden[: len(ids)].detach() - hidden[len(ids) :]).square().mean(-1)
-            loss = apart[asked].sum() / asked.sum() + penalty * gates.abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            gates.data.clamp_(0, 1)
-            if progress is not None:
-                progress(step, float(loss.detach()))
+        with attending(model, NAME, both):
+            for step in range(steps):
+                ids, asked = batches(step)
+                if asked.shape != ids.shape or not bool(asked.any()):
+                    raise RegardError(
+                        f"asked {tuple(asked.shape)} of ids {tuple(ids.shape)}: expected the same shape, and a token that is asked for"
+                    )
+                for module, row in zip(modules, gates, strict=True):
+                    _training[module] = row, streaming(sink, recent)
+                hidden = states(host, torch.cat((ids, ids)))[0].float()
+                apart = (hidden[: len(ids)].detach() - hidden[len(ids) :]).square().mean(-1)
+                loss = apart[asked].sum() / asked.sum() + penalty * gates.abs().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                gates.data.clamp_(0, 1)
+                if progress is not None:
+                    progress(step, float(loss.detach()))
     finally:
-        host.set_attn_implementation(own)
         for p, learned in zip(model.parameters(), learns, strict=True):
             p.requires_grad_(learned)
         for module in modules:
