@@ -236,7 +236,7 @@ def language(drawn_apart: bool, steps: int = 150) -> float:
 @check(
     "bipft",
     "a small binary BERT, 150 steps of masked tokens: loss on fresh texts of two tokens by turns",
-    below=2.3,
+    below=1.5,
     control="texts of tokens drawn apart",
 )
 def _() -> tuple[float, float]:
