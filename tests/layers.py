@@ -82,6 +82,12 @@ def dual(**options: Any) -> nn.Module:
     return DCAL(vit(classes=0), 3, **options)
 
 
+def two_stages(**options: Any) -> nn.Module:
+    from regard.zoo.vision.ifam import TwoStageFaithful
+
+    return TwoStageFaithful(vit(classes=0), vit(classes=0), 3, 2, draws="training", **options)
+
+
 def registered(**options: Any) -> nn.Module:
     from regard.zoo.vision.test_time_registers import TestTimeRegisters
 
@@ -90,6 +96,10 @@ def registered(**options: Any) -> nn.Module:
 
 def told(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 16, 6, 7), torch.randn(batch, 8)
+
+
+def overviewed(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 16, 6, 7), torch.randn(batch, 6, 6, 7)
 
 
 def captions(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -128,13 +138,16 @@ def grid(batch: int, length: int) -> tuple[Tensor, tuple[int, int]]:
 SMALL = {"dim": 16, "heads": 2}
 LAYERS: dict[str, Layer] = {
     "a2n": Layer({"scale": 2, "width": 32, "up_width": 4, "blocks": 2, "temperature": 0.5}, image(3, 6, 5), channels=1),
+    "acm": Layer({"dim": 16, "learners": 3, "block": 6, "gate_hidden": 8}),
     "acmil": Layer({"features": 16, "classes": 3, "dim": 8, "hidden": 5, "branches": 3, "masked": 0}),
     "activator": Layer({"dim": 16, "hidden": 24}),
     "afa": Layer(SMALL, causal=True),
     "attention-cl": Layer({"channels": 6, "hidden": 5, "spatial": (4, 3)}, image(3, 6, 4, 3), channels=2),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "bipft": Layer(SMALL),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
+    "contmix": Layer({"dim": 16, "context_dim": 6, "kernel": 5, "small": 3, "pool": 3}, overviewed, channels=1),
     "convit": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "csa": Layer({"sem": 5, "feat": 16, "fuse": "concat"}, clips, channels=1),
     "dat": Layer({"dim": 16, "heads_sa": 2, "heads_ra": 2}, relational, causal=True),
@@ -147,6 +160,21 @@ LAYERS: dict[str, Layer] = {
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),
     "gaam": Layer({"heads": 2}),
     "gated-prompt-tuning": Layer({"prompts": 3, "classes": 3, "gate_init": 0.5}, image(3, 8, 8), channels=1, factory=prompted),
+    "ifam": Layer({"dropout": 0.0, "mask_dropout": 0.0}, image(3, 8, 8), channels=1, factory=two_stages),
+    "hyperzzw": Layer(
+        {
+            "channels": 4,
+            "side": 6,
+            "factor": 3,
+            "kernels": (3, 1, 5, 3),
+            "hidden": (4, 4, 4, 4, 4),
+            "groups": 4,
+            "omega": 1.0,
+            "dropout": 0.0,
+        },
+        image(4, 6, 6),
+        channels=1,
+    ),
     "gin-attention": Layer(SMALL, causal=True),
     "graph-transformer": Layer({**SMALL, "norm": "layer"}, graph),
     "halonet": Layer({"dim": 16, "heads": 2, "block": 4, "halo": 1, "head_dim": 8}, image(16, 8, 8), channels=1),
@@ -159,11 +187,13 @@ LAYERS: dict[str, Layer] = {
     "little-attention-block": Layer({"channels": 16}, image(16, 6, 7), channels=1),
     "litv2-hilo": Layer({"dim": 16, "heads": 4}, grid, shortest=4),
     "longvq": Layer({"dim": 16, "codes": 8, "zdim": 8, "window": 4}, causal=True),
+    "mamba-yolo": Layer({"dim": 16, "state": 4}, image(16, 5, 7), channels=1),
     "mambaout": Layer({"dim": 16, "ssm": True, "state": 4}, image(4, 3, 16)),
     "mega": Layer({"dim": 16, "zdim": 8, "ndim": 4}, causal=True),
     "minimax-01": Layer({}, bytes_of, causal=True, factory=minimax),
     "moh": Layer({"dim": 16, "heads": 8, "shared": 2, "routed": 2, "causal": True}, causal=True),
     "moment-probing": Layer({"dim": 16, "classes": 3, "proj": 32}),
+    "mossformer": Layer({"dim": 16, "group": 4, "qk_dim": 8, "causal": True, "kernel": 3, "rotary": 4}, causal=True),
     "mosa": Layer({"dim": 16, "sparse": 2, "dense": 1, "head_dim": 8, "sparsity": 2}, shortest=4),
     "mqsa-ted": Layer({"items": 25, "dim": 8, "length": LENGTH}, lambda batch, length: (bytes_of(batch, length)[0] + 1,), causal=True),
     "mta": Layer(SMALL, causal=True),

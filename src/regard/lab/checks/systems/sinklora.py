@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.lab import naive
 from regard.lab.checks.shared.decoding import llama
+from regard.lab.checks.shared.gaps import gaps
 from regard.lab.verification import check
 from regard.zoo.systems.sinklora import longer, sf_attention, sf_training
 
@@ -39,13 +40,6 @@ def turned(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
     o = s.masked_fill(~torch.ones(group, group, dtype=torch.bool).tril(), -torch.inf).softmax(-1) @ parts[2]
     o = o.reshape(b, heads, length, d)
     return torch.cat((o[:, : heads // 2], o[:, heads // 2 :].roll(group // 2, 2)), 1)
-
-
-def gaps(found: Tensor, truth: Tensor, inputs: list[Tensor]) -> float:
-    """Largest gap of values and of gradients."""
-    w = torch.randn_like(found)
-    grads = [torch.autograd.grad((out * w).sum(), inputs, retain_graph=True) for out in (found, truth)]
-    return max(naive.gap(found, truth), *(naive.gap(a, b) for a, b in zip(*grads, strict=True)))
 
 
 @check(

@@ -10,27 +10,9 @@ from regard.lab import naive
 from regard.lab.checks.shared.comparing import flops, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn, silu
 from regard.lab.checks.shared.planes import depthwise, gelu, image, layer_norm
+from regard.lab.checks.shared.scans import scanned
 from regard.lab.verification import check
-from regard.nn.selective_scan import SelectiveScan
 from regard.zoo.vision.mambaout import GatedCNNBlock, MambaOut, block_flops, is_long_sequence
-
-
-def scanned(x: Tensor, layer: SelectiveScan) -> Tensor:
-    """Token by token, a way and channel at a time: x (B, ways, C, L)."""
-    rank, n = layer.sizes[:2]
-    out = torch.zeros_like(x)
-    for way in range(x.shape[1]):
-        read = torch.einsum("dc,bcl->bdl", layer.read[way], x[:, way])
-        delta = torch.log1p(torch.exp(torch.einsum("cr,brl->bcl", layer.step[way], read[:, :rank]) + layer.bias[way, :, None]))
-        b, c = read[:, rank : rank + n], read[:, rank + n :]
-        h = torch.zeros(len(x), x.shape[2], n, dtype=x.dtype)
-        rows = []
-        for t in range(x.shape[3]):
-            decay = torch.exp(-delta[:, :, t, None] * torch.exp(layer.log_a[way]))
-            h = decay * h + (delta[:, :, t] * x[:, way, :, t])[..., None] * b[:, None, :, t]
-            rows.append((h * c[:, None, :, t]).sum(-1) + layer.skip[way] * x[:, way, :, t])
-        out = out + F.one_hot(torch.tensor(way), x.shape[1])[:, None, None] * torch.stack(rows, -1)[:, None]
-    return out
 
 
 def block_by_hand(x: Tensor, block: GatedCNNBlock, act: bool = True) -> Tensor:
