@@ -103,7 +103,7 @@ def line(title: str, what: str, one: dict[str, float] | None) -> str:
 def page(found: dict[str, dict[str, Any]]) -> str:
     lines = ["# Inside two real models", ""]
     lines += [
-        "Made by `python benchmarks/inside.py` (one thread). Heads are found by the scores of `regard look` on this repository's CONTRIBUTING.md, and"
+        "Made by `python benchmarks/inside.py` (one thread of a shared processor). Heads are found by the scores of `regard look` on this repository's CONTRIBUTING.md, and"
     ]
     lines += [
         "tried on other text. *Random* is the mean over three draws of as many other heads: the control. Numbers are what these runs gave, not claims of the papers.",
@@ -118,7 +118,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         lines += [line("retrieval heads", "recall of needles", one.get("retrieval"))]
         lines += [line("dormant heads (mostly on the first token)", "bits a token of text", one["dormant"])]
         told = "; ".join(
-            f"{kind}: {word!r} at place {place}, from layer {begin} for {life} layers" for kind, place, word, begin, life in one["sinks"]
+            f"{kind if place else 'the first token'}: {word!r} at place {place}, from layer {begin} for {life} layers"
+            for kind, place, word, begin, life in one["sinks"]
         )
         lines += ["", f"Sinks in the stream (`detect_sinks`): {told or 'none'}.", ""]
         lines += [

@@ -87,7 +87,9 @@ def test_runs_are_repeatable_and_budgets_are_kept():
     a, b = (vision.work(config, Job("digits", "ela", 1, 5)) for _ in range(2))
     assert a["loss"] == b["loss"] and a["accuracy"] == b["accuracy"] and vision.work(config, Job("digits", "ela", 1, 0))["seconds"] > 0
     free = VisionConfig(("ela",), parallel=1)
-    assert vision.decided(free, 0.1, 10_000) == (400, 3) and vision.decided(free, 0.1, 30)[1] == 2 and vision.decided(free, 0.1, 1) == (20, 1)
+    assert (
+        vision.decided(free, 0.1, 10_000) == (400, 3) and vision.decided(free, 0.1, 30)[1] == 2 and vision.decided(free, 0.1, 1) == (20, 1)
+    )
     steps, rounds = vision.decided(free, 0.1, 100)
     assert 20 <= steps <= 400 and rounds * (steps + vision.MEASURING) * 0.1 <= 100
     hidden = VisionConfig(("ela",), "occluded-digits", **TINY)
