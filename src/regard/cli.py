@@ -113,11 +113,24 @@ def compare(
     parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
+    task: Annotated[str, typer.Option(help="text, or of layers of images: digits, occluded-digits")] = "text",
 ) -> None:
-    """Train the same small model with each mechanism on the same text, measure all of them, and write a report."""
-    from .lab.compare import Config, default_mechanisms
+    """Train the same small model with each mechanism on the same text, or with each layer on the same images, measure all, write a report."""
+    from .lab.compare import Config, VisionConfig, compare_layers, default_mechanisms
     from .lab.compare import compare as run
 
+    if task != "text":
+        if text is not None or seq_len != 128:
+            raise RegardError(f"--text and --seq-len are of the task text; leave them out with --task {task}")
+        from .lab.compare.slots import fitting
+
+        layers = VisionConfig(tuple(mechanisms or fitting()), task, minutes, directory, seed, seeds, parallel=parallel, backend=backend)
+        seen, whole = compare_layers(layers, resume)
+        say(seen["verdict"])
+        say(f"report: {directory / 'report.html'}")
+        if not whole:
+            raise typer.Exit(130)
+        return
     config = Config(
         tuple(mechanisms or default_mechanisms()),
         text,

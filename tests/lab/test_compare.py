@@ -83,7 +83,7 @@ def test_what_one_run_does_leaves_the_others_alone(monkeypatch):
     assert found[todo[0]] == {"error": "RuntimeError: out of luck"} and found[todo[1]]["bits"]["1"] == 2.0
 
 
-def dies(config, job, threads):
+def dies(config, job, threads, work):
     """What a job does in a process that is killed: it takes the pool with it."""
     if job.spec == "gla":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -70,7 +70,7 @@ class SlowNet(nn.Module):
         for at, layer in enumerate(self.filters):
             rates = (torch.tensor(x, device="cpu") for x in (alpha / (at + 1), beta))
             gamma = torch.distributions.Gamma(*rates).sample((hidden, dims))  # type: ignore[arg-type]
-            layer.weight.data.mul_(2 * math.pi * omega * gamma.to(layer.weight))  # type: ignore[operator, union-attr]
+            layer.weight.data.mul_(2 * math.pi * omega * gamma.to(layer.weight))  # type: ignore[operator, union-attr, arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.linears = nn.ModuleList(full_linear(hidden) for _ in range(layers))
         self.last = nn.Linear(hidden, out)

@@ -2,5 +2,6 @@
 
 from .config import Config, default_mechanisms
 from .run import compare
+from .vision import VisionConfig, compare_layers
 
-__all__ = ["Config", "compare", "default_mechanisms"]
+__all__ = ["Config", "VisionConfig", "compare", "compare_layers", "default_mechanisms"]

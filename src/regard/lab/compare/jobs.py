@@ -14,7 +14,6 @@ import torch
 
 from ...errors import MissingDependency, RegardError
 from ...tasks import Corpus, python_text, read_text
-from .config import Config
 from .train import seconds_per_step, train
 
 
@@ -28,21 +27,29 @@ class Job:
     steps: int
 
 
+Work = Callable[[Any, Job], dict[str, Any]]  # (config, job) -> its result; a function of a module, which processes can find
+
+
 @functools.lru_cache(2)
 def corpus_of(text: Path | None, needed: int) -> Corpus:
     """Each process reads the text once."""
     return python_text() if text is None else read_text(text, needed)
 
 
-def run(config: Config, job: Job, threads: int) -> tuple[Job, dict[str, Any]]:
+def text_work(config: Any, job: Job) -> dict[str, Any]:
+    """A job on text or on sequences."""
+    corpus = corpus_of(config.text, config.needed_bytes)
+    if not job.steps:
+        return {"seconds": seconds_per_step(config, job.task, job.spec, corpus)}
+    return train(config, job.task, job.spec, job.seed, job.steps, corpus)
+
+
+def run(config: Any, job: Job, threads: int, work: Work = text_work) -> tuple[Job, dict[str, Any]]:
     """A job's result. One that raises leaves the others alone: its result says what happened."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        corpus = corpus_of(config.text, config.needed_bytes)
-        if not job.steps:
-            return job, {"seconds": seconds_per_step(config, job.task, job.spec, corpus)}
-        return job, train(config, job.task, job.spec, job.seed, job.steps, corpus)
+        return job, work(config, job)
     except RegardError:
         raise
     except Exception as why:  # what a mechanism of the user's may do
@@ -51,7 +58,7 @@ def run(config: Config, job: Job, threads: int) -> tuple[Job, dict[str, Any]]:
         torch.set_num_threads(before)
 
 
-def workers_of(config: Config) -> int:
+def workers_of(config: Any) -> int:
     """How many jobs run at once. One thread each is what small models use best, so as many as there are cores."""
     if config.parallel is not None:
         return config.parallel
@@ -65,14 +72,14 @@ def importable() -> bool:
     return find_spec("joblib") is not None
 
 
-def results(config: Config, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+def results(config: Any, jobs: list[Job], work: Work = text_work) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Results as they come. The numbers do not depend on how many run at once: each job has its own seed and one thread."""
     count = workers_of(config)
     if count == 1 and config.backend == "loky":
         for job in jobs:
-            yield run(config, job, 1)
+            yield run(config, job, 1, work)
         return
-    pool = pool_of(config, count)
+    pool = pool_of(config, count, work)
     left = list(jobs)
     try:
         for job, found in pool(list(left)):
@@ -86,7 +93,7 @@ def results(config: Config, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, An
                 yield job, {"error": "its process died"}
 
 
-def pool_of(config: Config, count: int) -> Callable[[list[Job]], Iterator[tuple[Job, dict[str, Any]]]]:
+def pool_of(config: Any, count: int, work: Work = text_work) -> Callable[[list[Job]], Iterator[tuple[Job, dict[str, Any]]]]:
     """Jobs -> results as they come, by joblib."""
     try:
         from joblib import Parallel, delayed, parallel_config
@@ -102,7 +109,7 @@ def pool_of(config: Config, count: int) -> Callable[[list[Job]], Iterator[tuple[
     def pool(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         with parallel_config(config.backend, n_jobs=max(2, count)):
             yield from Parallel(return_as="generator_unordered" if config.backend == "loky" else "generator")(
-                delayed(run)(config, job, 1) for job in jobs
+                delayed(run)(config, job, 1, work) for job in jobs
             )
 
     return pool

@@ -168,12 +168,25 @@ def table(report: dict[str, Any]) -> str:
     longest = f" at {max(lengths, key=int)}" if lengths else ""
     heads = ["mechanism", "bits/byte", "at 2x", "at 4x", f"recall of {few}", many, "copying", "sink mass"]
     heads += [f"prompt{longest}", "token", "state", "parameters"]
-    rows = [
-        "<tr>" + "".join(f'<td data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in cells(name, one)) + "</tr>"
-        for name, one in results.items()
+    return sortable(heads, [cells(name, one) for name, one in results.items()])
+
+
+def sortable(heads: list[str], rows: list[list[tuple[str, float | str]]]) -> str:
+    """A table of (text, what to sort by)."""
+    lines = [
+        "<tr>" + "".join(f'<td data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in row) + "</tr>" for row in rows
     ]
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def page(title: str, names: list[str], told: str, verdict: str, table: str, note: str, figures: list[str]) -> str:
+    """The whole file; table and figures are HTML, the rest plain text."""
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>regard: {html.escape(", ".join(names))}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>
+<p class="sub">{html.escape(told)}</p><p class="verdict">{html.escape(verdict)}</p>{table}
+<p class="sub">{html.escape(note)}</p>
+<div class="plots">{"".join(figures)}</div><script>{SORT}</script></body></html>"""
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
@@ -190,9 +203,5 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         f"{report['rounds'] or 0} seeds from {config['seed']}; PyTorch {env['torch']}, {env['threads']} threads"
         + ("" if report["finished"] else "; stopped before the end")
     )
-    body = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>regard: {html.escape(", ".join(report["mechanisms"]))}</title><style>{STYLE}</style></head><body><h1>Which attention?</h1>
-<p class="sub">{html.escape(told)}</p><p class="verdict">{html.escape(report["verdict"])}</p>{table(report)}
-<p class="sub">Prompt, token and state are ratios to softmax; click a column to sort by it.</p>
-<div class="plots">{"".join(figures)}</div><script>{SORT}</script></body></html>"""
-    write_text(path, body)
+    note = "Prompt, token and state are ratios to softmax; click a column to sort by it."
+    write_text(path, page("Which attention?", list(report["mechanisms"]), told, report["verdict"], table(report), note, figures))

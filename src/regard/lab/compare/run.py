@@ -48,6 +48,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:42}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console
+    )
+
+
 def resumed(path: Path, mark: str) -> dict[str, Any]:
     """Finished results of an earlier run with the same settings."""
     if not path.exists():
@@ -86,9 +92,7 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
         write_text(path, json.dumps(report, indent=1))
 
     finished = False
-    bar = Progress(
-        TextColumn("{task.description:42}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=console
-    )
+    bar = progress(console)
     try:
         with bar:
             work(config, corpus, report, bar, save)

@@ -117,7 +117,7 @@ class SFNEBlock(nn.Module):
         self.gate = HyperChannel(channels, hidden[2], 2, omega)
         self.interact = HyperInteract(channels, side, hidden[3], hidden[4], 2, omega)
         self.bottleneck = mixer(channels * (10 + earlier), channels * factor)
-        self.norm, self.drop, self.bias = GroupedStandard(channels * factor, groups), nn.Dropout2d(dropout), nn.Parameter(torch.zeros(1))
+        self.norm, self.drop, self.after = GroupedStandard(channels * factor, groups), nn.Dropout2d(dropout), nn.Parameter(torch.zeros(1))
 
     @takes(x="batch channels side side")
     def with_kernel(self, x: Tensor, *earlier: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ class SFNEBlock(nn.Module):
             *tiled[1:],
             self.interact(out, x),
         ]
-        return self.drop(F.gelu(self.norm(self.bottleneck(torch.cat(maps, 1)))) + self.bias), kernel
+        return self.drop(F.gelu(self.norm(self.bottleneck(torch.cat(maps, 1)))) + self.after), kernel
 
     def forward(self, x: Tensor, *earlier: Tensor) -> Tensor:
         return self.with_kernel(x, *earlier)[0]

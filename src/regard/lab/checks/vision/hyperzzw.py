@@ -181,7 +181,7 @@ def block(layer: SFNEBlock, x: Tensor, earlier: tuple[Tensor, ...], residual: bo
     maps = [out, two, *wide[:1], fast, out_mixed, one, out / (1 + torch.exp(-out)), three, out_gated, four, *wide[1:]]
     maps.append(interaction(out, x, layer.interact))
     y = pointwise(torch.cat(maps, 1), layer.bottleneck.weight, layer.bottleneck.bias)
-    y = gelu(grouped(y, layer.norm.groups)) + layer.bias
+    y = gelu(grouped(y, layer.norm.groups)) + layer.after
     return (y + x.repeat(1, y.shape[1] // x.shape[1], 1, 1) if residual else y), kernel
 
 
