@@ -27,7 +27,7 @@ REGISTERED = re.compile(r'^@register\("([^"]+)"(?:, kind="(\w+)")?\)\n(?:@.*\n)*
 @dataclass(frozen=True)
 class Entry:
     """A registered system. kind: "mechanism" (a description for `attend`), or "module" (a layer or function of its own), "function",
-    "policy" or "experiment". where: module and name of the factory, which is imported when it is asked for."""
+    "model", "policy", "strategy" or "experiment". where: module and name of the factory, which is imported when it is asked for."""
 
     name: str
     kind: str
