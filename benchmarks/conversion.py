@@ -24,7 +24,7 @@ from regard.lab.sweep.reader import model_and_reader
 from regard.tasks.text import python_text, read_text
 from regard.zoo.systems.lolcats import attention_transfer, convert_lolcats, lora_finetune
 
-PROMPTS = ("The for statement is used to iterate over", "import os\n\ndef read_lines(path):\n")
+PROMPT = 160  # tokens of held-out text that are continued: more than the window, so that the state is read
 
 
 class Benchmark:
@@ -62,12 +62,13 @@ class Benchmark:
         return nats / math.log(2) / size
 
     @torch.no_grad()
-    def said(self, tokens: int = 40) -> list[str]:
-        out = []
-        for prompt in PROMPTS:
-            ids = torch.tensor([self.begin + self.reader.tokens(prompt.encode())])
+    def said(self, tokens: int = 40, prompts: int = 2) -> list[str]:
+        """The end of each prompt, and what the model makes of it."""
+        out, span = [], 8 * self.asked.length
+        for at in torch.linspace(0, len(self.corpus.valid) - span, prompts + 2).long().tolist()[1:-1]:
+            ids = torch.tensor([self.ids(self.corpus.valid[at : at + span])[:PROMPT]])
             made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-            out.append(prompt + self.reader.text(made[0, ids.shape[1] :].tolist()))
+            out.append(f"{self.reader.text(ids[0].tolist())[-80:]} >>> {self.reader.text(made[0, ids.shape[1] :].tolist())}")
         return out
 
     def measure(self, name: str) -> None:

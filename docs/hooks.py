@@ -36,7 +36,7 @@ PACKAGES = {
         "regard.algebra.select",
     ],
     "layers": ["regard.nn.attention", "regard.nn.multihead", "regard.nn.functional", "regard.nn.decoder", "regard.nn.mixers"],
-    "adapt": ["regard.adapt.patch", "regard.adapt.named", "regard.adapt.replace", "regard.adapt.linearise"],
+    "adapt": ["regard.adapt.patch", "regard.adapt.named", "regard.adapt.replace", "regard.adapt.linearise", "regard.adapt.conversion", "regard.adapt.recipe", "regard.adapt.stages", "regard.adapt.student"],
     "models": ["regard.models", "regard.models.causal_lm"],
     "taps": ["regard.taps", "regard.taps.points", "regard.taps.session", "regard.taps.reductions"],
     "cache": ["regard.cache", "regard.cache.policy", "regard.cache.policies"],

@@ -144,6 +144,7 @@ LAYERS: dict[str, Layer] = {
     "afa": Layer(SMALL, causal=True),
     "attention-cl": Layer({"channels": 6, "hidden": 5, "spatial": (4, 3)}, image(3, 6, 4, 3), channels=2),
     "biformer": Layer({**SMALL, "regions": 2, "top_k": 2}, image(8, 8, 16)),
+    "bipft": Layer(SMALL),
     "cbam": Layer({"channels": 16, "reduction": 4}, image(16, 6, 7), channels=1),
     "combiner": Layer({**SMALL, "seg_len": 4}, causal=True),
     "contmix": Layer({"dim": 16, "context_dim": 6, "kernel": 5, "small": 3, "pool": 3}, overviewed, channels=1),

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"train": ["gla", "--steps", "12"]}
+ARGUMENTS = {"train": ["gla", "--steps", "12"], "convert": ["8"]}
 PROMISED = {
     "train": "bits per byte",
     "swap": "regard:moba?block_size=32&top_k=4",
     "own_mechanism": "token by token equals the whole pass",
     "cache": "StreamingLLM",
+    "convert": "after transfer",
     "look_inside": "the same by regard.interpret.ablated",
 }
 

@@ -306,3 +306,49 @@ def test_parts_that_are_no_attention_and_models_that_are_no_language_models():
             conversion, [adapt.Transfer(200, 2e-2)], lambda generator: {"input": torch.randn(16, 4, generator=generator).double()}
         )
         assert report.losses[0][-1] < 0.1 * report.losses[0][0] and report.stages == ("transfer",)
+
+
+@torch.no_grad()
+def test_models_that_norm_queries_and_keys():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from regard.zoo.systems.dha import to_dha
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "vocab_size": 9,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes)).double().eval()
+    for p in model.parameters():
+        p.add_(0.5 * torch.randn_like(p))
+    ids = torch.randint(9, (2, 7))
+    truth = model(ids, use_cache=False).logits
+    kinds = (
+        lambda: convert_lolcats(model, 7, 5),
+        lambda: convert_liger(model, window=6, mix=1.0),
+        lambda: to_dha(model, key_heads=[1, 2], value_heads=[2, 1]),
+    )
+    for make in kinds:
+        with make():
+            assert torch.allclose(model(ids, use_cache=False).logits, truth, atol=1e-6)  # their norms are computed in float32
+    with convert_lolcats(model, 3, 5):
+        assert not torch.allclose(model(ids, use_cache=False).logits, truth, atol=1e-2)
+
+
+def test_lolcats_maps_are_drawn_from_their_seed():
+    layers = [
+        next(iter(convert_lolcats(llama(), 4, 5, seed=seed, tie=tie).students.values()))
+        for seed, tie in ((0, False), (0, False), (1, True))
+    ]
+    assert torch.equal(layers[0].query_map, layers[1].query_map) and not torch.equal(layers[0].query_map, layers[2].query_map)
+    assert torch.equal(layers[0].query_map, layers[0].key_map) and layers[2].query_map is layers[2].key_map
+    bound = (6 / (8 * 5)) ** 0.5
+    assert 0.8 * bound < float(layers[0].query_map.abs().max()) <= bound and abs(float(layers[0].gamma.sigmoid().mean()) - 0.1) < 1e-7
+    fixed = next(iter(convert_lolcats(llama(), 4, 5, train_gamma=False).students.values()))
+    assert "gamma" in dict(fixed.named_buffers()) and "gamma" not in dict(fixed.named_parameters())

@@ -13,6 +13,7 @@ from regard import RegardError
 CAUSAL = [name for name in MODULES if LAYERS[name].causal]
 STEPS = [name for name in CAUSAL if hasattr(make(name), "step")]
 UNFELT = {  # softmax does not feel what is added to all scores of a row, nor anything where there is one key; nor batch norms a bias
+    "bipft": ("p_k.bias", "m_k.bias"),
     "contmix": ("fuse.0.bias", "norms.0.bias", "norms.1.bias", "norms.2.bias"),
     "convit": ("position.bias",),
     "hyperzzw": (
@@ -32,6 +33,7 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
 }
 WIDE = {"minimax-01": "logits in float32, for training and rollout to agree"}
 ESTIMATED = {  # gradients that are no derivatives of the outputs, and so have none themselves
+    "bipft": "signs and rounded probabilities learn straight through",
     "hgf": "weights and activations learn straight through their rounding",
     "hyperzzw": "the renormalisation of kernels that hear a map keeps what it normalises out of the gradient",
     "lalte": "the router learns straight through its decisions",

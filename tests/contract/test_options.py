@@ -116,6 +116,7 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("acmil", "masked"): (2, {}),
     ("acmil", "share"): (1.0, {"masked": 2}),
     ("attention-cl", "weights"): ("sigmoid", {}),
+    ("bipft", "dropout"): (0.5, {}),
     ("cbam", "pools"): (("avg",), {}),
     ("cbam", "order"): ("parallel", {}),
     ("cbam", "kernel"): (3, {}),

@@ -163,19 +163,19 @@ def mask_form(module: nn.Module) -> str:
     return "sdpa" if name.startswith(f"{NAME}:") else name
 
 
-def own_eager(module: nn.Module) -> Callable[..., Any] | None:
-    """The plain attention function that stands beside the module's class."""
-    lookup = lookup_of(type(module))
+def own_eager(module: nn.Module, kind: type | None = None) -> Callable[..., Any] | None:
+    """The plain attention function that stands beside the module's class, or another."""
+    lookup = lookup_of(kind or type(module))
     names = [name for name in lookup.__code__.co_names if name.endswith("eager_attention_forward")]
     return lookup.__globals__.get(names[0]) if names else None  # type: ignore[no-any-return]
 
 
-def own_attention(module: nn.Module) -> Callable[..., Any]:
-    """The attention function that the model would have called."""
-    eager, name = own_eager(module), own_name(module)
+def own_attention(module: nn.Module, kind: type | None = None) -> Callable[..., Any]:
+    """The attention function that the model would have called. kind: the class that the module stands for (None: its own)."""
+    eager, name = own_eager(module, kind), own_name(module)
     if name == "eager" and eager is None:
         raise RegardError(f"{type(module).__name__} has no plain attention function; expected model.set_attn_implementation('sdpa')")
-    found: Callable[..., Any] = lookup_of(type(module)).__globals__["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)
+    found: Callable[..., Any] = lookup_of(kind or type(module)).__globals__["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)
     return found
 
 

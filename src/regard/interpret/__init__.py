@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..lazy import listed, load
+from .direct import direct_effects
 from .heads import ablated, gated, head_counts, importance, removable
 from .patching import activation_patch, logit_difference, path_patch
 from .surgery import prune
@@ -27,12 +28,14 @@ ROWS = {
     "graph_attention_report": "analysis.graph_attention_windows_in_llms",
     "graph_window": "analysis.graph_attention_windows_in_llms",
     "inject": "analysis.attention_pattern_injection",
+    "head_pattern_report": "analysis.chinchilla_mcq_circuit_analysis",
     "input_gradients": "analysis.rollout_and_flow",
     "inequality": "analysis.headmask",
     "position_report": "analysis.posir",
     "prune_schedule": "analysis.head_pruning",
     "rank_correlation": "analysis.rollout_and_flow",
     "meta_saliency": "analysis.normgrad",
+    "low_rank_head": "analysis.chinchilla_mcq_circuit_analysis",
     "mlp_alignment": "analysis.secondary_attention_sinks",
     "needle_recall": "analysis.retrieval_head",
     "repair": "analysis.circuit_reuse",
@@ -46,6 +49,7 @@ ROWS = {
     "score_components": "analysis.sparse_attention_decomposition",
     "sparse_set": "analysis.sparse_attention_decomposition",
     "suppress": "analysis.secondary_attention_sinks",
+    "total_effect": "analysis.chinchilla_mcq_circuit_analysis",
     "trace": "analysis.sparse_attention_decomposition",
 }
 
@@ -54,6 +58,7 @@ __all__ = [
     "HeadWeights",
     "ablated",
     "activation_patch",
+    "direct_effects",
     "gated",
     "head_counts",
     "head_weights",

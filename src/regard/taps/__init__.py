@@ -4,6 +4,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .plan import TapPlan, plan
 from .points import POINTS, At
 from .reductions import Behind, ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
 from .seen import Seen
@@ -23,9 +24,11 @@ __all__ = [
     "Rows",
     "Seen",
     "Site",
+    "TapPlan",
     "Taps",
     "Top",
     "edit",
+    "plan",
     "read",
     "sites",
 ]

@@ -97,3 +97,11 @@ def test_gates():
     all_of_one = torch.nn.functional.one_hot(torch.tensor([[2, 2]]), 3).float()
     none = torch.nn.functional.one_hot(torch.tensor([[0, 0]]), 3).float()
     assert float(spent([all_of_one, none], [3, 1])) == 0.75
+
+
+def test_as_released_the_task_s_loss_reaches_no_gate():
+    torch.manual_seed(0)
+    for straight in (True, False):
+        layer = ACM(6, 3, 5, straight=straight)
+        layer(torch.randn(2, 30, 6)).square().sum().backward()
+        assert (layer.gate.layers[0].weight.grad is not None) == straight

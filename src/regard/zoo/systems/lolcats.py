@@ -66,7 +66,11 @@ class LolcatsAttention(Student):
         drawn = (2 * torch.rand(self.heads, self.head_dim, feature_dim, generator=generator) - 1) * bound
         self.query_map = nn.Parameter(drawn)
         self.key_map = self.query_map if tie else nn.Parameter(drawn.clone())
-        self.gamma = nn.Parameter(torch.full((1, self.heads, 1, 1), float(gamma)), requires_grad=train_gamma)
+        factor = torch.full((1, self.heads, 1, 1), float(gamma))
+        if train_gamma:
+            self.gamma: Tensor = nn.Parameter(factor)
+        else:
+            self.register_buffer("gamma", factor)
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:
         """phi of x (B, H, L, d)."""

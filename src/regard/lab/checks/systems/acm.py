@@ -21,7 +21,7 @@ from regard.lab.verification import check
 from regard.zoo.systems.acm import ACM, BudgetLoss, acmize, budgeted, choices, distilling, flops_per_token, gate_labels, gating
 
 
-def prefix(layer: ACM, x: Tensor, n: int) -> Tensor:
+def prefix(layer: Any, x: Tensor, n: int) -> Tensor:
     """h_n of one token x (dim,)."""
     acts = {"gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2, "relu": lambda z: z.clamp_min(0), "identity": lambda z: z}
     y = torch.zeros(layer.out, dtype=x.dtype) if layer.b2 is None else layer.b2[0]
@@ -46,13 +46,13 @@ def _() -> tuple[float, float]:
         {"act": "relu", "bias": False, "gate_depth": 1},
         {"act": "identity", "bias": "hidden_only", "out": 4, "least": 1, "tau": None},
     ):
-        layer = drawn(ACM(6, 3, 5, gate_hidden=7, **options), 1.0)
+        layer: Any = drawn(ACM(6, 3, 5, gate_hidden=7, **options), 1.0)
         taken = []
         for b, t in itertools.product(range(2), range(9)):
             z = x[b, t]
             for linear in layer.gate.layers:
                 z = z @ linear.weight.T + linear.bias
-            taken.append(int(z.argmax()) + options.get("least", 0))
+            taken.append(int(z.argmax()) + int(options.get("least", 0)))  # type: ignore[call-overload]
         learned = [p for name, p in layer.named_parameters() if not name.startswith("gate")]
         truth = torch.stack([prefix(layer, z, n) for z, n in zip(x.flatten(0, 1), taken, strict=True)]).view(2, 9, -1)
         found = layer.eval()(x)
@@ -78,7 +78,8 @@ def _() -> tuple[float, float]:
     control="of the whole sum",
 )
 def _() -> tuple[float, float]:
-    layer, x = drawn(ACM(6, 3, 5)), torch.randn(2, 4, 6, dtype=F64)
+    layer: Any = drawn(ACM(6, 3, 5))
+    x = torch.randn(2, 4, 6, dtype=F64)
     seed = torch.randn(2, 4, 4, 6, dtype=F64)
 
     def grads(outputs: Tensor) -> list[Tensor]:
@@ -113,8 +114,9 @@ def labels_by_hand(errors: Tensor, factor: float) -> Tensor:
     return torch.tensor(found).view(errors.shape[:-1])
 
 
-def terms_by_hand(model: nn.ModuleList, beta: float, kind: str, weights: tuple[float, float, float]) -> Tensor:
-    cost, full, entropies, share = 0.0, 0.0, [], []
+def terms_by_hand(model: Any, beta: float, kind: str, weights: tuple[float, float, float]) -> Tensor:
+    cost: Any = 0.0
+    full, entropies, share = 0.0, [], []
     for part in model:
         n = part.learners
         price = 2 * part.block * (part.dim + part.out)
@@ -131,7 +133,7 @@ def terms_by_hand(model: nn.ModuleList, beta: float, kind: str, weights: tuple[f
     return weights[0] * budget - weights[1] * torch.stack(entropies).mean() - weights[2] * 2 * pairs
 
 
-def called(model: nn.ModuleList, x: Tensor, terms: Any) -> Tensor:
+def called(model: Any, x: Tensor, terms: Any) -> Tensor:
     """The terms of a fresh call with the same noise."""
     torch.manual_seed(3)
     for part in model:

@@ -16,7 +16,7 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.converting import draws, heads_by_hand, shaken, streamed, student_of, tiny_bits, turned
 from regard.lab.checks.shared.decoding import llama
 from regard.lab.verification import check
-from regard.zoo.systems.liger import KINDS, LigerAttention, convert_liger, liger_lora
+from regard.zoo.systems.liger import KINDS, convert_liger, liger_lora
 
 
 def pooled(x: Tensor, size: int) -> Tensor:
@@ -29,7 +29,7 @@ def log_sigmoid(x: Tensor) -> Tensor:
     return -torch.log(1 + torch.exp(-x))
 
 
-def by_hand(layer: LigerAttention, x: Tensor, kind: str, window: int, mix: float = 0.5, tau: float = 16.0, slots: int = 128) -> Tensor:
+def by_hand(layer: Any, x: Tensor, kind: str, window: int, mix: float = 0.5, tau: float = 16.0, slots: int = 128) -> Tensor:
     """The layer's output, a token and a head at a time; softmax sees `window` keys before a token's own."""
     h, d = heads_by_hand(layer, x), layer.head_dim
     batch, heads, length, _ = h.q.shape

@@ -1,0 +1,96 @@
+"""Multiple-choice circuits beyond their checks: questions as they say, a trained model taken apart, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regard import RegardError, models
+from regard.interpret.direct import direct_effects
+from regard.nn import Decoder
+from regard.tasks.choices import ASK, BEGIN, END, WORDS, choices, vocabulary
+from regard.tasks.training import fit
+from regard.zoo.analysis.chinchilla_mcq_circuit_analysis import (
+    head_pattern_report,
+    low_rank_head,
+    projector,
+    recovered,
+    total_effect,
+)
+
+
+@pytest.mark.parametrize("labels", ["standard", "shuffled", "random"])
+def test_questions_hold_their_answer(labels):
+    found = choices(40, torch.Generator().manual_seed(0), options=3, items=6, alphabets=2, alphabet=1, labels=labels, mark=2)
+    first = WORDS + 6
+    seen = set()
+    for row, shown, right in zip(found.ids.tolist(), found.labels.tolist(), found.correct.tolist(), strict=True):
+        assert row[0] == BEGIN and row[-1] == ASK and len(row) == 3 + 4 * 3
+        options = [row[2 + 4 * n : 6 + 4 * n] for n in range(3)]
+        assert [o[0] for o in options] == shown == [row[p] for p in found.places.tolist()]
+        assert all(o[1] == 2 and o[3] == END and WORDS <= o[2] < first for o in options) and len({o[2] for o in options}) == 3
+        assert options[right][2] == row[1] and len(set(shown)) == 3
+        seen.add(tuple(shown))
+    alphabet = set(range(first + 3, first + 6))
+    assert all(set(shown) == alphabet for shown in seen) == (labels != "random") and (len(seen) == 1) == (labels == "standard")
+    logits = torch.randn(40, vocabulary(3, 6, 2))
+    shown = logits.gather(1, found.labels)
+    assert torch.allclose(found.centred(logits), logits[range(40), found.answer] - shown.mean(1))
+    assert found.accuracy(logits) == float((shown.argmax(1) == found.correct).double().mean())
+
+
+@pytest.mark.slow
+def test_a_trained_model_answers_through_few_nodes_and_dimensions():
+    torch.manual_seed(0)
+    model = Decoder(vocab=vocabulary(), dim=64, layers=2, heads=4)
+
+    def loss(given):
+        return F.cross_entropy(model(given.ids)[:, -1], given.answer)
+
+    fit(model, lambda g: choices(64, g, labels="shuffled"), loss, 1500, lr=2e-3)
+    given = choices(300, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        clean = given.accuracy(model(given.ids)[:, -1])
+    assert clean > 0.9
+    other = choices(300, torch.Generator().manual_seed(10)).ids
+    effects = total_effect(model, given.ids, lambda out: given.centred(out[:, -1]), other).heads
+    (layer, head), *_ = [at for at in effects.ranked() if at[0] == 1]
+    low = low_rank_head(model, (layer, head), given.ids, given.places.tolist(), 3)
+    with low.patched(model), torch.no_grad():
+        assert recovered(clean, given.accuracy(model(given.ids)[:, -1]), 0.25) > 0.9
+
+
+def test_llama_s_parts_add_up():
+    model, given = models.load("tiny"), choices(2, torch.Generator().manual_seed(0))
+    towards = F.one_hot(given.answer, 256).float()
+    truth = model(given.ids).logits[:, -1].gather(1, given.answer[:, None])[:, 0]
+    found = direct_effects(model, given.ids, towards)
+    assert torch.allclose(found.total, truth, atol=1e-4) and found.table.scores.shape == (4, 8)
+
+
+def test_what_does_not_fit_is_refused():
+    model, given = models.load("tiny"), choices(2, torch.Generator().manual_seed(0))
+    for options in ({"options": 1}, {"options": 30}, {"alphabet": 2}, {"labels": "letters"}):
+        with pytest.raises(RegardError, match="options"):
+            choices(2, torch.Generator(), **options)
+    with pytest.raises(RegardError, match="source"):
+        total_effect(model, given.ids, lambda out: given.centred(out.logits[:, -1]), given.ids[:1])
+    with pytest.raises(RegardError, match="roles"):
+        head_pattern_report(model, given.ids, {"labels": torch.ones(2, 3, dtype=torch.bool)})
+    with pytest.raises(RegardError, match="heads holds"):
+        low_rank_head(model, (0, 9), given.ids, given.places.tolist(), 3)
+    with pytest.raises(RegardError, match="rank=99"):
+        low_rank_head(model, (0, 1), given.ids, given.places.tolist(), 99)
+    with pytest.raises(RegardError, match="rank=-1"):
+        projector([torch.ones(2, 3)], -1)
+    with pytest.raises(RegardError, match="tells apart"):
+        recovered(1.0, 0.5, 1.0)
+    with pytest.raises(RegardError, match="expected regard's Decoder"):
+        direct_effects(torch.nn.Linear(2, 2), given.ids, given.ids)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8
+    )
+    with pytest.raises(RegardError, match="not the sum of its branches"):
+        direct_effects(transformers.Gemma2ForCausalLM(config).eval(), given.ids, torch.ones(2, 40))
