@@ -14,5 +14,12 @@ for family in sorted({record.family for record in everything}):
     for record in (r for r in everything if r.family == family):
         link = f"[`{record.slug}`](rows/{record.family}/{record.slug}.md)"
         lines.append(f"| {record.id} | {link} | {record.title.replace('|', '/')} | {record.year} | {record.status} |")
-lines += ["", "## Kinds of efficient attention", "", "Read off the descriptions by `regard.zoo.linear.efficient_attention_survey`.", "", table()]
+lines += [
+    "",
+    "## Kinds of efficient attention",
+    "",
+    "Read off the descriptions by `regard.zoo.linear.efficient_attention_survey`.",
+    "",
+    table(),
+]
 sys.stdout.write("\n".join(lines) + "\n")

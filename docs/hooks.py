@@ -16,11 +16,36 @@ from regard.catalog.registry import entry
 SOURCE = "src/regard"
 MEASURED = Path(__file__).parent / "results" / "verify.json"
 PACKAGES = {
-    "regard": ["regard.attend", "regard.plan", "regard.step", "regard.weights", "regard.merge", "regard.get", "regard.names", "regard.records", "regard.register"],
+    "regard": [
+        "regard.attend",
+        "regard.plan",
+        "regard.step",
+        "regard.weights",
+        "regard.merge",
+        "regard.get",
+        "regard.names",
+        "regard.records",
+        "regard.register",
+    ],
     "masks": ["regard.algebra.mask", "regard.algebra.token_mask", "regard.algebra.neighborhood"],
-    "mechanisms": ["regard.algebra.mechanism", "regard.algebra.normalizer", "regard.algebra.score", "regard.algebra.position", "regard.algebra.select"],
+    "mechanisms": [
+        "regard.algebra.mechanism",
+        "regard.algebra.normalizer",
+        "regard.algebra.score",
+        "regard.algebra.position",
+        "regard.algebra.select",
+    ],
     "layers": ["regard.nn.attention", "regard.nn.multihead", "regard.nn.functional", "regard.nn.decoder", "regard.nn.mixers"],
-    "adapt": ["regard.adapt.patch", "regard.adapt.named", "regard.adapt.replace", "regard.adapt.linearise", "regard.adapt.conversion", "regard.adapt.recipe", "regard.adapt.stages", "regard.adapt.student"],
+    "adapt": [
+        "regard.adapt.patch",
+        "regard.adapt.named",
+        "regard.adapt.replace",
+        "regard.adapt.linearise",
+        "regard.adapt.conversion",
+        "regard.adapt.recipe",
+        "regard.adapt.stages",
+        "regard.adapt.student",
+    ],
     "models": ["regard.models", "regard.models.causal_lm"],
     "taps": ["regard.taps", "regard.taps.points", "regard.taps.session", "regard.taps.reductions"],
     "cache": ["regard.cache", "regard.cache.policy", "regard.cache.policies"],
@@ -47,13 +72,34 @@ def table(checks: list[dict[str, Any]]) -> list[str]:
 
 def row_page(record: Record, results: dict[str, list[dict[str, Any]]]) -> str:
     """What a row is, how it is called, what it costs, and what was measured on it."""
-    lines = [f"# {record.slug}", "", f"**{record.title}** ({record.year}). Id {record.id}, family {record.family}; {', '.join(record.parts)}.", ""]
+    lines = [
+        f"# {record.slug}",
+        "",
+        f"**{record.title}** ({record.year}). Id {record.id}, family {record.family}; {', '.join(record.parts)}.",
+        "",
+    ]
     if record.status != "works":
-        return "\n".join([*lines, "Planned, not working yet. What it must be:", "", "```text", record.math, "```", "", "Claim: " + record.claim, ""])
+        return "\n".join(
+            [*lines, "Planned, not working yet. What it must be:", "", "```text", record.math, "```", "", "Claim: " + record.claim, ""]
+        )
     own = made().get(record.slug, [])
     head = own[: own.index("")] if "" in own else own
-    lines += ["```text", formula(entry(record.slug)), "```", "", *[f"- `{line}`" if line.startswith("used as") else f"- {line}" for line in head], ""]
-    lines += [f"Files: `{SOURCE}/zoo/{place(record)}`, checks `{SOURCE}/lab/checks/{place(record)}`.", "", f"The paper's claim: {record.claim}", "", "## Checks", ""]
+    lines += [
+        "```text",
+        formula(entry(record.slug)),
+        "```",
+        "",
+        *[f"- `{line}`" if line.startswith("used as") else f"- {line}" for line in head],
+        "",
+    ]
+    lines += [
+        f"Files: `{SOURCE}/zoo/{place(record)}`, checks `{SOURCE}/lab/checks/{place(record)}`.",
+        "",
+        f"The paper's claim: {record.claim}",
+        "",
+        "## Checks",
+        "",
+    ]
     if record.slug in results:
         lines += ["As `regard verify` measured them:", "", *table(results[record.slug])]
     else:
