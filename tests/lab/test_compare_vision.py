@@ -78,6 +78,11 @@ def test_end_to_end_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "fit", lambda *a: pytest.fail("finished work was done again"))
     again, _ = compare_layers(config, resume=True)
     assert again["mechanisms"]["ela"]["digits"] == json.loads(json.dumps(one["digits"]))
+    monkeypatch.undo()
+    more, _ = compare_layers(VisionConfig(("ela",), out=tmp_path, minutes=10, **{**TINY, "seeds": 3}), resume=True)
+    assert (
+        set(more["mechanisms"]["ela"]["digits"]) == {"0", "1", "2"} and more["rounds"] == 3 and set(more["mechanisms"]) == {"none", "ela"}
+    )
     with pytest.raises(RegardError, match="other settings"):
         compare_layers(VisionConfig(("ela",), out=tmp_path, minutes=10, **{**TINY, "steps": 4}), resume=True)
 

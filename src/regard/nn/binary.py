@@ -58,7 +58,7 @@ class Binarizer(nn.Module):
         if not bool(self.fitted) and float(self.scale.detach()) == 1.0 and x.numel():
             with torch.no_grad():
                 self.scale.copy_((2 if self.signed else 4) * x.abs().mean())
-                self.fitted.fill_(True)
+                self.fitted.fill_(True)  # type: ignore[operator]
         return (Signed if self.signed else Unsigned).apply(x, self.scale.to(x.dtype))  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -220,9 +220,12 @@ def decided(config: VisionConfig, cost: float, seconds: float) -> tuple[int, int
 
 
 def compare_layers(config: VisionConfig, resume: bool = False, console: Console | None = None) -> tuple[dict[str, Any], bool]:
-    """Run a comparison and write report.json, report.html and table.md in config.out; returns (report, whether it was finished)."""
+    """Run a comparison and write report.json, report.html and table.md in config.out; returns (report, whether it was finished).
+
+    resume: what is there is kept, and seeds that are not are added, as far as the minutes go, with as many steps."""
     start, budget = time.perf_counter(), 60 * config.minutes
-    kept = {key: value for key, value in config.as_dict().items() if key not in ("out", "layers", "parallel", "backend")}
+    free = ("out", "layers", "parallel", "backend", "minutes", "seeds")  # what may differ when a run is gone on with
+    kept = {key: value for key, value in config.as_dict().items() if key not in free}
     mark, path = json.dumps(kept, sort_keys=True), config.out / "report.json"
     old = resumed(path, mark) if resume else {}
     try:
@@ -237,7 +240,7 @@ def compare_layers(config: VisionConfig, resume: bool = False, console: Console 
         "mechanisms": ones,
         "finished": False,
     }
-    report |= {"steps": old.get("steps"), "rounds": old.get("rounds", 0)}
+    report |= {"steps": old.get("steps"), "rounds": config.seeds}
     try:
         with progress(console or Console(stderr=True)) as bar:
             for spec, ratio in timed(config).items():
@@ -247,6 +250,7 @@ def compare_layers(config: VisionConfig, resume: bool = False, console: Console 
                 cost = sum(found.get("seconds", 0.0) for _, found in results(config, probes, work))
                 report["steps"], report["rounds"] = decided(config, cost or 1e-3, budget - (time.perf_counter() - start))
             for number in range(report["rounds"]):
+                began = time.perf_counter()
                 seed = (config.seed + number) % 2**32
                 jobs = [Job(config.task, spec, seed, report["steps"]) for spec in ones if str(seed) not in ones[spec].get(config.task, {})]
                 line = bar.add_task(f"learning, seed {seed}", total=len(jobs))
@@ -254,6 +258,10 @@ def compare_layers(config: VisionConfig, resume: bool = False, console: Console 
                     ones[job.spec].setdefault(job.task, {})[str(seed)] = found
                     bar.advance(line)
                     write_text(path, json.dumps(report, indent=1))
+                took, left = time.perf_counter() - began, budget - (time.perf_counter() - start)
+                if jobs and number + 1 < report["rounds"] and took > left:
+                    report["rounds"] = number + 1
+                    break
         report["finished"] = True
     except KeyboardInterrupt:
         if console is not None:

@@ -46,13 +46,13 @@ def _() -> tuple[float, float]:
         {"act": "relu", "bias": False, "gate_depth": 1},
         {"act": "identity", "bias": "hidden_only", "out": 4, "least": 1, "tau": None},
     ):
-        layer = drawn(ACM(6, 3, 5, gate_hidden=7, **options), 1.0)
+        layer: Any = drawn(ACM(6, 3, 5, gate_hidden=7, **options), 1.0)
         taken = []
         for b, t in itertools.product(range(2), range(9)):
             z = x[b, t]
             for linear in layer.gate.layers:
                 z = z @ linear.weight.T + linear.bias
-            taken.append(int(z.argmax()) + options.get("least", 0))
+            taken.append(int(z.argmax()) + int(options.get("least", 0)))  # type: ignore[call-overload]
         learned = [p for name, p in layer.named_parameters() if not name.startswith("gate")]
         truth = torch.stack([prefix(layer, z, n) for z, n in zip(x.flatten(0, 1), taken, strict=True)]).view(2, 9, -1)
         found = layer.eval()(x)
