@@ -110,7 +110,7 @@ def _() -> tuple[float, float]:
 
     leaves = (x, *net.parameters())
     fresh = InductionNet(64, 8)
-    std = max(abs(float(p.std()) * 8 - 1) for name, p in fresh.named_parameters() if "weight" in name)
+    std = max(abs(float(p.detach().std()) * 8 - 1) for name, p in fresh.named_parameters() if "weight" in name)
     shape = (
         len(fresh.mlp) == 3
         and linears(fresh.q)[0].weight.shape == (64, 64)
