@@ -23,7 +23,7 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
         "bottleneck.bias",
         *(f"locals.{at}.bias" for at in range(4)),
         "after",
-    ),  # fmt: skip
+    ),
     "latent-monotonic-attention": ("energy.bias",),
     "mqsa-ted": ("k.bias",),
     "rcmha": ("head_convs.1.bias",),
