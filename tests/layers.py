@@ -166,7 +166,7 @@ LAYERS: dict[str, Layer] = {
             "channels": 4,
             "side": 6,
             "factor": 3,
-            "kernels": (3, 1, 5, 3),
+            "kernels": (3, 3, 5, 3),
             "hidden": (4, 4, 4, 4, 4),
             "groups": 4,
             "omega": 1.0,

@@ -16,13 +16,14 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
     "bipft": ("p_k.bias", "m_k.bias"),
     "contmix": ("fuse.0.bias", "norms.0.bias", "norms.1.bias", "norms.2.bias"),
     "convit": ("position.bias",),
-    "hyperzzw": (
+    "hyperzzw": (  # the last is added to all alike, which loss_of leaves out
         "slow.y.bias",
         "fast.y.bias",
         "mix.bias",
         "bottleneck.bias",
+        *(f"locals.{at}.bias" for at in range(4)),
         "after",
-    ),  # the last is added to all alike, which loss_of leaves out
+    ),
     "latent-monotonic-attention": ("energy.bias",),
     "mqsa-ted": ("k.bias",),
     "rcmha": ("head_convs.1.bias",),

@@ -148,7 +148,7 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("moment-probing", "proj"): (64, {}),
     ("moment-probing", "heads"): (2, {}),
     ("moment-probing", "pairs"): ("all", {}),
-    ("hyperzzw", "kernels"): ((3, 3, 5, 3), {}),
+    ("hyperzzw", "kernels"): ((3, 5, 5, 3), {}),
     ("hyperzzw", "hidden"): ((4, 4, 4, 4, 6), {}),
     ("hyperzzw", "groups"): (2, {}),
     ("mossformer", "qk_dim"): (12, {}),
