@@ -139,6 +139,10 @@ SMALL = {"dim": 16, "heads": 2}
 LAYERS: dict[str, Layer] = {
     "a2n": Layer({"scale": 2, "width": 32, "up_width": 4, "blocks": 2, "temperature": 0.5}, image(3, 6, 5), channels=1),
     "acm": Layer({"dim": 16, "learners": 3, "block": 6, "gate_hidden": 8}),
+    "attentive-survey": Layer(
+        {"dim": 16, "alignment": "additive", "positions": "local-p"},
+        lambda batch, length: tuple(torch.randn(batch, length, 16) for _ in range(3)),
+    ),
     "acmil": Layer({"features": 16, "classes": 3, "dim": 8, "hidden": 5, "branches": 3, "masked": 0}),
     "activator": Layer({"dim": 16, "hidden": 24}),
     "afa": Layer(SMALL, causal=True),

@@ -20,6 +20,8 @@ WORKING = regard.records(status="works")
 # A row's file imports no other row's, except where the paper itself builds on that row.
 BUILDS_ON = {
     ("adasplash", "entmax"): "AdaSplash is a faster computation of entmax",
+    ("attentive-survey", "entmax"): "one of the survey's distributions",
+    ("attentive-survey", "sparsemax"): "one of the survey's distributions",
     ("entmax", "sparsemax"): "entmax generalises sparsemax, its case alpha = 2",
     ("lalte", "deltanet"): "the paper's layers are gated DeltaNet with learned eviction",
     ("lightning-attention", "lightning-attention-2"): "two versions of one recurrence, which stands with the second",

@@ -12,6 +12,9 @@ from regard.catalog.registry import entry
 
 # (row, option) -> another value, and what else both layers are made with.
 OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
+    ("attentive-survey", "alignment"): ("dot", {}),
+    ("attentive-survey", "distribution"): ("sigmoid", {}),
+    ("attentive-survey", "positions"): ("soft", {}),
     ("afa", "head_dim"): (6, {}),
     ("afa", "frequencies"): ("rope", {}),
     ("biformer", "regions"): (4, {}),
