@@ -13,9 +13,9 @@ from .parts import Momentary
 
 
 class Choice(NamedTuple):
-    """index (B,) of the rank chosen; log_prob (B,) of it, 0 where it was explored; probs (B, actions) of the policy over safe ranks."""
+    """chosen (B,): the index of a rank; log_prob (B,) of it, 0 where it was explored; probs (B, actions) of the policy over safe ranks."""
 
-    index: Tensor
+    chosen: Tensor
     log_prob: Tensor
     probs: Tensor
 

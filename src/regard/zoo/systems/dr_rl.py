@@ -117,8 +117,13 @@ class DynamicRankAttention(RankChooser):
             if bool((rank >= width).any()):  # other rows read all channels as they are
                 low = tuple(torch.where((rank < width)[:, None, None, None], F.pad(x, (0, width - top)), y) for x, y in zip(low, (q, k)))  # type: ignore[assignment]
             q, k = (x.to(v.dtype) for x in low)
-        given = {} if keep is None else {"keep": keep}
-        return attend(q, k, v, "softmax", mask=mask, scale=width**-0.5, **given).transpose(1, 2).flatten(2)
+        scale = width**-0.5
+        o = (
+            attend(q, k, v, "softmax", mask=mask, scale=scale)
+            if keep is None
+            else attend(q, k, v, "softmax", mask=mask, scale=scale, keep=keep)
+        )
+        return o.transpose(1, 2).flatten(2)
 
     @takes(x="batch length dim", keep="batch length", ranks="batch pieces")
     def forward(
@@ -162,8 +167,8 @@ class DynamicRankAttention(RankChooser):
                     )
                     logits = self.policy(x[:, window].detach(), stats, index, there[:, window], kept.detach().to(x.dtype))
                     choice = choose(logits, moves <= self.threshold, self.explore if self.training else 0.0, not self.training, generator)
-                    change = moves.gather(1, choice.index[:, None])[:, 0]
-                    index, log_prob = torch.where(decided, choice.index, index), torch.where(decided, choice.log_prob, 0.0)
+                    change = moves.gather(1, choice.chosen[:, None])[:, 0]
+                    index, log_prob = torch.where(decided, choice.chosen, index), torch.where(decided, choice.log_prob, 0.0)
                     rank = torch.where(decided, table[index], rank)
             if ranks is not None:
                 rank = torch.where(enough, ranks[:, at // size], rank)
