@@ -78,14 +78,19 @@ def spectral_norm(x: Tensor, iterations: int = 3, start: Tensor | None = None) -
     return (x @ v).norm(dim=(-2, -1))
 
 
-def tail(sigma: Tensor, rank: int, other: int | None = None) -> Tensor:
-    """||X_other - X_rank||_F = sqrt(sum of sigma_k^2 between the two ranks); other None: X itself."""
-    low, high = sorted((rank, sigma.shape[-1] if other is None else other))
-    return sigma[..., low:high].square().sum(-1).sqrt()
+def tail(sigma: Tensor, rank: int | Tensor, other: int | Tensor | None = None) -> Tensor:
+    """||X_other - X_rank||_F = sqrt(sum of sigma_k^2 between the two ranks), sigma (..., k); ranks: numbers, or tensors that broadcast to (...).
+
+    other None: X itself.
+    """
+    place = torch.arange(sigma.shape[-1], device=sigma.device)
+    a, b = (torch.as_tensor(sigma.shape[-1] if r is None else r, device=sigma.device) for r in (rank, other))
+    within = (place >= torch.minimum(a, b)[..., None]) & (place < torch.maximum(a, b)[..., None])
+    return (sigma.square() * within).sum(-1).sqrt()
 
 
-def score_bound(sigma_q: Tensor, sigma_k: Tensor, dim: int, rank: int, other: int | None = None) -> Tensor:
-    """||S_other - S_rank||_F <= (||dQ||_F ||K||_2 + ||Q||_2 ||dK||_F) / sqrt(dim), of all singular values; other None: the whole scores."""
+def score_bound(sigma_q: Tensor, sigma_k: Tensor, dim: int, rank: int | Tensor, other: int | Tensor | None = None) -> Tensor:
+    """||S_other - S_rank||_F <= (||dQ||_F ||K||_2 + ||Q||_2 ||dK||_F) / sqrt(dim), of all singular values; ranks as for `tail`."""
     return (tail(sigma_q, rank, other) * sigma_k[..., 0] + sigma_q[..., 0] * tail(sigma_k, rank, other)) / dim**0.5
 
 

@@ -107,7 +107,7 @@ def rank_reward(fidelity: Tensor, cost: Tensor, change: Tensor, alpha: float = 1
 
 
 class RankTraining:
-    """Joint training of a model and the policies of its `RankChooser` layers: L_LM + weight * policy loss, AdamW.
+    """Joint training of a model and the policies of its `RankChooser` layers: L_LM + weight * policy loss, by `optimizer` (None: AdamW of rate lr).
 
     baseline: a running mean of rewards, `momentum` of it kept. Each update multiplies the layers' thresholds and rates of exploration by `decay`.
     alpha, beta, gamma: of `rank_reward`.
@@ -118,6 +118,7 @@ class RankTraining:
         model: nn.Module,
         *,
         lr: float = 5e-5,
+        optimizer: torch.optim.Optimizer | None = None,
         weight: float = 0.1,
         alpha: float = 1.0,
         beta: float = 0.05,
@@ -129,7 +130,7 @@ class RankTraining:
         self.layers = [one for one in model.modules() if isinstance(one, RankChooser)]
         if not self.layers or not 0 <= momentum < 1 or not 0 < decay <= 1:
             raise RegardError(f"model, momentum={momentum}, decay={decay}: expected layers that choose, 0 to 1, above 0 to 1")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr) if optimizer is None else optimizer
         self.baseline: float | None = None
 
     def rewards(self) -> Tensor:

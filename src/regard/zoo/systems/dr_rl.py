@@ -99,10 +99,9 @@ class DynamicRankAttention(RankChooser):
 
     def changes(self, q: Basis, k: Basis, previous: Tensor) -> Tensor:
         """The bound of ||dA||_F from each row's rank to every rank, the largest of the heads, (B, ranks)."""
-        width = self.dim // self.heads
-        table = [[weight_bound(score_bound(q.sigma, k.sigma, width, a, b)).amax(1) for b in self.ranks] for a in self.ranks]
-        steps = torch.stack([torch.stack(row, -1) for row in table], 1)  # (B, from, to)
-        return steps[torch.arange(len(previous), device=previous.device), previous]
+        to = torch.tensor(self.ranks, device=previous.device)
+        sigmas = (one.sigma.detach().unsqueeze(2) for one in (q, k))
+        return weight_bound(score_bound(*sigmas, self.dim // self.heads, to[previous][:, None, None], to)).amax(1)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, bases: tuple[Basis, Basis] | None, keep: Tensor | None) -> Tensor:
         """Attention (B, L, dim) at a rank a row, (B,), before the last projection."""
@@ -160,7 +159,7 @@ class DynamicRankAttention(RankChooser):
                     sources = (torch.where(there[:, None, :seen, None], t[:, :, :seen], 0.0) for t in (q, k))
                     bases = tuple(self.basis(t, None if bases is None else bases[i]) for i, t in enumerate(sources))  # type: ignore[assignment]
                 assert bases is not None
-                moves = self.changes(*bases, index).detach()
+                moves = self.changes(*bases, index)
                 if ranks is None:
                     kept = torch.stack(
                         [(energy_ratio(bases[0].sigma, r) + energy_ratio(bases[1].sigma, r)).mean(1) / 2 for r in self.ranks], -1

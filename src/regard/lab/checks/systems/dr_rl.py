@@ -241,7 +241,7 @@ def _() -> tuple[float, float]:
         return (s[..., min(r, 2) : max(r, 2)] ** 2).sum(-1).sqrt()
 
     bounds = torch.stack([0.25 * (step(sq, r) * sk[..., 0] + sq[..., 0] * step(sk, r)).amax(1) for r in layer.ranks], 1)  # 1/2 / sqrt(4)
-    limit = float(bounds[bounds > 0].median())
+    limit = float(bounds[bounds > 0].detach().median())
 
     def unsafe(threshold: float) -> float:
         layer.threshold.fill_(threshold)
@@ -289,7 +289,7 @@ BETA, GAIN, LR = 0.25, 7.0, 2e-4
 
 @functools.cache
 def bandit(heard: bool, seed: int = 0) -> tuple[float, float]:
-    """400 updates of the policy alone on inputs of true rank 4 and 12 -> (mean rank chosen for the second less the first, reward above the best constant rank's)."""
+    """400 updates of the policy alone on inputs of true rank 4 and 12 -> (mean rank for the second less the first, reward above the best constant rank's)."""
     torch.manual_seed(seed)
     layer = DynamicRankAttention(16, 1, (4, 8, 12, 16), segment=None, start=-1, bias=False)
     mixes = [GAIN * torch.randn(rank, 16) * rank**-0.5 for rank in (4, 12)]
@@ -299,7 +299,8 @@ def bandit(heard: bool, seed: int = 0) -> tuple[float, float]:
 
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name.startswith("policy"))
-    training = (RankTraining if heard else Deaf)(layer, lr=LR, weight=1.0, beta=BETA, gamma=0.0)
+    optimizer = torch.optim.AdamW(layer.policy.parameters(), LR, fused=True)
+    training = (RankTraining if heard else Deaf)(layer, optimizer=optimizer, weight=1.0, beta=BETA, gamma=0.0)
     for _ in range(400):
         layer(draw(8))
         training.step(torch.zeros(()))
