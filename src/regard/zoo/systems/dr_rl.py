@@ -5,6 +5,7 @@ loss = L_LM - lambda log pi(a | s) (R - baseline);  rank r' is out of reach from
 
 The paper takes the SVD over all tokens, which reads ahead. Here causal attention takes directions, safety and the policy's state of a segment from
 the tokens before it; a segment with fewer tokens before it than the largest rank is attended to in full, without a choice.
+||dA||_F is bounded by the singular values, the largest of the heads, and no L x L weights are made for it. An explored rank has no part in the loss.
 Not built: decoding with a cache; the paper's large models and downstream tasks.
 """
 
