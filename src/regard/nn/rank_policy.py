@@ -158,4 +158,4 @@ class RankTraining:
         for layer in self.layers:
             layer.threshold.mul_(self.decay)
             layer.explore *= self.decay
-        return float(loss), float(rewards.mean()) if rewards.numel() else math.nan
+        return float(loss.detach()), float(rewards.mean()) if rewards.numel() else math.nan

@@ -16,28 +16,28 @@ from regard.nn.rank_policy import RankPolicy, RankTraining, choose, rank_reward
 from regard.zoo.systems.dr_rl import DynamicRankAttention
 
 
-def model(**options) -> Decoder:
+def model(depth=1, **options) -> Decoder:
     torch.manual_seed(0)
-    layers = [DynamicRankAttention(16, 2, (2, 4, 6), segment=8, causal=True, **options) for _ in range(2)]
-    return Decoder(layers, vocab=12, dim=16, layers=2)
+    layers = [DynamicRankAttention(16, 2, (2, 4, 6), segment=6, causal=True, **options) for _ in range(depth)]
+    return Decoder(layers, vocab=12, dim=16, layers=depth)
 
 
 def test_joint_training_learns_the_task_and_the_policy():
     lm = model()
-    training = RankTraining(lm, lr=3e-3)
+    training = RankTraining(lm, lr=2e-2)
     before = {name: p.detach().clone() for name, p in lm.named_parameters()}
     losses = []
-    for step in range(60):
+    for step in range(20):
         start = torch.randint(12, (8, 1), generator=torch.Generator().manual_seed(step))
-        ids = (start + torch.arange(25)) % 12
+        ids = (start + torch.arange(13)) % 12
         loss, reward = training.step(F.cross_entropy(lm(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
         losses.append(loss)
         assert -5 < reward < 1
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in lm.named_parameters())
-    assert training.layers[0].explore == pytest.approx(0.1 * 0.995**60)
+    assert training.layers[0].explore == pytest.approx(0.1 * 0.995**20)
     assert not (training.layers[0].decided[:, 0]).any() and training.layers[0].decided[:, 1:].all()
-    assert (training.layers[0].fidelity[:, 0] == 1).all() or torch.allclose(training.layers[0].fidelity[:, 0], torch.ones(8))
+    assert torch.allclose(training.layers[0].fidelity[:, 0], torch.ones(8))
     lm.eval()
     assert torch.allclose(lm(ids[:, :9]), lm(ids)[:, :9], atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_gradients_with_given_directions():
 
 def test_a_policy_may_be_shared_and_reads_energy():
     policy = RankPolicy(16, 3, energy=True)
-    lm = model(policy=policy)
+    lm = model(2, policy=policy)
     lm(torch.randint(12, (2, 20)))
     assert len({id(m) for m in lm.modules() if isinstance(m, RankPolicy)}) == 1
     with pytest.raises(RegardError, match="energy is None"):

@@ -5,6 +5,7 @@ loss = L_LM - lambda log pi(a | s) (R - baseline);  rank r' is out of reach from
 
 The paper takes the SVD over all tokens, which reads ahead. Here causal attention takes directions, safety and the policy's state of a segment from
 the tokens before it; a segment with fewer tokens before it than the largest rank is attended to in full, without a choice.
+||dA||_F is bounded by the singular values, the largest of the heads, and no L x L weights are made for it. An explored rank has no part in the loss.
 Not built: decoding with a cache; the paper's large models and downstream tasks.
 """
 
@@ -100,8 +101,8 @@ class DynamicRankAttention(RankChooser):
     def changes(self, q: Basis, k: Basis, previous: Tensor) -> Tensor:
         """The bound of ||dA||_F from each row's rank to every rank, the largest of the heads, (B, ranks)."""
         to = torch.tensor(self.ranks, device=previous.device)
-        sigmas = (one.sigma.detach().unsqueeze(2) for one in (q, k))
-        return weight_bound(score_bound(*sigmas, self.dim // self.heads, to[previous][:, None, None], to)).amax(1)
+        sq, sk = q.sigma.detach().unsqueeze(2), k.sigma.detach().unsqueeze(2)
+        return weight_bound(score_bound(sq, sk, self.dim // self.heads, to[previous][:, None, None], to)).amax(1)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, bases: tuple[Basis, Basis] | None, keep: Tensor | None) -> Tensor:
         """Attention (B, L, dim) at a rank a row, (B,), before the last projection."""
@@ -133,7 +134,10 @@ class DynamicRankAttention(RankChooser):
         ranks: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """keep (B, L) bool: tokens that are no padding. mask: Padding() or None. ranks (B, segments) long: ranks instead of the policy's. generator: of the draws."""
+        """keep (B, L) bool: tokens that are no padding. mask: Padding() or None. ranks (B, segments) long: instead of the policy's choice.
+
+        generator: of the draws.
+        """
         if mask is not None and (not isinstance(mask, Padding) or keep is None):
             raise RegardError(f"mask={mask!r}; expected Padding() with keep, or causal=True of the layer for a causal one")
         length, width = x.shape[1], self.dim // self.heads
@@ -179,7 +183,7 @@ class DynamicRankAttention(RankChooser):
                     whole = self.out(self.read(*part, torch.full_like(rank, width), None, None if keep is None else keep[:, :end]))
                     near = torch.where(there[:, at:stop], F.cosine_similarity(whole.float(), outs[-1].float(), dim=-1), 0.0)
                     fidelity = near.sum(-1) / there[:, at:stop].sum(-1).clamp_min(1)
-                    cost = torch.stack([fidelity.new_tensor(score_flops(stop - at, end, int(r), width)) for r in rank])
+                    cost = fidelity.new_tensor([score_flops(stop - at, end, r, width) for r in rank.tolist()])
                     told.append((index, decided, log_prob, fidelity, cost / score_flops(stop - at, end, width, width), change))
         if told:
             self.chosen, self.decided, self.log_prob, self.fidelity, self.cost, self.change = (torch.stack(t, 1) for t in zip(*told))

@@ -214,7 +214,7 @@ def _() -> tuple[float, float]:
     for b in range(2):
         n = int(keep[b].sum())
         padded = F.pad(x[b, :n], (0, 0, 1, 1))
-        taps = sum(padded[i : i + n] @ policy.conv.weight[:, :, i].T for i in range(3)) + policy.conv.bias
+        taps = torch.stack([padded[i : i + n] @ policy.conv.weight[:, :, i].T for i in range(3)]).sum(0) + policy.conv.bias  # type: ignore[operator]
         parts = (taps.clamp_min(0).mean(0), policy.stats.weight @ stats[b] + policy.stats.bias, policy.memory.weight[last[b]])
         assert policy.energy is not None
         states.append(torch.cat(parts) + policy.energy.weight @ energy[b] + policy.energy.bias)
@@ -226,7 +226,7 @@ def _() -> tuple[float, float]:
         h = block.norm2(h + block.linear2(block.linear1(h).clamp_min(0)))  # type: ignore[union-attr, operator]
     first, last_layer = policy.head[0], policy.head[2]
     truth = (h @ first.weight.T + first.bias).clamp_min(0) @ last_layer.weight.T + last_layer.bias  # type: ignore[operator, union-attr]
-    shapes = float((h.shape[1], first.out_features, block.linear1.out_features) != (128, 64, 256))  # type: ignore[union-attr]
+    shapes = float(h.shape[1] != 128 or first.out_features != 64 or block.linear1.out_features != 256)  # type: ignore[union-attr]
     return naive.gap(policy(x, stats, last, keep, energy), truth) + shapes, naive.gap(policy(x, stats, last, None, energy), truth)
 
 
