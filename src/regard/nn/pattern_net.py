@@ -109,7 +109,7 @@ def fault(
         return found if math.isfinite(found) else math.inf
 
     x, cross = drawn(length), pattern.endswith("cross")
-    context = (drawn(source),) if cross else ()
+    context = [drawn(source)] if cross else []
     layer.eval()
     y = layer(x, *context)
     if y.shape != x.shape:
@@ -123,11 +123,11 @@ def fault(
             if off > tolerance:
                 return f"row {i} of {length} is off by {off:.2g} without the rows after it: it depends on them"
     if pattern == "causal self":
-        if not hasattr(layer, "step"):
+        step, state = getattr(layer, "step", None), None
+        if step is None:
             return "has no step, so it cannot decode"
-        state = None
         for i in range(length):
-            row, state = layer.step(x[:, i : i + 1], state)
+            row, state = step(x[:, i : i + 1], state)
             off = gap(row[:, 0], y[:, i])
             if off > tolerance:
                 return f"step {i} is off by {off:.2g} from the whole pass"

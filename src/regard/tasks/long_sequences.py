@@ -24,6 +24,7 @@ from .text import Corpus, python_text
 Draw = Callable[[int, torch.Generator], "Batch"]
 Measure = Callable[[Tensor, "Batch"], float]
 WORDS, FRAMES, MASKED = 16, 20, 256  # words of speech and summaries; channels of a frame; the id of a hidden byte
+MARKS = 4  # of summaries
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def voices() -> Tensor:
     return torch.cat((x, 1 + torch.randint(3, (WORDS, 1), generator=generator)), 1)
 
 
-def spoken(words: Tensor, frames: int, fade: float = 0.5) -> tuple[Tensor, Tensor]:
+def spoken(words: Tensor, frames: int, fade: float = 0.7) -> tuple[Tensor, Tensor]:
     """(the word of each frame (B, frames), spectra (B, frames, FRAMES)): f_t = fade f_{t-1} + (1 - fade) voice of the word, from 0."""
     table = voices()
     at = torch.stack([torch.repeat_interleave(row, table[row, -1].long())[:frames] for row in words])
@@ -80,21 +81,21 @@ def shifted(x: Tensor, first: float = 0) -> Tensor:
     return torch.cat((torch.full_like(x[:, :1], first), x[:, :-1]), 1)
 
 
-def speech(count: int, generator: torch.Generator, length: int, aligned: bool) -> Batch:
-    """Words to spectra. aligned: the words are repeated to the frames they last, as behind a predictor of durations; else frames are told one by one."""
-    words = torch.randint(WORDS, (count, length), generator=generator)
-    at, frames = spoken(words, length)
-    return Batch(at, None, frames) if aligned else Batch(words, shifted(frames), frames)
+def speech(count: int, generator: torch.Generator, length: int, told: bool) -> Batch:
+    """Words, each repeated to the frames it lasts as behind a predictor of durations, to spectra. told: frames one by one, from those before."""
+    words, frames = spoken(torch.randint(WORDS, (count, length), generator=generator), length)
+    return Batch(words, shifted(frames) if told else None, frames)
 
 
-def summary(count: int, generator: torch.Generator, length: int, asked: int = 4) -> Batch:
-    """The words behind `asked` marks (id 0), in their order."""
-    if length < 2 * asked:
-        raise RegardError(f"length={length}; expected {2 * asked} or more for {asked} marked words")
-    text = torch.randint(1, WORDS, (count, length), generator=generator)
-    pairs = torch.rand(count, length // 2, generator=generator).argsort(1)[:, :asked].sort(1).values * 2
-    answer = text.gather(1, pairs + 1)
-    return Batch(text.scatter(1, pairs, 0), shifted(answer), answer)
+def summary(count: int, generator: torch.Generator, length: int, marks: int = MARKS) -> Batch:
+    """The words with the marks 1 to `marks`, in the order of the marks, one word each: id mark * WORDS + word, mark 0 for what is left out."""
+    if length < marks:
+        raise RegardError(f"length={length}; expected {marks} or more for {marks} marked words")
+    answer = torch.randint(WORDS, (count, marks), generator=generator)
+    places = torch.rand(count, length, generator=generator).argsort(1)[:, :marks]
+    text = torch.randint(WORDS, (count, length), generator=generator)
+    text = text.scatter(1, places, answer + WORDS * torch.arange(1, marks + 1))
+    return Batch(text, shifted(answer), answer)
 
 
 def forecast(count: int, generator: torch.Generator, length: int, known: float = 2 / 3) -> Batch:
@@ -166,6 +167,10 @@ def perplexity(out: Tensor, batch: Batch) -> float:
     return math.exp(float(entropy(out, batch)))
 
 
+def common_words(out: Tensor, answer: Tensor, kind: str) -> float:
+    return rouge(out.argmax(-1), answer, kind)
+
+
 def as_pictures(x: Tensor) -> Tensor:
     return x[..., 0].unflatten(1, (math.isqrt(x.shape[1]), -1)).clamp(0, 1)
 
@@ -183,12 +188,10 @@ def tasks(length: int = 64) -> dict[tuple[str, str], Task]:
         return lambda out, batch: measure(out, batch.answer)
 
     told = {"MCD": (both(mel_cepstral_distortion), False), "MSD": (both(spectral_distortion), False)}
-    rouges: dict[str, tuple[Measure, bool]] = {
-        f"ROUGE-{kind}": (lambda out, batch, kind=kind: rouge(out.argmax(-1), batch.answer, kind), True) for kind in ("1", "2", "L")
-    }
-    surprise: dict[str, tuple[Measure, bool]] = {"perplexity": (perplexity, False)}
+    rouges = {f"ROUGE-{kind}": (both(functools.partial(common_words, kind=kind)), True) for kind in ("1", "2", "L")}
+    surprise = {"perplexity": (perplexity, False)}
     found: dict[tuple[str, str], Task] = {
-        ("speech", "noncausal self"): Task(drawn(speech, True), WORDS, 0, FRAMES, squared, told),
+        ("speech", "noncausal self"): Task(drawn(speech, False), WORDS, 0, FRAMES, squared, told),
         ("resolution", "noncausal self"): Task(
             drawn(resolution),
             -1,
@@ -226,7 +229,7 @@ def tasks(length: int = 64) -> dict[tuple[str, str], Task]:
         ),
     }
     for pattern in ("causal self", "causal cross"):
-        found["speech", pattern] = Task(drawn(speech, False), WORDS, -FRAMES, FRAMES, squared, told)
+        found["speech", pattern] = Task(drawn(speech, True), WORDS, -FRAMES, FRAMES, squared, told)
     for pattern in ("noncausal self", "causal self", "causal cross"):
-        found["summary", pattern] = Task(drawn(summary), WORDS, WORDS, WORDS, entropy, rouges)
+        found["summary", pattern] = Task(drawn(summary), (1 + MARKS) * WORDS, WORDS, WORDS, entropy, rouges)
     return found

@@ -29,9 +29,9 @@ def compositional_index(
             z = []
             for name, x in measures.items():
                 values = [other[task][name] for other in scores.values() if task in other]
+                if not all(map(math.isfinite, values)):
+                    raise RegardError(f"{task} {name}: {values} of {', '.join(scores)}; expected finite numbers")
                 mu, sigma = (statistics.fmean(values), statistics.pstdev(values)) if norms is None else norms[task, name]
-                if not all(map(math.isfinite, (x, mu, sigma))) or sigma < 0:
-                    raise RegardError(f"{method!r}, {task} {name}: {x}, mean {mu}, deviation {sigma}; expected finite numbers")
                 z.append((1 if higher[task, name] else -1) * (x - mu) / sigma if sigma else 0.0)
             means.append(statistics.fmean(z))
         if means:
@@ -101,8 +101,12 @@ class PatternReport:
 
         lengths = list(next(iter(self.perplexity.values()), {}))
         costs = [kind for kind in ("time", "memory") if any(kind in own for own in self.efficiency.values())]
-        heads = (*self.index, *(f"cheaper from ({kind})" for kind in costs), *(f"perplexity at {n}" for n in lengths))
-        table = Table("method", *heads, title="Attention in four patterns: compositional index, efficiency length, perplexity")
+        initials = ["".join(word[0] for word in pattern.split()) for pattern in self.index]
+        said = ", ".join(f"{short} {pattern}" for short, pattern in zip(initials, self.index, strict=True))
+        heads = (*initials, *(f"n* {kind}" for kind in costs), *(f"ppl {n}" for n in lengths))
+        table = Table(
+            "method", *heads, title="Attention in four patterns", caption=f"index in {said} (-: refused); n*: cheaper than vanilla from"
+        )
         for method in self.refused:
             row = [f"{own[method]:+.2f}" if method in own else "-" for own in self.index.values()]
             row += [told(self.efficiency[method][kind]) if kind in self.efficiency.get(method, {}) else "-" for kind in costs]

@@ -69,7 +69,7 @@ def chamfer(x: Tensor, y: Tensor, power: int = 1) -> Tensor:
 def f_score(x: Tensor, y: Tensor, within: float = 0.1) -> float:
     """2 P R / (P + R): the shares of points closer than `within` to the other set, from x to y and from y to x, averaged over the batch."""
     far = torch.cdist(x, y)
-    p, r = ((far.amin(d) < within).float().mean(1) for d in (2, 1))
+    p, r = ((far.amin(d) < within).double().mean(1) for d in (2, 1))
     return float((2 * p * r / (p + r).clamp_min(1e-12)).mean())
 
 
