@@ -193,8 +193,8 @@ def _() -> tuple[float, float]:
     b = (a + 0.2 * torch.randn(2, 9, 8, dtype=F64)).clamp(0, 1)
     gap = max(gap, abs(psnr(a, b) - sum(10 * math.log10(1 / float((a[n] - b[n]).square().mean())) for n in range(2)) / 2))
     local = []
-    for at, row, col in ((n, r, c) for n in range(2) for r in range(3) for c in range(2)):
-        u, v = (z[at, row : row + 7, col : col + 7].flatten() for z in (a, b))
+    for picture, top, side in ((n, r, c) for n in range(2) for r in range(3) for c in range(2)):
+        u, v = (z[picture, top : top + 7, side : side + 7].flatten() for z in (a, b))
         both = ((u - u.mean()) * (v - v.mean())).sum() / 48
         above = (2 * u.mean() * v.mean() + 1e-4) * (2 * both + 9e-4)
         local.append(float(above / ((u.mean() ** 2 + v.mean() ** 2 + 1e-4) * (u.var() + v.var() + 9e-4))))
