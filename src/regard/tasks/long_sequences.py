@@ -187,9 +187,11 @@ def tasks(length: int = 64) -> dict[tuple[str, str], Task]:
     def both(measure: Callable[[Tensor, Tensor], float]) -> Measure:
         return lambda out, batch: measure(out, batch.answer)
 
-    told = {"MCD": (both(mel_cepstral_distortion), False), "MSD": (both(spectral_distortion), False)}
-    rouges = {f"ROUGE-{kind}": (both(functools.partial(common_words, kind=kind)), True) for kind in ("1", "2", "L")}
-    surprise = {"perplexity": (perplexity, False)}
+    told: dict[str, tuple[Measure, bool]] = {"MCD": (both(mel_cepstral_distortion), False), "MSD": (both(spectral_distortion), False)}
+    rouges: dict[str, tuple[Measure, bool]] = {
+        f"ROUGE-{kind}": (both(functools.partial(common_words, kind=kind)), True) for kind in ("1", "2", "L")
+    }
+    surprise: dict[str, tuple[Measure, bool]] = {"perplexity": (perplexity, False)}
     found: dict[tuple[str, str], Task] = {
         ("speech", "noncausal self"): Task(drawn(speech, False), WORDS, 0, FRAMES, squared, told),
         ("resolution", "noncausal self"): Task(

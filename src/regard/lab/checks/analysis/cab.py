@@ -189,16 +189,16 @@ def _() -> tuple[float, float]:
         shares = [sum(d < 0.3 for d in one) / len(one) for one in (there, back)]
         f += 2 * shares[0] * shares[1] / (sum(shares) or 1) / 2
     gap = max(gap, abs(float(chamfer(p, q, 1)) - sums[0] / 2), abs(float(chamfer(p, q, 2)) - sums[1]), abs(f_score(p, q, 0.3) - f))
-    a = torch.rand(2, 9, 8, dtype=F64)
-    b = (a + 0.2 * torch.randn(2, 9, 8, dtype=F64)).clamp(0, 1)
-    gap = max(gap, abs(psnr(a, b) - sum(10 * math.log10(1 / float((a[n] - b[n]).square().mean())) for n in range(2)) / 2))
+    real = torch.rand(2, 9, 8, dtype=F64)
+    near = (real + 0.2 * torch.randn(2, 9, 8, dtype=F64)).clamp(0, 1)
+    gap = max(gap, abs(psnr(real, near) - sum(10 * math.log10(1 / float((real[n] - near[n]).square().mean())) for n in range(2)) / 2))
     local = []
     for picture, top, side in ((n, r, c) for n in range(2) for r in range(3) for c in range(2)):
-        u, v = (z[picture, top : top + 7, side : side + 7].flatten() for z in (a, b))
+        u, v = (z[picture, top : top + 7, side : side + 7].flatten() for z in (real, near))
         both = ((u - u.mean()) * (v - v.mean())).sum() / 48
         above = (2 * u.mean() * v.mean() + 1e-4) * (2 * both + 9e-4)
         local.append(float(above / ((u.mean() ** 2 + v.mean() ** 2 + 1e-4) * (u.var() + v.var() + 9e-4))))
-    return max(gap, abs(ssim(a, b) - sum(local) / 12)), abs(mcd - cepstral(x, y, 0))
+    return max(gap, abs(ssim(real, near) - sum(local) / 12)), abs(mcd - cepstral(x, y, 0))
 
 
 @check(
