@@ -159,6 +159,7 @@ LAYERS: dict[str, Layer] = {
     "dependencyvit": Layer({**SMALL, "temperature": 1.0}),
     "dma": Layer({**SMALL, "window": 6}, causal=True),
     "ela": Layer({"channels": 16}, image(16, 6, 7), channels=1),
+    "dr-rl": Layer({**SMALL, "ranks": (2, 4, 6), "segment": 4, "causal": True}, causal=True),
     "fftnet": Layer({**SMALL, "seq_len": LENGTH}),
     "flash-window-attention": Layer({**SMALL, "window": 4, "shift": 2}, image(8, 8, 16)),
     "flux-attention": Layer({"sinks": 1, "window": 4, "ends": 2}, causal=True, factory=flux),

@@ -50,6 +50,7 @@ ONE_SAMPLE = {
 LINEAR = {"csa", "sentence-attention-block"}  # in its first input
 TRAINED_APART = {  # parameters that a loss of their own trains, or that training does not read
     "dcal": "the balance of its losses learns in the loss",
+    "dr-rl": "the policy learns from rewards; attention from the task",
     "seerattention": "the gate learns from its own alignment loss; attention itself is the model's",
     "variational-attention": "the inference network learns where alignments are sampled",
     "sparsifiner": "the predicted mask learns from its own loss against the dense weights",

@@ -32,6 +32,11 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
     ("dma", "smooth"): (3, {"window": 4}),
     ("dma", "mask"): ("relu", {}),
     ("dma", "head_dim"): (6, {}),
+    ("dr-rl", "ranks"): ((3, 5), {}),
+    ("dr-rl", "threshold"): (0.0, {}),
+    ("dr-rl", "iterations"): (1, {"ranks": (2, 4)}),
+    ("dr-rl", "start"): (2, {"threshold": 0.0}),
+    ("dr-rl", "svd_gradient"): (True, {"causal": False, "segment": None, "ranks": (2, 4)}),
     ("fftnet", "eps"): (5.0, {}),
     ("fftnet", "activation"): ("gelu", {}),
     ("flash-window-attention", "window"): (2, {"shift": 1}),
@@ -181,6 +186,8 @@ OTHER: dict[tuple[str, str], tuple[object, dict[str, object]]] = {
 }
 # What changes nothing that these calls can show, with the reason.
 SILENT: dict[tuple[str, str], str] = {
+    ("dr-rl", "policy"): "a module of the caller's: the row's tests",
+    ("dr-rl", "explore"): "of draws in training, which the seed may not tell apart: the row's checks",
     ("hyperzzw", "side"): "another call: the map's size",
     ("hyperzzw", "earlier"): "another call, with earlier blocks' maps: the row's checks",
     ("contmix", "first"): "a later block takes a third map: the row's checks",

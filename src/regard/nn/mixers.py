@@ -51,7 +51,9 @@ def mixer(
         for key in options:
             if key not in known:
                 raise RegardError(f"{spec!r} has no hyperparameter {key!r}; it has: {', '.join(known)}")
-        given = {"heads": heads} if "heads" in known else {}
+        given: dict[str, Any] = {"heads": heads} if "heads" in known else {}
+        if "causal" in known:
+            given["causal"] = True
         made: nn.Module = factory(dim=dim, **{**given, **options})
         return made
     mechanism = get(spec, **options) if isinstance(spec, str) else spec

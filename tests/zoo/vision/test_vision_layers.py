@@ -7,7 +7,11 @@ from layers import LAYERS, MODULES, given, make, tensors
 from regard import RegardError, records
 
 VISION = {record.slug for record in records("vision", "works")}
-ESTIMATED = {"spa"}  # its gate learns straight through
+ESTIMATED = {  # gradients that are no derivatives
+    "hyperzzw",  # what its kernels' renormalisation divides by is kept out of the gradient
+    "ifam",  # the mask between its stages learns straight through
+    "spa",  # its gate learns straight through
+}
 LAYERS_OF_VISION = sorted(name for name in MODULES if name in VISION)
 PLANES = sorted(name for name in MODULES if name in VISION and LAYERS[name].channels == 1 and given(name)[0].dim() == 4)
 
