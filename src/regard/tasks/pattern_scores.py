@@ -97,6 +97,7 @@ class PatternReport:
 
     def __rich__(self) -> Any:
         """A row a method: index in each pattern ("-": refused), efficiency lengths, and perplexities from half to four times the trained length."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         lengths = list(next(iter(self.perplexity.values()), {}))
@@ -105,7 +106,12 @@ class PatternReport:
         said = ", ".join(f"{short} {pattern}" for short, pattern in zip(initials, self.index, strict=True))
         heads = (*initials, *(f"n* {kind}" for kind in costs), *(f"ppl {n}" for n in lengths))
         table = Table(
-            "method", *heads, title="Attention in four patterns", caption=f"index in {said} (-: refused); n*: cheaper than vanilla from"
+            "method",
+            *heads,
+            title="Attention in four patterns",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            caption=f"index in {said} (-: refused); n*: cheaper than vanilla from",
         )
         for method in self.refused:
             row = [f"{own[method]:+.2f}" if method in own else "-" for own in self.index.values()]
