@@ -98,19 +98,19 @@ class PatternReport:
     def __rich__(self) -> Any:
         """A row a method: index in each pattern ("-": refused), efficiency lengths, and perplexities from half to four times the trained length."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Table
+        from rich.table import Column, Table
 
         lengths = list(next(iter(self.perplexity.values()), {}))
         costs = [kind for kind in ("time", "memory") if any(kind in own for own in self.efficiency.values())]
-        initials = ["".join(word[0] for word in pattern.split()) for pattern in self.index]
+        initials = ["".join(word[0] for word in pattern.split()).upper() for pattern in self.index]
         said = ", ".join(f"{short} {pattern}" for short, pattern in zip(initials, self.index, strict=True))
-        heads = (*initials, *(f"n* {kind}" for kind in costs), *(f"ppl {n}" for n in lengths))
+        heads = (*initials, *(f"n* {kind[:3]}" for kind in costs), *(f"ppl {n}" for n in lengths))
         table = Table(
             "method",
             *heads,
             title="Attention in four patterns",
             box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            padding=0,
             caption=f"index in {said} (-: refused); n*: cheaper than vanilla from",
         )
         for method in self.refused:
