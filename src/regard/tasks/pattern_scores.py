@@ -98,7 +98,7 @@ class PatternReport:
     def __rich__(self) -> Any:
         """A row a method: index in each pattern ("-": refused), efficiency lengths, and perplexities from half to four times the trained length."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Column, Table
+        from rich.table import Table
 
         lengths = list(next(iter(self.perplexity.values()), {}))
         costs = [kind for kind in ("time", "memory") if any(kind in own for own in self.efficiency.values())]
