@@ -182,6 +182,35 @@ def sweep(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="the benchmark: cab")],
+    methods: Annotated[list[str], typer.Argument(help="names, or name:key=value,...")],
+    steps: Annotated[int, typer.Option(help="training steps of each net")] = 50,
+    length: Annotated[int, typer.Option(help="tokens of the tasks' long side, even, 64 or more")] = 64,
+    seed: Annotated[int, typer.Option(help="seed of the first run")] = 0,
+    seeds: Annotated[int, typer.Option(help="runs of each net; their mean counts")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="everything measured, as JSON")] = False,
+) -> None:
+    """Attentions in four patterns (noncausal and causal, self and cross) on seven small tasks: one table, and what was refused."""
+    if name != "cab":
+        raise RegardError(f"benchmark {name!r} is not known; expected cab")
+    if not 1 <= seeds <= 100 or not 0 <= seed < 2**31 - 100:
+        raise RegardError(f"--seeds {seeds}, --seed {seed}: expected 1 to 100, and 0 to 2147483547")
+    from .lab.memory import peak_bytes
+    from .zoo.analysis.cab import cab
+
+    report = cab(methods, steps=steps, length=length, seeds=range(seed, seed + seeds), peak=peak_bytes)
+    if as_json:
+        say(json.dumps(report.as_dict()))
+        return
+    from rich.console import Console
+
+    Console().print(report)
+    for line in report.refusals():
+        say(line)
+
+
+@app.command()
 def look(
     model: Annotated[str, typer.Argument(help="tiny, smollm2-135m, or a folder in transformers' format")],
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from typing import Any
 
@@ -57,3 +58,18 @@ def mixer(
         return made
     mechanism = get(spec, **options) if isinstance(spec, str) else spec
     return Attention(dim, heads, mechanism, kv_heads=kv_heads, rope=rope, context_len=context_len)
+
+
+def parsed(spec: str) -> tuple[str, dict[str, Any]]:
+    """The name and hyperparameters of "name:key=value,..."; values are Python literals or bare words."""
+    name, _, rest = spec.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RegardError(f"mechanism {spec!r}: {item!r} is not key=value")
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return name.strip(), options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import tempfile
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from torch import nn
 
 from ...catalog import get
 from ...errors import RegardError
-from ...nn.mixers import mixer, mixer_names
+from ...nn.mixers import mixer, mixer_names, parsed
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 BASELINE = "softmax"
@@ -93,21 +92,6 @@ class Config:
         shown = asdict(self)
         shown |= {"text": None if self.text is None else str(self.text), "out": str(self.out)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in shown.items()}
-
-
-def parsed(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name and hyperparameters of "name:key=value,..."; values are Python literals or bare words."""
-    name, _, rest = spec.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise RegardError(f"mechanism {spec!r}: {item!r} is not key=value")
-        try:
-            options[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            options[key.strip()] = value.strip()
-    return name.strip(), options
 
 
 def layer_of(spec: str, dim: int, heads: int, **options: Any) -> nn.Module:

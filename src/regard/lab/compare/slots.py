@@ -14,8 +14,8 @@ from ...catalog.registry import entry
 from ...errors import RegardError
 from ...nn import Attention
 from ...nn.grid import DRESSES, GridAttention
+from ...nn.mixers import parsed
 from ...nn.slot_net import SlotNet
-from .config import parsed
 
 PLAIN = "none"  # the net without anything in its slot
 HEADS = 4

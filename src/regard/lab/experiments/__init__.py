@@ -6,6 +6,7 @@ from ...lazy import listed, load
 
 # Rows of the zoo under their public names, each loaded when it is first asked for.
 ROWS = {
+    "cab": "analysis.cab",
     "acquire": "analysis.filter_and_store",
     "train_backcopy": "analysis.active_dormant_heads",
     "recall_accuracy": "analysis.dsf",

@@ -14,10 +14,10 @@ from ...algebra.normalizer import SOFTMAX
 from ...catalog import get
 from ...engine.policy import Policy
 from ...errors import RegardError
+from ...nn.mixers import parsed
 from ...zoo.sparse.hylra import ReuseLayers
 from ...zoo.sparse.longheads import LongHeads
 from ...zoo.sparse.ltri_llm import Ltri
-from ..compare.config import parsed
 
 DEFAULT: dict[str, tuple[str, ...]] = {
     "oracle": ("blocks=2", "blocks=4", "blocks=8", "blocks=16"),
