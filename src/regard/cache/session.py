@@ -84,6 +84,11 @@ class Session:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise RegardError(f"attention_mask {tuple(mask.shape)}: expected (B, tokens so far) of ones and zeros")
+        places = kwargs.get("position_ids")
+        if places is not None and places.dim() == 2 and places.shape[1] > 1:
+            there = torch.ones_like(places, dtype=torch.bool) if mask is None else mask[:, -places.shape[1] :].bool()
+            if bool(((places.diff(dim=1) != 1) & there[:, 1:] & there[:, :-1]).any()):
+                raise RegardError("position_ids begin anew within a row, as of packed documents; expected one text a row")
         return args, {**kwargs, self.name: cache, "use_cache": True}
 
     def attend(self, module: Any, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:

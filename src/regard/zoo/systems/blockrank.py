@@ -131,7 +131,7 @@ def ranking(model: nn.Module, mask: Tensor, layer: int | None = None, last: int 
                 raise Enough
         return blockrank_attention(q, k, v, mask, scale).transpose(1, 2), None
 
-    with attending(model, "regard_blockrank", attention), suppress(Enough):
+    with attending(model, "regard_blockrank", attention, any_positions=True), suppress(Enough):
         yield seen
 
 
