@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def test_no_files_import_each_other() -> None:
     reads = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert reads.get("regard.engine.door")
     TopologicalSorter(reads).prepare()  # CycleError names a circle
+
+
+def test_names_of_test_files_are_their_own() -> None:
+    """pytest imports test files by their bare names: two of one name cannot be collected in one run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
