@@ -10,6 +10,7 @@ operators()  # transformers reads torchvision where it is installed
 NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),
     **dict.fromkeys(("KeptLayer", "Part"), "layer"),
+    "KIVI": "kivi",
     "Policy": "policy",
     "Moments": "moments",
     "View": "view",

@@ -46,7 +46,7 @@ class Part:
 
     def kept(self, index: Tensor) -> Part:
         """The entries at index (B, h, m), in that order."""
-        return self.mapped(lambda x: x.gather(2, index if x.dim() == 3 else index[..., None].expand(*index.shape, x.shape[3])))
+        return self.mapped(lambda x: rows_at(x, index))
 
     def of(self, at: Tensor) -> Part:
         """Some of its heads, by their numbers in the part."""
@@ -54,7 +54,18 @@ class Part:
 
     @property
     def bytes(self) -> int:
+        """Of keys and values."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
+    @property
+    def held(self) -> int:
+        """Of everything, places and notes too."""
+        return self.bytes + sum(x.numel() * x.element_size() for x in (self.places, self.alive, *self.notes.values()))
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """The entries of x (B, h, n, ...) at index (B, h, m): (B, h, m, ...)."""
+    return x.gather(2, index.view(*index.shape, *[1] * (x.dim() - 3)).expand(*index.shape, *x.shape[3:]))
 
 
 class KeptLayer(DynamicLayer):  # type: ignore[misc]
@@ -142,5 +153,10 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, in whatever form they are kept."""
         return sum(part.bytes for part in self.parts)
+
+    @property
+    def held(self) -> int:
+        """Bytes of everything: keys, values, where they stood, and what a policy notes."""
+        return sum(part.held for part in self.parts) + sum(x.numel() * x.element_size() for x in self.memory.values())

@@ -105,6 +105,8 @@ class Wrapped(Policy):
 
     def __init__(self, base: Policy):
         super().__init__(base.budget, base.decode)
+        if type(base).run is not Policy.run:
+            raise RegardError(f"base {type(base).__name__}: expected a policy that says by scores what stays, such as SnapKV")
         self.base = base
 
     def begin(self, layers: int, heads: int) -> None:

@@ -35,7 +35,7 @@ class View:
 
     @property
     def length(self) -> int:
-        return self.part.keys.shape[2]
+        return self.part.places.shape[2]
 
     def rows(self, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights (B, h, group, r, length) in float32 of the last queries (None: all), some at a time, and their places (r,)."""
@@ -65,15 +65,23 @@ def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
 
 def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None, only: Tensor | None = None) -> Tensor:
     """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv); only (B, h, n, m) bool: of what is visible, these."""
-    n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
-    k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
-    whole = window is None or int(places[-1]) < window
-    if only is None and whole and bool(part.alive.all()) and (n == 1 or n == m):
-        return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
+    n, m, group = q.shape[3], part.places.shape[2], q.shape[2]
+    k, v, alive = part.keys, part.values, part.alive
+    whole = only is None and (window is None or int(places[-1]) < window) and bool(alive.all())
+    if n == 1:  # the query heads of a key head as its queries: keys are read once
+        shown = None
+        if not whole:
+            shown = visible(part, places, window)
+            shown = shown if only is None else shown & only
+            shown = shown | ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
+        return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=shown, scale=scale).unsqueeze(3)
+    if whole and n == m:
+        o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return o.unflatten(1, (-1, group))
     shown = visible(part, places, window)
     shown = shown if only is None else shown & only
-    blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
-    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
+    shown = (shown | ~shown.any(-1, keepdim=True)).repeat_interleave(group, 1)
+    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=shown, scale=scale, enable_gqa=group > 1)
     return o.unflatten(1, (-1, group))
 
 
