@@ -11,6 +11,7 @@ NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),
     **dict.fromkeys(("KeptLayer", "Part"), "layer"),
     "KIVI": "kivi",
+    "read_prompt": "prompt",
     "Policy": "policy",
     "Moments": "moments",
     "View": "view",

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..errors import RegardError
 from .layer import KeptLayer, Part
 from .packed import Form, Packed
-from .policies import Full, Wrapped
+from .policies import Full, Planned
 from .policy import Policy
 from .view import View
 
@@ -39,8 +39,9 @@ class KIVI(Policy):
         self.base = Full() if base is None else base
         if (
             self.base.decode
+            or not self.base.whole_prompts
             or type(self.base).reading is not Policy.reading
-            or type(self.base).compute not in (Policy.compute, Wrapped.compute)
+            or isinstance(self.base, Planned)
         ):
             raise RegardError(
                 f"base {type(self.base).__name__}, decode={self.base.decode}: expected a policy that drops after the prompt alone, and reads all that "
@@ -48,6 +49,10 @@ class KIVI(Policy):
             )
         super().__init__(self.base.budget)
         self.form = form
+
+    @property
+    def whole_prompts(self) -> bool:
+        return self.base.whole_prompts
 
     def begin(self, layers: int, heads: int) -> None:
         self.base.begin(layers, heads)

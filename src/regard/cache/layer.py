@@ -31,7 +31,8 @@ class Part:
 
     def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor) -> Part:
         """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n)."""
-        k, v = keys.index_select(1, self.heads), values.index_select(1, self.heads)
+        whole = len(self.heads) == keys.shape[1]  # heads of a part are in order
+        k, v = (keys, values) if whole else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
         places = torch.arange(start, start + k.shape[2], device=k.device).expand(*k.shape[:3])
         notes = {name: torch.cat((note, note.new_zeros(*k.shape[:3])), 2) for name, note in self.notes.items()}
         alive = there[:, None].expand(*k.shape[:3])

@@ -20,7 +20,7 @@ class View:
     """An attention call as a policy sees it, after it was computed: the last tokens' queries over what one part remembers.
 
     layer: its number, of `layers`; first: whether this is the prompt's call. query (B, h, group, n, D): of the query heads of each key head of `part`.
-    memory: what the policy keeps of each row from call to call, (B, ...) each.
+    memory: what the policy keeps of each row from call to call, (B, ...) each. step: weights of a single query, where they were looked at already.
     """
 
     layer: int
@@ -32,6 +32,7 @@ class View:
     scale: float
     window: int | None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    step: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -40,6 +41,9 @@ class View:
     def rows(self, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights (B, h, group, r, length) in float32 of the last queries (None: all), some at a time, and their places (r,)."""
         n = self.query.shape[3]
+        if n == 1 and self.step is not None:
+            yield self.step, self.part.places[0, 0, -1:]
+            return
         end = int(self.part.places.max()) + 1 if self.length else 0
         start = 0 if last is None else max(0, n - last)
         for at in range(start, n, ROWS):
@@ -49,6 +53,16 @@ class View:
             shown = visible(self.part, places, self.window)
             p = s.masked_fill(~shown[:, :, None], torch.finfo(s.dtype).min).softmax(-1)
             yield torch.where(shown[:, :, None] & self.real(places)[:, None, None, :, None], p, 0.0), places
+
+    def look(self, part: Part, places: Tensor) -> Tensor:
+        """Attention of a single query over `part`, (B, h, group, 1, Dv), whose weights are kept for `rows`."""
+        k, v = part.keys, part.values
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        s = (self.query[:, :, :, 0].to(dtype) @ k.to(dtype).mT) * self.scale
+        shown = visible(part, places, self.window)
+        p = s.masked_fill(~shown, torch.finfo(s.dtype).min).softmax(-1)
+        self.step = torch.where(shown & part.alive[:, :, None, -1:], p, 0.0).unsqueeze(3)
+        return (p.to(v.dtype) @ v).unsqueeze(3)
 
     def real(self, places: Tensor) -> Tensor:
         """(B, r): queries that are no padding."""
@@ -87,6 +101,9 @@ def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None
 
 class Watcher(Protocol):
     """What a session asks of a policy."""
+
+    @property
+    def whole_prompts(self) -> bool: ...
 
     def begin(self, layers: int, heads: int) -> None: ...
 
