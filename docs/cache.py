@@ -24,11 +24,11 @@ READING = """## What is seen
   facts begin to go. Both together keep less still: what a policy lets stay loses nothing by being stored in 4 bits.
 - *Policies that choose by the prompt's end know the question* where it stands there: facts that are asked for after the prompt are found less often by `snapkv` and hardly by `tova`. What is gone is gone.
   `duoattention`, whose retrieving heads keep everything, finds what the full cache finds (its gates here are the ranks of heads by how much they copy, not trained ones).
-- `keynorm` is worse than chance on the small model, and `pyramidkv` worse than the same budget in all layers on both.
+- `keynorm` is worse than chance on the small model, and `pyramidkv` worse than the same budget in all layers there.
 - *with notes*: places (8 bytes) and a flag an entry and head, in room for 32 more. `adakv`'s heads keep different numbers; rows of a batch lie in tensors as long as the longest of them, which is
   why a batch keeps more than its budget.
 
-What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies on smollm2-135m, prompts of 512 tokens. An order of methods here is no order of the papers."""
+What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies and no `kivi`, `pyramidkv` and `recycled-attention` on smollm2-135m, prompts of 512 tokens, `recycled-attention` on neither. An order of methods here is no order of the papers."""
 
 KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the text behind the prompt.
 The keys that stay are the same where both follow one paper, and so are the bits. `H2O` is beside kvpress's ObservedAttentionPress, which divides by how many queries see a key and reads attention
