@@ -21,24 +21,24 @@ READING = """## What is seen
 - *Bits, tokens and facts are three questions.* With a quarter of the entries, the first and the newest tokens alone (`streaming`) cost the large model next to nothing in bits per byte, as much as
   policies that look at attention; but they say another token at one step in eight, and lose the facts. `random` costs 0.28 bits and more, and its long generations are elsewhere.
 - *Fewer bits beat fewer entries* on the small model: `kivi` with 4 bits keeps 31% of the bytes (a scale and a minimum in float32 for each 32 numbers are counted) and all of what can be measured here; with 2 bits
-  facts begin to go. Both together keep less still: what a policy lets stay loses nothing by being stored in 4 bits.
-- *Policies that choose by the prompt's end know the question* where it stands there: facts that are asked for after the prompt are found less often by `snapkv` and hardly by `tova`. What is gone is gone.
-  `duoattention`, whose retrieving heads keep everything, finds what the full cache finds (its gates here are the ranks of heads by how much they copy, not trained ones).
+  facts begin to go. Both together keep less still: what `snapkv` lets stay loses next to nothing by being stored in 4 bits.
+- *What is gone is gone.* On the large model `tova` finds every fact whose question ends the prompt and none that is asked for later; on the small one no policy that drops finds half of what the full cache finds later,
+  but `snapkv` with half of the entries. `duoattention`, whose retrieving heads keep everything, finds what the full cache finds (its gates here are the ranks of heads by how much they copy, not
+  trained ones).
 - `keynorm` is worse than chance on the small model, and `pyramidkv` worse than the same budget in all layers there.
 - *with notes*: places (8 bytes) and a flag an entry and head, in room for 32 more. `adakv`'s heads keep different numbers; rows of a batch lie in tensors as long as the longest of them, which is
   why a batch keeps more than its budget.
 
 What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies and no `kivi`, `pyramidkv` and `recycled-attention` on smollm2-135m, prompts of 512 tokens, `recycled-attention` on neither. An order of methods here is no order of the papers."""
 
-KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the text behind the prompt.
-The keys that stay are the same where both follow one paper, and so are the bits. `H2O` is beside kvpress's ObservedAttentionPress, which divides by how many queries see a key and reads attention
-by the eager implementation; `KeyNorm` of regard keeps the newest entry always. kvpress's AdaKVPress masks what it drops and keeps its bytes. Times are processor seconds on a machine that did much other work meanwhile, with two
-runs a side: a difference of less than a fifth is noise. A step under a policy is slower than kvpress's, which leaves transformers' own cache behind and cannot drop at later steps: regard's
-layers know places, rows and heads; what is left of it at long context is under Speed."""
+KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the
+text behind the prompt. They are the same where both follow one paper; `KeyNorm` of regard keeps the newest entry always, which is worth much. Times are processor seconds on a machine that did much other work, two
+runs a side: a difference of less than a fifth is noise. A step is slower than kvpress's, which leaves transformers' own cache behind and cannot drop at later steps, while regard's layers know the places, rows and
+heads of what they hold. The benchmark measures PyramidKV, AdaKV, H2O and random as well; they are not in this run."""
 
-SPEED = """Processor seconds, the least of several runs that take turns, on a machine that did much other work: ratios within a tenth are noise. A tree of 64 nodes is not free on one processor: its products take 64 times the
-operations of one step, which is bound by reading the weights once (540 MB in float32), and the processor is done with those of about four nodes meanwhile; the target of 1.3 times a step holds where products are
-free beside the weights, as on a GPU, not here. For the same reason Token Recycling's 80 nodes lose on one core."""
+SPEED = """Processor seconds, the least of a few runs that take turns, on a machine that did much other work: ratios within a fifth are noise, and an overhead of 5% cannot be told from none. A tree of
+64 nodes is not free on one processor: its products are 64 times those of a step, which is bound by reading the weights once (540 MB in float32). The target of 1.3 steps is missed; it needs a
+processor on which products are free beside the reading of weights. The greedy table is of fewer prompts and tokens than the slow test's 20 of 200 (`tests/slow/test_greedy_prompts.py`), in float32."""
 
 
 def called(name: str) -> str:
