@@ -25,7 +25,7 @@ def stream(policy: Policy, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tens
         layer.take(torch.ones(1, stop - start, dtype=torch.bool))
         part = layer.parts[0]
         query = q[None, :, start:stop].unflatten(1, (len(k), -1))
-        view = View(0, 1, start == 0, prompt, part, query, q.shape[-1] ** -0.5, None)
+        view = View(0, 1, start == 0, prompt, part, query, q.shape[-1] ** -0.5, None, layer.memory)
         outs.append(policy.compute(view, torch.arange(start, stop)).flatten(1, 2)[0])
         policy.run(layer, 0, view)
     return torch.cat(outs[1:], 1)
