@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ MATRIX_RATE, OTHER_RATE = 0.02, 0.01
 VOCAB, LENGTH, COUNT = 64, 64, 16  # of the synthetic tasks: symbols, tokens, sequences a step
 PAIRS = (4, 8, 16)
 TASKS = ("language", "recall", "copying")
+WARM = 2  # steps before the clock is read
 
 
 def language_model(config: Config, spec: str, seed: int, vocab: int = 256, length: int | None = None) -> Decoder:
@@ -96,15 +99,21 @@ def train(config: Config, task: str, spec: str, seed: int, steps: int, corpus: C
 
 def fitted(config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus) -> tuple[Decoder, list[float]]:
     """The trained model of a task, and its losses."""
+    model, loss_of = lesson(config, task, spec, seed, corpus)
+    return model, optimise(model, loss_of, steps)
+
+
+def lesson(config: Config, task: str, spec: str, seed: int, corpus: Corpus) -> tuple[Decoder, Callable[[int], Tensor]]:
+    """The untrained model of a task, and the loss of a step."""
     generator = torch.Generator().manual_seed(seed)
     if task == "language":
         model = language_model(config, spec, seed)
-        return model, optimise(model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator)), steps)
+        return model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator))
     if task == "copying":
         model = language_model(config, spec, seed, VOCAB, LENGTH)
-        return model, optimise(model, lambda _: asked_loss(model, *copying(COUNT, LENGTH, VOCAB, generator)), steps)
+        return model, lambda _: asked_loss(model, *copying(COUNT, LENGTH, VOCAB, generator))
     model = recall_model(config, spec, seed)
-    return model, optimise(model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)), steps)
+    return model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator))
 
 
 def language(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:
@@ -160,10 +169,14 @@ def accuracy(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
 
 
 def seconds_per_step(config: Config, task: str, spec: str, corpus: Corpus) -> float:
-    """Seconds of one training step, from the quickest of a few."""
-    times = []
-    for steps in (1, 4):
-        start = time.perf_counter()
-        fitted(config, task, spec, config.seed, steps, corpus)
-        times.append(time.perf_counter() - start)
-    return max(1e-4, (times[1] - times[0]) / 3)
+    """Seconds of one training step: the median of a few, after those in which everything is met for the first time."""
+    model, loss_of = lesson(config, task, spec, config.seed, corpus)
+    begun = []
+
+    def timed(step: int) -> Tensor:
+        begun.append(time.perf_counter())
+        return loss_of(step)
+
+    optimise(model, timed, WARM + 5)
+    begun.append(time.perf_counter())
+    return statistics.median(b - a for a, b in pairwise(begun[WARM:]))
