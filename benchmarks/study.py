@@ -1,7 +1,7 @@
 """The shipped study: every causal mechanism in the small models of `regard compare`, trained longer, with three seeds. Hours of one core.
 
 python benchmarks/study.py --out runs/study.json             goes on where it was stopped; all mechanisms get a seed before the next one
-python benchmarks/study.py --out runs/study.json --ship      writes what is finished to src/regard/lab/choose/study.json
+python benchmarks/study.py --out runs/study.json --ship      writes what is finished to src/regard/lab/compare/study.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from regard.lab.compare.train import seconds_per_step
 from regard.lab.files import write_text
 
 STEPS = {"language": 300, "recall": 200}  # of the tasks
-SHIPPED = Path(__file__).parent.parent / "src" / "regard" / "lab" / "choose" / "study.json"
+SHIPPED = Path(__file__).parent.parent / "src" / "regard" / "lab" / "compare" / "study.json"
 # Defaults are made for thousands of tokens; these are cut to the 64 to 128 of the study, where they would be plain softmax otherwise.
 CUT = {
     "moba": "block_size=16,top_k=2",

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from regard.errors import RegardError
 from regard.lab.compare import Config, compare, jobs, run
+from regard.lab.compare.launched import launch
 from regard.lab.compare.optimizer import Muon
 from regard.lab.compare.statistics import estimate
 from regard.lab.compare.train import TASKS
@@ -75,7 +76,7 @@ def test_seeds_follow_what_a_round_really_takes(tmp_path, monkeypatch, seconds, 
 
     clock = Clock()
 
-    def train(config, task, spec, seed, steps, corpus):
+    def train(config, task, spec, seed, steps, corpus, shared):
         clock.now += 1.3 * seconds / 3  # two rounds of 1.3 x 0.3 seconds leave less than a third
         return {"error": "of no interest"}
 
@@ -89,7 +90,7 @@ def test_seeds_follow_what_a_round_really_takes(tmp_path, monkeypatch, seconds, 
 
 def test_equal_steps_teach_the_tasks_before_there_are_more_of_them(monkeypatch):
     """A step of each task takes one second: below three seeds' worth every task gets its own number of steps, below one seed's fewer."""
-    monkeypatch.setattr(run, "results_of", lambda config, jobs: ((job, {"seconds": 1.0}) for job in jobs))
+    monkeypatch.setattr(run, "results_of", lambda config, jobs, learn: ((job, {"seconds": 1.0}) for job in jobs))
     config = Config(("softmax",), out=Path("unused"), **TINY)
     one = sum(run.ENOUGH.values()) + sum(run.MEASURING.values())
     with run.progress(Console(quiet=True)) as bar:
@@ -108,6 +109,24 @@ def test_runs_side_by_side_give_the_numbers_of_runs_in_turn():
         return {job: {key: x for key, x in one.items() if key != "seconds"} for job, one in jobs.results(config, todo)}
 
     assert found(1) == found(2) and len(found(1)) == len(todo)
+
+
+def test_processes_that_share_each_batch_train_the_model_of_one(tmp_path):
+    """By torchrun with two processes of gloo: the losses of one process but for rounding; an error of a mechanism is reported, not waited for."""
+    given = {**TINY, "minutes": 0.01, "seeds": 1}
+    alone, _ = compare(Config(("softmax",), out=tmp_path / "one", **given))
+    assert launch(Config(("softmax", "sparsemax"), out=tmp_path / "two", **given), 2, False) == 0
+    shared = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert shared["finished"] and shared["steps"] == alone["steps"]  # the least there are
+    for task in TASKS:
+        one, two = (report["mechanisms"]["softmax"][task]["0"] for report in (alone, shared))
+        assert [x for _, x in two["loss"][:5]] == pytest.approx([x for _, x in one["loss"][:5]], rel=0.2)
+        assert two["parameters"] == one["parameters"]
+    bits = [report["mechanisms"]["softmax"]["language"]["0"]["bits"]["1"] for report in (alone, shared)]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-4)
+    for wrong, message in (((3, False), "cannot be shared equally"), ((0, False), "--processes 0")):
+        with pytest.raises(RegardError, match=message):
+            launch(Config(("softmax",), out=tmp_path / "no", **given), *wrong)
 
 
 def test_what_one_run_does_leaves_the_others_alone(monkeypatch):
