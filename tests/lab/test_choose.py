@@ -56,10 +56,6 @@ def test_costs_of_a_layer():
 def test_numbers_are_drawn_out_by_lines_and_powers():
     assert line_out({256: 100.0, 512: 200.0}, 1024) == 400.0 and line_out({512: 7.0}, 4096) == 7.0
     assert line_out({256: 90.0, 512: 80.0}, 4096) == 80.0  # what fell does not fall on
-    assert (
-        drawn_out({256: 1.0, 512: 4.0}, 1024, 2.0) == pytest.approx(16.0)
-        and drawn_out({64: 9, 256: 1.0, 512: 2.0, 1024: 4.0}, 4096, 2) == 16.0
-    )
     prompt, token = (1.0, 2.0), (0.0, 1.0)
     assert drawn_out({256: 1.0, 512: 4.0}, 1024, prompt) == pytest.approx(16.0)
     assert drawn_out({64: 9.0, 256: 1.0, 512: 3.0, 1024: 8.0}, 4096, prompt) == pytest.approx(64.0)  # through the last and the third last
