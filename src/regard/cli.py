@@ -113,7 +113,9 @@ def compare(
     parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
-    task: Annotated[str, typer.Option(help="text, or of layers of images: digits, occluded-digits")] = "text",
+    task: Annotated[
+        str, typer.Option(help="text, or of layers of images: digits, occluded-digits, shifted-digits, shapes, textures")
+    ] = "text",
 ) -> None:
     """Train the same small model with each mechanism on the same text, or with each layer on the same images, measure all, write a report."""
     from .lab.compare import Config, VisionConfig, compare_layers, default_mechanisms
