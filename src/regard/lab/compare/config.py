@@ -61,6 +61,11 @@ class Config:
             raise RegardError(f"--seed {self.seed}: expected between 0 and 4294967295")
         if not 1 <= self.seeds <= 100:
             raise RegardError(f"--seeds {self.seeds}: expected between 1 and 100")
+        for name, most in (("dim", 2**16), ("layers", 1000), ("heads", 1024), ("batch", 2**16)):
+            if not 1 <= getattr(self, name) <= most:
+                raise RegardError(f"--{name} {getattr(self, name)}: expected between 1 and {most}")
+        if self.dim % self.heads or self.dim // self.heads % 2:
+            raise RegardError(f"--heads {self.heads}: expected a divisor of --dim {self.dim} that leaves an even number of channels a head")
         if self.parallel is not None and not 1 <= self.parallel <= 1024:
             raise RegardError(f"--parallel {self.parallel}: expected between 1 and 1024")
         if self.backend not in BACKENDS:

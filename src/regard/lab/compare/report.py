@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...plots import Point, figure
+from ...plots import Point, figure, scatter
 from ..files import write_text
 from .statistics import Estimate, curve, estimate, measure, seeds_of
+from .study import MEASURES, SHIPPED, read
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1b1b1b;--quiet:#5c5c5c;--line:#ddd;--box:#f3f6f9;--mark:#0072b2}
@@ -189,6 +190,26 @@ def page(title: str, names: list[str], told: str, verdict: str, table: str, note
 <div class="plots">{"".join(figures)}</div><script>{SORT}</script></body></html>"""
 
 
+def standing(report: dict[str, Any]) -> list[str]:
+    """This run over the shipped study: bits per byte against recall; nothing where either is missing."""
+    if not SHIPPED.exists():
+        return []
+    study = read()
+    recall, bits = study.quality("recall"), study.quality("text")
+    shipped = {spec: (recall[spec].mean, bits[spec].mean) for spec in recall if spec in bits}
+    local = {}
+    for name, one in report["mechanisms"].items():
+        x, y = (measure(one, *MEASURES[task][0]) if seeds_of(one, MEASURES[task][0][0]) else None for task in ("recall", "text"))
+        if x is not None and y is not None:
+            local[name] = (x.mean, y.mean)
+    if not local:
+        return []
+    groups = {"the shipped study": shipped, "this run": local}
+    plot = scatter("Where does it stand among the others?", MEASURES["recall"][2], MEASURES["text"][2], groups)
+    note = f"The study ({study.told}) was made elsewhere: it shows who there is, not what this run should have reached. Hover for names."
+    return [f'<figure id="standing">{plot}<figcaption>{html.escape(note)}</figcaption></figure>']
+
+
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the HTML report; plots whose numbers were not measured are left out."""
     figures = []
@@ -197,6 +218,7 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         if any(math.isfinite(p[1]) for found in lines.values() for p in found):
             plot = figure(title, x, y, lines, log_x, log_y)
             figures.append(f'<figure id="{key}">{plot}<figcaption>{html.escape(caption)}</figcaption></figure>')
+    figures += standing(report)
     config, env = report["config"], report["environment"]
     told = (
         f"{report['text']}; {config['layers']} layers of {config['dim']} channels, {config['heads']} heads, {config['seq_len']} tokens, "
