@@ -11,8 +11,10 @@ from torch import Tensor
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.planes import gelu, layer_norm
+from regard.lab.checks.shared.shipped_vit import inked, shipped, unseen
 from regard.lab.checks.shared.vits import block_by_hand, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
+from regard.nn.vit_host import embedded, weights_of
 from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, Views, attmask
 
 
@@ -258,3 +260,21 @@ def _() -> tuple[float, float]:
     found = net(views, masked, crops, 0.05, 0.06)
     leaves = tuple(p for name, p in net.named_parameters() if p.requires_grad and "vit.head" not in name)
     return gap_with_gradients(found, truth, leaves), naive.gap(found, other)
+
+
+@check(
+    "attmask",
+    "share of the digit's patches that high hides at ratio 0.3, by the last attention of the ViT on digits",
+    above=0.4,
+    control="random masks",
+)
+def _() -> tuple[float, float]:
+    vit, drawn = shipped(), unseen(200)
+    x = embedded(vit, drawn.images)
+    with torch.no_grad():
+        for block in vit.blocks[:-1]:
+            x = block(x)
+        last = vit.blocks[-1]
+        a = weights_of(last.attn, last.norm1(x))[:, :, 0, 1:].mean(1)
+    ink = inked(drawn)
+    return tuple(float((attmask(a, mode, 0.3, 1.0) & ink).sum() / ink.sum()) for mode in ("high", "random"))  # type: ignore[return-value]
