@@ -113,7 +113,9 @@ def compare(
     parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
-    task: Annotated[str, typer.Option(help="text, or of layers of images: digits, occluded-digits")] = "text",
+    task: Annotated[
+        str, typer.Option(help="text, or of layers of images: digits, occluded-digits, shifted-digits, shapes, textures")
+    ] = "text",
     dim: Annotated[int, typer.Option(help="channels of the model on text")] = 64,
     layers: Annotated[int, typer.Option(help="layers of the model on text")] = 2,
     heads: Annotated[int, typer.Option(help="heads of the model on text")] = 2,
