@@ -60,7 +60,7 @@ def by_lots(q: Tensor, k: Tensor, v: Tensor, lots: Tensor, law: str, c: float, w
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "attention over kept blocks == pair by pair, with gradients: both laws, rotary with both penalties, exp(s) / p, grouped heads, "
     "9 to 13 queries over 29 keys in blocks of 8",
     below=1e-9,
@@ -82,7 +82,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "softmax with the penalty slope_h (1 + ... + 1/|i - j|) of ALiBi's slopes, both ways in time, and with slope 0 plain softmax",
     below=1e-12,
     control="the penalty linear in the distance",
@@ -106,7 +106,7 @@ def lots_of(seed: int, blocks: int, heads: int = 2, law: str = "harmonic", c: fl
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "over 500 seeds of 4 heads: how often a distance is kept, in standard errors from p (the most over distances and laws; pairs of heads and of "
     "neighbouring blocks independent; never above the diagonal, the diagonal always)",
     below=3.5,
@@ -131,7 +131,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "mean share of the triangle kept over 200 seeds of 4 heads against sum (n - d) p(d) / (n (n + 1) / 2)",
     below=0.004,
     control="p(0) not 1 but c / 2",
@@ -147,7 +147,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "unbiased: sums of exp(s) / p over kept blocks, mean over 100 draws of 4 heads, against all keys' (largest relative error over rows)",
     below=0.12,
     control="not divided by p",
@@ -168,7 +168,7 @@ def _() -> tuple[float, float]:
     return off(True), off(False)
 
 
-@check(ROW, "p = 1 everywhere == dense causal softmax, 256 tokens in blocks of 32", below=1e-10, control="c = 0.5")
+@check("prflash-saq", "p = 1 everywhere == dense causal softmax, 256 tokens in blocks of 32", below=1e-10, control="c = 0.5")
 def _() -> tuple[float, float]:
     q, k, v = (torch.randn(1, 2, 256, 8, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in range(3))
     truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -227,7 +227,7 @@ def stair(group: int, seen: int) -> int:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "staircase of 16, 8, 4, 2 bits: what each of 14 steps reads == groups rounded by loops as they age (MQA and two key heads)",
     below=1e-9,
     control="8 bits at every age",
@@ -254,7 +254,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "errors grow with age: mean |read - exact| of keys and values, the least ratio from one stair to the next",
     above=2.0,
     control="2 bits at every age",
@@ -275,7 +275,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "bytes of the cache == the sum of bits, steps and lows of every stair, over the same in full precision",
     below=0.7,
     control="16 bits alone",
@@ -297,7 +297,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "attention's outputs of the last step: error of the staircase over that of 2 bits at every age",
     below=0.8,
     control="1 bit at every age",
@@ -357,7 +357,7 @@ def longest_first(word: str, known: set[str]) -> list[str]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "sub-words of byte-pair encoding's own vocabulary: log P of the found cut is the best of all cuts and no word's is below byte-pair's (the least)",
     above=-1e-9,
     control="the longest piece first",
@@ -381,7 +381,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "150 learned pieces: log P of the words over that of byte-pair encoding's 150 with their best cuts (both negative)",
     below=0.95,
     control="the 150 commonest substrings",
@@ -403,7 +403,7 @@ def _() -> tuple[float, float]:
 
 
 @check(
-    ROW,
+    "prflash-saq",
     "cross-entropy method: cost of the best of 30 rounds of 100 on a quadratic of three parameters (the worst of three seeds)",
     below=1e-2,
     control="nothing refitted",
