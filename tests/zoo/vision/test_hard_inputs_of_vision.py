@@ -6,6 +6,7 @@ import torch
 from layers import LAYERS, MODULES, given, make, tensors
 
 from regard import RegardError, records
+from regard.nn.planes import BatchNorm
 
 VISION = {record.slug for record in records("vision", "works")}
 HERE = sorted(name for name in MODULES if name in VISION)
@@ -38,11 +39,14 @@ def test_gradients_that_arrive_in_any_order_of_memory(name, batch):
     def last(s):
         return s.movedim(1, -1).contiguous().movedim(-1, 1) if s.dim() > 2 else s
 
+    def between(s):
+        return s.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1) if s.dim() == 4 else s
+
     def same(a, b):
         return all((p is None and q is None) or torch.allclose(p, q, rtol=1e-9, atol=1e-11) for p, q in zip(a, b, strict=True))
 
     truth = felt(lambda s: s)
-    assert same(truth, felt(turned)) and same(truth, felt(last))
+    assert same(truth, felt(turned)) and same(truth, felt(last)) and same(truth, felt(between))
     flat = felt(lambda s: torch.ones((), dtype=s.dtype).expand(s.shape))
     assert same(flat, felt(lambda s: torch.ones_like(s)))
 
@@ -135,3 +139,20 @@ def test_widths_that_do_not_divide_are_right_or_refused(name):
             assert "expected" in str(why)
             continue
         assert all(y.isfinite().all() for y in out)
+
+
+def test_norms_of_one_image_in_evaluation():
+    norm, x = BatchNorm(4).double().eval(), torch.randn(1, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    for p in (*norm.parameters(), norm.running_mean):
+        p.data.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    seed = torch.randn(5, 1, 6, 4, dtype=torch.float64).permute(1, 3, 0, 2)
+    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+    truth = (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+    assert torch.allclose(norm(x), truth)
+    leaves = (x, norm.weight, norm.bias)
+    for a, b in zip(torch.autograd.grad(norm(x), leaves, seed), torch.autograd.grad(truth, leaves, seed), strict=True):
+        assert torch.allclose(a, b)
+    with torch.no_grad():
+        assert torch.allclose(norm(x), truth)
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and BatchNorm(4, affine=False).eval()(x.float()).shape == x.shape
