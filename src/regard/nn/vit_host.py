@@ -84,7 +84,7 @@ def masked_tokens(vit: Any, images: Tensor, keep: Tensor, soft: bool = False, re
     prefix = vit.num_prefix_tokens
     if keep.shape != (len(x), x.shape[1] - prefix):
         raise RegardError(f"keep is {tuple(keep.shape)}; expected (batch={len(x)}, patches={x.shape[1] - prefix})")
-    if remove and not soft:
+    if remove and not soft and len(x):
         count = max(1, int(keep.count_nonzero(-1).max()))
         kept = keep.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
         x = torch.cat((x[:, :prefix], x[:, prefix:].take_along_dim(kept[..., None], 1)), 1)
