@@ -59,7 +59,7 @@ class H2O(Policy):
         super().__init__(budget, decode)
 
     def observe(self, view: View) -> None:
-        note(view, "mass", sum(p.sum((2, 3)) for p, _ in view.rows()))
+        note(view, "mass", view.mass())
 
     def scores(self, view: View) -> Tensor:
         mass: Tensor = view.part.notes["mass"]
