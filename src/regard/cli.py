@@ -35,12 +35,21 @@ def start(context: typer.Context) -> None:
 def list_rows(
     family: Family = None,
     status: Annotated[str | None, typer.Option(help="works or planned")] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="of the attentive survey: sequences=co, positions=hard, ...; working ones alone")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all fields, as a JSON list")] = False,
 ) -> None:
     """The systems of the catalogue."""
     from .catalog import records
 
     found = records(family, status)
+    if axis:
+        from .catalog.axes import with_axes
+
+        asked = {name: value for name, _, value in (one.partition("=") for one in axis)}
+        fitting = set(with_axes(None, asked))
+        found = [record for record in found if record.slug in fitting]
     if as_json:
         say(json.dumps([record.as_dict() for record in found]))
         return

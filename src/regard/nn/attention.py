@@ -146,6 +146,8 @@ class Attention(Momentary):
         q, k = self.q_norm(act(self.feature(q))), self.k_norm(act(self.feature(k)))
         v = activation_of(self.recipe.value_activation)(v)
         if self.rope is not None:
+            if self.watcher is not None:
+                q, k = self.watcher.before_rotary(q, k, position if isinstance(position, int) else int(position[0]))
             for_q, for_k = (
                 position if isinstance(position, Tensor) else torch.arange(position, position + y.shape[-2], device=y.device)
                 for y in (q, k)
