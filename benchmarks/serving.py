@@ -127,7 +127,7 @@ def tree(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
 
     def run(draft: Draft) -> None:
         host.verify(draft)
-        host.cache.crop(asked.tree)
+        host.cache.crop(-draft.tokens.shape[1])
 
     for draft in drafts.values():
         run(draft)

@@ -38,22 +38,29 @@ class Part:
         """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n): which are no padding (None: all)."""
         every = len(self.heads) == keys.shape[1]  # heads of a part are in order
         k, v = (keys, values) if every else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
-        places = torch.arange(start, start + k.shape[2], device=k.device).expand(*k.shape[:3])
-        alive = torch.ones_like(places, dtype=torch.bool) if there is None else there[:, None].expand(*k.shape[:3])
         notes = {name: torch.cat((note, note.new_zeros(*k.shape[:3])), 2) for name, note in self.notes.items()}
         whole = self.everything() if there is None else None
-        old, new = (self.keys, self.values, self.places, self.alive), (k, v, places, alive)
-        if self.room is None or (torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad)):
-            return Part(self.heads, *(torch.cat(both, 2) for both in zip(old, new, strict=True)), notes, whole, ())
         n, m = self.places.shape[2], k.shape[2]
-        room = self.room
-        if not room or room[0].shape[2] < n + m:  # it grows a second time, and so will again
-            room = tuple(x.new_empty(*x.shape[:2], n + m + SPARE, *x.shape[3:]) for x in old)
-            for x, y in zip(room, old, strict=True):
-                x[:, :, :n] = y
-        for x, y in zip(room, new, strict=True):
-            x[:, :, n : n + m] = y
-        return Part(self.heads, *(x[:, :, : n + m] for x in room), notes, whole, room)
+        if not self.room or self.room[0].shape[2] < n + m or (torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad)):
+            more = m if self.room is None else m + SPARE  # what grows a second time will again
+            shape = (*k.shape[:2], more)
+            places = torch.arange(start, start + more, device=k.device).expand(shape)
+            alive = torch.ones(shape, dtype=torch.bool, device=k.device)
+            if there is not None:
+                alive[:, :, :m] = there[:, None]
+            rp, ra = torch.cat((self.places, places), 2), torch.cat((self.alive, alive), 2)
+            if self.room is None or torch.is_grad_enabled():
+                k, v = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+                return Part(self.heads, k, v, rp[:, :, : n + m], ra[:, :, : n + m], notes, whole, ())
+            rk, rv = (torch.cat((x, y, y.new_empty(*y.shape[:2], SPARE, y.shape[3])), 2) for x, y in ((self.keys, k), (self.values, v)))
+        else:
+            rk, rv, rp, ra = self.room
+            rk.narrow(2, n, m).copy_(k)
+            rv.narrow(2, n, m).copy_(v)
+            if there is not None:
+                ra.narrow(2, n, m).copy_(there[:, None].expand(*k.shape[:3]))
+        k, v, places, alive = rk[:, :, : n + m], rv[:, :, : n + m], rp[:, :, : n + m], ra[:, :, : n + m]
+        return Part(self.heads, k, v, places, alive, notes, whole, (rk, rv, rp, ra))
 
     def everything(self) -> bool:
         """Whether all entries are there."""
