@@ -204,9 +204,12 @@ def choose(
     from .lab.choose import choose as run
     from .lab.choose.needs import amount
     from .lab.choose.report import caveat, table
+    from .lab.files import prepare
 
     kept = None if memory is None else amount(memory, "--memory")
     asked = amount(context, "--context")
+    if file is not None:
+        prepare(file.parent, f"--report {file}")
     needs = Needs(asked, task, kept, device, answer, dim, layers, heads, batch, minutes, among=tuple(among or ()))
     with Console(stderr=True).status("measuring") as status:
         choice = run(needs, tick=lambda share, name: status.update(f"measuring {name} ({share:.0%} of the time)"))
