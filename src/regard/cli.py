@@ -35,12 +35,21 @@ def start(context: typer.Context) -> None:
 def list_rows(
     family: Family = None,
     status: Annotated[str | None, typer.Option(help="works or planned")] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="of the attentive survey: sequences=co, positions=hard, ...; working ones alone")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all fields, as a JSON list")] = False,
 ) -> None:
     """The systems of the catalogue."""
     from .catalog import records
 
     found = records(family, status)
+    if axis:
+        from .catalog.axes import with_axes
+
+        asked = {name: value for name, _, value in (one.partition("=") for one in axis)}
+        fitting = set(with_axes(None, asked))
+        found = [record for record in found if record.slug in fitting]
     if as_json:
         say(json.dumps([record.as_dict() for record in found]))
         return
@@ -113,7 +122,16 @@ def compare(
     parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
-    task: Annotated[str, typer.Option(help="text, or of layers of images: digits, occluded-digits")] = "text",
+    task: Annotated[
+        str, typer.Option(help="text, or of layers of images: digits, occluded-digits, shifted-digits, shapes, textures")
+    ] = "text",
+    dim: Annotated[int, typer.Option(help="channels of the model on text")] = 64,
+    layers: Annotated[int, typer.Option(help="layers of the model on text")] = 2,
+    heads: Annotated[int, typer.Option(help="heads of the model on text")] = 2,
+    batch: Annotated[int, typer.Option(help="sequences a step on text")] = 8,
+    launch: Annotated[str | None, typer.Option(help="torchrun: train each model data-parallel, in processes of this machine")] = None,
+    processes: Annotated[int, typer.Option(help="of --launch; one a GPU where there are some")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole report as JSON")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, or with each layer on the same images, measure all, write a report."""
     from .lab.compare import Config, VisionConfig, compare_layers, default_mechanisms
@@ -124,12 +142,10 @@ def compare(
             raise RegardError(f"--text and --seq-len are of the task text; leave them out with --task {task}")
         from .lab.compare.slots import fitting
 
-        layers = VisionConfig(tuple(mechanisms or fitting()), task, minutes, directory, seed, seeds, parallel=parallel, backend=backend)
-        seen, whole = compare_layers(layers, resume)
-        say(seen["verdict"])
-        say(f"report: {directory / 'report.html'}")
-        if not whole:
-            raise typer.Exit(130)
+        if launch is not None or (dim, layers, heads, batch) != (64, 2, 2, 8):
+            raise RegardError(f"--launch, --dim, --layers, --heads and --batch are of the task text; leave them out with --task {task}")
+        told = VisionConfig(tuple(mechanisms or fitting()), task, minutes, directory, seed, seeds, parallel=parallel, backend=backend)
+        answer(*compare_layers(told, resume), directory, as_json)
         return
     config = Config(
         tuple(mechanisms or default_mechanisms()),
@@ -138,15 +154,75 @@ def compare(
         seq_len,
         directory,
         seed,
+        dim,
+        layers,
+        heads,
+        batch,
         seeds=seeds,
         parallel=parallel,
         backend=backend,
     )
-    report, finished = run(config, resume)
-    say(report["verdict"])
-    say(f"report: {directory / 'report.html'}")
+    if launch is None:
+        answer(*run(config, resume), directory, as_json)
+        return
+    if launch != "torchrun":
+        raise RegardError(f"--launch {launch}: expected torchrun")
+    from .lab.compare.launched import launch as start
+
+    if code := start(config, processes, resume):
+        raise typer.Exit(code)
+    answer(json.loads((directory / "report.json").read_text(encoding="utf-8")), True, directory, as_json)
+
+
+def answer(report: dict[str, Any], finished: bool, directory: Path, as_json: bool) -> None:
+    """What a comparison says at its end."""
+    say(json.dumps(report) if as_json else f"{report['verdict']}\nreport: {directory / 'report.html'}")
     if not finished:
         raise typer.Exit(130)
+
+
+@app.command()
+def choose(
+    context: Annotated[str, typer.Option(help="tokens of a prompt: 4096, 32k")] = "4096",
+    task: Annotated[str, typer.Option(help="text, long-text or recall")] = "text",
+    memory: Annotated[str | None, typer.Option(help="for what layers keep and work with: 512MB, 1GB (default: any)")] = None,
+    device: Annotated[str, typer.Option(help="where costs are measured: cpu, cuda")] = "cpu",
+    answer: Annotated[int, typer.Option(help="tokens made after the prompt")] = 256,
+    dim: Annotated[int, typer.Option(help="channels of the model")] = 512,
+    layers: Annotated[int, typer.Option(help="layers of the model")] = 12,
+    heads: Annotated[int, typer.Option(help="heads of a layer")] = 8,
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    minutes: Annotated[float, typer.Option(help="for measuring costs; the best by the study come first")] = 2.0,
+    among: Annotated[list[str] | None, typer.Option(help="only these mechanisms (may be given several times)")] = None,
+    file: Annotated[Path | None, typer.Option("--report", help="also write an HTML page here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+) -> None:
+    """Rank mechanisms for a context, a task and a memory: quality from the shipped study, costs measured on this machine, and why."""
+    from rich.console import Console
+
+    from .lab.choose import Needs, write_report
+    from .lab.choose import choose as run
+    from .lab.choose.needs import amount
+    from .lab.choose.report import caveat, table
+    from .lab.files import prepare
+
+    kept = None if memory is None else amount(memory, "--memory")
+    asked = amount(context, "--context")
+    if file is not None:
+        prepare(file.parent, f"--report {file}")
+    needs = Needs(asked, task, kept, device, answer, dim, layers, heads, batch, minutes, among=tuple(among or ()))
+    with Console(stderr=True).status("measuring") as status:
+        choice = run(needs, tick=lambda share, name: status.update(f"measuring {name} ({share:.0%} of the time)"))
+    if file is not None:
+        write_report(choice, file)
+    if as_json:
+        say(json.dumps(choice.as_dict()))
+        return
+    say(choice.verdict)
+    Console().print(table(choice))
+    say(caveat(choice))
+    if file is not None:
+        say(f"report: {file}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ NAMES = {
     "Moments": "moments",
     "View": "view",
     "Session": "session",
+    "Staircase": "staircase",
     **dict.fromkeys(
         ("H2O", "TOVA", "Ada", "Full", "KeyNorm", "Planned", "Pyramid", "Random", "SnapKV", "StreamingLLM", "Wrapped"), "policies"
     ),
