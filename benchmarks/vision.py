@@ -1,10 +1,12 @@
 """What a layer costs in networks people use: ResNet-18 and ViT-tiny at 224 x 224, plain and with the layer put in by `regard.adapt.replace`; and
 mixers of tokens against dense attention on maps of 56 x 56 tokens.
 
-pip install 'regard[vision]';  python benchmarks/vision.py --out benchmarks/results/vision.json
+pip install 'regard[vision]';  python benchmarks/vision.py --out benchmarks/results/vision.json     (--quick: a few rounds, some minutes)
 
-Every time is a median of runs taken in turns with the plain network's, and is told as its ratio to that; random weights, evaluation, no gradients.
-Gates stand behind the second BatchNorm of every block of the ResNet (as CBAM's authors have them), mixers in place of every attention of the ViT.
+Each run is paired with a run of the plain network right before it; a ratio is the median over pairs, with its quartiles. Times are the process's own
+(processor time of all its threads), so that other work on the machine counts little; random weights, evaluation, no gradients.
+Gates stand behind the second BatchNorm of every block of the ResNet (as CBAM's authors have them), mixers in place of every attention of the ViT. Beside the
+ratio stands that of the products alone, as PyTorch's counter of operations has them: what no implementation can go below.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard.adapt.replace import after, replace
 from regard.lab.compare.slots import Fitted, fitted, made
@@ -28,7 +31,6 @@ from regard.nn import timm_host
 GATES = ("cbam", "ela", "ulsam", "polarized-attention", "little-attention-block", "van-lka")
 MIXERS = ("ninformer:tokens=197", "activator", "litv2-hilo", "mossformer:group=64,qk_dim=64")
 GRID_MIXERS = ("litv2-hilo", "contmix", "mambaout")
-ALLOWED = 1.08
 
 
 def gate(name: str) -> Callable[[int], nn.Module]:
@@ -51,16 +53,38 @@ def mixer(spec: str) -> Callable[[nn.Module], nn.Module]:
     return lambda part: Mixed(made(spec, part.qkv.in_features, 14), tokens).eval()  # type: ignore[union-attr, arg-type]
 
 
-def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def in_pairs(plain: Callable[[], Any], runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Of each run: its median seconds, and its ratio to the plain run before it, median and quartiles over pairs; the first round warms up."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for at in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+            pair = seconds(plain), seconds(run)
             if at:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                pairs[name].append(pair)
+    found = {}
+    for name, all_of in pairs.items():
+        ratios = [other / base for base, other in all_of]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        found[name] = {
+            "seconds": statistics.median(other for _, other in all_of),
+            "plain_seconds": statistics.median(base for base, _ in all_of),
+            "ratio": statistics.median(ratios),
+            "low": low,
+            "high": high,
+        }
+    return found
+
+
+def products(net: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops()
 
 
 def network(host: str) -> nn.Module:
@@ -75,7 +99,7 @@ def network(host: str) -> nn.Module:
 def hosts(batches: tuple[int, ...], rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for host, names in (("resnet18", GATES), ("vit-tiny", MIXERS)):
-        nets = {"plain": network(host)}
+        plain, nets = network(host), {}
         for name in names:
             nets[name] = network(host)
             if host == "resnet18":
@@ -84,15 +108,20 @@ def hosts(batches: tuple[int, ...], rounds: int) -> dict[str, Any]:
                 replace(nets[name], "blocks.*.attn", mixer(name))
         for batch in batches:
             x = torch.randn(batch, 3, 224, 224)
-            times = in_turns({name: lambda net=net: net(x) for name, net in nets.items()}, rounds)  # type: ignore[misc]
-            one = found.setdefault(host, {}).setdefault(str(batch), {})
-            for name, seconds in times.items():
-                one[name] = {
-                    "seconds": seconds,
-                    "ratio": seconds / times["plain"],
-                    "parameters": sum(p.numel() for p in nets[name].parameters()),
-                }
-                print(f"{host:9} batch {batch} {name:32} {1e3 * seconds:8.1f} ms {one[name]['ratio']:.2f}x", flush=True)
+            base = products(plain, x)
+            runs: dict[str, Callable[[], Any]] = {name: lambda net=net: net(x) for name, net in nets.items()}  # type: ignore[misc]
+            one = in_pairs(lambda: plain(x), runs, rounds)
+            for name, measured in one.items():
+                measured["parameters"] = sum(p.numel() for p in nets[name].parameters())
+                measured["products"] = products(nets[name], x) / base
+                told = f"{measured['ratio']:.2f}x ({measured['low']:.2f} to {measured['high']:.2f}), products {measured['products']:.2f}x"
+                print(f"{host:9} batch {batch} {name:32} {1e3 * measured['seconds']:8.1f} ms {told}", flush=True)
+            one["plain"] = {
+                "seconds": statistics.median(measured["plain_seconds"] for measured in one.values()),
+                "ratio": 1.0,
+                "parameters": sum(p.numel() for p in plain.parameters()),
+            }
+            found.setdefault(host, {})[str(batch)] = one
     return found
 
 
@@ -106,25 +135,26 @@ def maps(rounds: int, side: int = 56, dim: int = 64) -> dict[str, Any]:
     layers["twins-lsa"] = Fitted(LocallyGroupedAttention(dim, 4, 7), "tokens")
     for layer in layers.values():
         layer.eval()
-    x = torch.randn(1, dim, side, side)
+    x, dense = torch.randn(1, dim, side, side), layers.pop("softmax")
     runs: dict[str, Callable[[], Any]] = {name: lambda layer=layer: layer(x) for name, layer in layers.items()}  # type: ignore[misc]
-    times = in_turns(runs, rounds)
-    return {name: {"seconds": seconds, "ratio": seconds / times["softmax"]} for name, seconds in times.items()}
+    return in_pairs(lambda: dense(x), runs, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of each layer")
+    parser.add_argument("--quick", action="store_true", help="5 pairs, one image in place of one and eight")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vision.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    rounds, batches = (5, (1,)) if given.quick else (given.rounds, (1, 8))
     found = {
         "torch": torch.__version__,
         "threads": given.threads,
-        "rounds": given.rounds,
-        "hosts": hosts((1, 8), given.rounds),
-        "maps": maps(given.rounds),
+        "rounds": rounds,
+        "hosts": hosts(batches, rounds),
+        "maps": maps(rounds),
     }
     for name, one in found["maps"].items():  # type: ignore[attr-defined]
         print(f"56 x 56 tokens {name:20} {1e3 * one['seconds']:8.1f} ms {one['ratio']:.2f}x softmax")

@@ -137,7 +137,16 @@ def compare(
     parallel: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     backend: Annotated[str, typer.Option(help="of joblib: loky, ray or dask")] = "loky",
     resume: Annotated[bool, typer.Option("--resume", help="keep what an interrupted run finished")] = False,
-    task: Annotated[str, typer.Option(help="text, or of layers of images: digits, occluded-digits")] = "text",
+    task: Annotated[
+        str, typer.Option(help="text, or of layers of images: digits, occluded-digits, shifted-digits, shapes, textures")
+    ] = "text",
+    dim: Annotated[int, typer.Option(help="channels of the model on text")] = 64,
+    layers: Annotated[int, typer.Option(help="layers of the model on text")] = 2,
+    heads: Annotated[int, typer.Option(help="heads of the model on text")] = 2,
+    batch: Annotated[int, typer.Option(help="sequences a step on text")] = 8,
+    launch: Annotated[str | None, typer.Option(help="torchrun: train each model data-parallel, in processes of this machine")] = None,
+    processes: Annotated[int, typer.Option(help="of --launch; one a GPU where there are some")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole report as JSON")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, or with each layer on the same images, measure all, write a report."""
     from .lab.compare import Config, VisionConfig, compare_layers, default_mechanisms
@@ -148,12 +157,10 @@ def compare(
             raise RegardError(f"--text and --seq-len are of the task text; leave them out with --task {task}")
         from .lab.compare.slots import fitting
 
-        layers = VisionConfig(tuple(mechanisms or fitting()), task, minutes, directory, seed, seeds, parallel=parallel, backend=backend)
-        seen, whole = compare_layers(layers, resume)
-        say(seen["verdict"])
-        say(f"report: {directory / 'report.html'}")
-        if not whole:
-            raise typer.Exit(130)
+        if launch is not None or (dim, layers, heads, batch) != (64, 2, 2, 8):
+            raise RegardError(f"--launch, --dim, --layers, --heads and --batch are of the task text; leave them out with --task {task}")
+        told = VisionConfig(tuple(mechanisms or fitting()), task, minutes, directory, seed, seeds, parallel=parallel, backend=backend)
+        answer(*compare_layers(told, resume), directory, as_json)
         return
     config = Config(
         tuple(mechanisms or default_mechanisms()),
@@ -162,47 +169,132 @@ def compare(
         seq_len,
         directory,
         seed,
+        dim,
+        layers,
+        heads,
+        batch,
         seeds=seeds,
         parallel=parallel,
         backend=backend,
     )
-    report, finished = run(config, resume)
-    say(report["verdict"])
-    say(f"report: {directory / 'report.html'}")
+    if launch is None:
+        answer(*run(config, resume), directory, as_json)
+        return
+    if launch != "torchrun":
+        raise RegardError(f"--launch {launch}: expected torchrun")
+    from .lab.compare.launched import launch as start
+
+    if code := start(config, processes, resume):
+        raise typer.Exit(code)
+    answer(json.loads((directory / "report.json").read_text(encoding="utf-8")), True, directory, as_json)
+
+
+def answer(report: dict[str, Any], finished: bool, directory: Path, as_json: bool) -> None:
+    """What a comparison says at its end."""
+    say(json.dumps(report) if as_json else f"{report['verdict']}\nreport: {directory / 'report.html'}")
     if not finished:
         raise typer.Exit(130)
+
+
+@app.command()
+def choose(
+    context: Annotated[str, typer.Option(help="tokens of a prompt: 4096, 32k")] = "4096",
+    task: Annotated[str, typer.Option(help="text, long-text or recall")] = "text",
+    memory: Annotated[str | None, typer.Option(help="for what layers keep and work with: 512MB, 1GB (default: any)")] = None,
+    device: Annotated[str, typer.Option(help="where costs are measured: cpu, cuda")] = "cpu",
+    answer: Annotated[int, typer.Option(help="tokens made after the prompt")] = 256,
+    dim: Annotated[int, typer.Option(help="channels of the model")] = 512,
+    layers: Annotated[int, typer.Option(help="layers of the model")] = 12,
+    heads: Annotated[int, typer.Option(help="heads of a layer")] = 8,
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    minutes: Annotated[float, typer.Option(help="for measuring costs; the best by the study come first")] = 2.0,
+    among: Annotated[list[str] | None, typer.Option(help="only these mechanisms (may be given several times)")] = None,
+    file: Annotated[Path | None, typer.Option("--report", help="also write an HTML page here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+) -> None:
+    """Rank mechanisms for a context, a task and a memory: quality from the shipped study, costs measured on this machine, and why."""
+    from rich.console import Console
+
+    from .lab.choose import Needs, write_report
+    from .lab.choose import choose as run
+    from .lab.choose.needs import amount
+    from .lab.choose.report import caveat, table
+    from .lab.files import prepare
+
+    kept = None if memory is None else amount(memory, "--memory")
+    asked = amount(context, "--context")
+    if file is not None:
+        prepare(file.parent, f"--report {file}")
+    needs = Needs(asked, task, kept, device, answer, dim, layers, heads, batch, minutes, among=tuple(among or ()))
+    with Console(stderr=True).status("measuring") as status:
+        choice = run(needs, tick=lambda share, name: status.update(f"measuring {name} ({share:.0%} of the time)"))
+    if file is not None:
+        write_report(choice, file)
+    if as_json:
+        say(json.dumps(choice.as_dict()))
+        return
+    say(choice.verdict)
+    Console().print(table(choice))
+    say(caveat(choice))
+    if file is not None:
+        say(f"report: {file}")
 
 
 @app.command()
 def sweep(
     methods: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: all, at several settings)")] = None,
     model: Annotated[str, typer.Option(help="tiny, or a folder in transformers' format")] = "tiny",
+    cache: Annotated[
+        str | None, typer.Option(help="a model whose cache is swept by policies instead: tiny, smollm2-135m, or a folder")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
-    seq_len: Annotated[int, typer.Option(help="tokens a prompt")] = 2048,
+    seq_len: Annotated[int | None, typer.Option(help="tokens a prompt (default: 2048; with --cache 1024)")] = None,
     needles: Annotated[int, typer.Option(help="prompts with a hidden fact, at each of five depths")] = 4,
+    windows: Annotated[int, typer.Option(help="held-out texts")] = 4,
+    steps: Annotated[int, typer.Option(help="with --cache: tokens read after each prompt")] = 128,
     directory: Annotated[Path, typer.Option("--out", help="where report.json, table.md and the plots go")] = Path("runs/sweep"),
+    resume: Annotated[bool, typer.Option("--resume", help="with --cache: keep what an interrupted sweep measured")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything measured, as JSON")] = False,
 ) -> None:
-    """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density."""
-    from .lab.sweep import DEFAULT, Config, model_and_reader, write, write_points
-    from .lab.sweep import sweep as run
+    """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density.
+
+    With --cache: policies that drop entries of the model's cache or store them in fewer bits, against kept bytes.
+    """
+    from .lab import sweep as lab
     from .tasks.text import python_text, read_text
 
-    chosen: dict[str, tuple[str, ...]] = {} if methods else dict(DEFAULT)
+    length = seq_len or (2048 if cache is None else 1024)
+    corpus = python_text() if text is None else read_text(text, 50 * length)
+    if cache is not None:
+        config = lab.CacheConfig(length, windows, steps, needles)
+        done = lab.CacheSweep.read(directory / "report.json") if resume and (directory / "report.json").exists() else None
+        policies = lab.chosen_policies(methods or [])
+        swept = None
+        for swept in lab.cache_sweep(*lab.model_and_reader(cache), corpus, policies, config, cache, done):
+            lab.write_cache_points(swept, directory)
+            if not as_json:
+                say(lab.cache_line(swept.points[-1]))
+        assert swept is not None
+        lab.write_cache(swept, directory)
+        say(json.dumps(swept.as_dict()) if as_json else f"report: {directory / 'table.md'}")
+        return
+    if resume:
+        raise RegardError("--resume is of --cache; leave it out")
+    chosen: dict[str, tuple[str, ...]] = {} if methods else dict(lab.DEFAULT)
     for one in methods or []:
         name, colon, settings = one.partition(":")
-        chosen[name] = (*chosen.get(name, ()), *((settings,) if colon else DEFAULT.get(name, ("",))))
-    config = Config(length=seq_len, needles=needles)
-    corpus = python_text() if text is None else read_text(text, 50 * seq_len)
-    found, reader = model_and_reader(model)
+        chosen[name] = (*chosen.get(name, ()), *((settings,) if colon else lab.DEFAULT.get(name, ("",))))
+    found, reader = lab.model_and_reader(model)
     result = None
-    for result in run(found, reader, corpus, chosen, config, model):
-        write_points(result, directory)
+    for result in lab.sweep(found, reader, corpus, chosen, lab.Config(length=length, windows=windows, needles=needles), model):
+        lab.write_points(result, directory)
         p = result.points[-1]
         line = f"{p.name:16} density {p.density:.3f}  bits/byte {p.bits_per_byte:.3f}  needles {p.found:.2f}  prefill {p.prefill:.2f}x  "
-        say(line + p.settings)
+        if not as_json:
+            say(line + p.settings)
     assert result is not None
-    write(result, directory)
-    say(f"report: {directory / 'table.md'}")
+    lab.write(result, directory)
+    say(json.dumps(result.as_dict()) if as_json else f"report: {directory / 'table.md'}")
 
 
 @app.command()

@@ -64,16 +64,53 @@ def marker(kind: str, x: float, y: float, colour: str, title: str) -> str:
 def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log_x: bool = False, log_y: bool = False) -> str:
     """An SVG plot of named lines of points (x, y) or (x, y, low, high); points that are no numbers are left out."""
     kept = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
-    points = [p for found in kept.values() for p in found]
     columns = 2 if max(map(len, kept), default=0) <= 34 else 1
-    height = HEIGHT + ROW * -(-len(kept) // columns) + 8
+    out, across, up = frame(title, x, y, [p for found in kept.values() for p in found], log_x, log_y, -(-len(kept) // columns))
+    if across is None or up is None:
+        return out[0]
+    for at, (name, found) in enumerate(kept.items()):
+        out += line(at, name, sorted(found), across, up, x, y)
+        out.append(legend(at, name, columns))
+    return "".join(out) + "</svg>"
+
+
+def scatter(title: str, x: str, y: str, groups: Mapping[str, Mapping[str, tuple[float, float]]], log_x: bool = False) -> str:
+    """An SVG plot of named points in named groups; the first group is pale, for the rest to stand out from, and has its names on hover only."""
+    kept = {group: {name: p for name, p in points.items() if all(map(math.isfinite, p))} for group, points in groups.items()}
+    out, across, up = frame(title, x, y, [p for found in kept.values() for p in found.values()], log_x, False, len(kept))
+    if across is None or up is None:
+        return out[0]
+    for at, (group, found) in enumerate(kept.items()):
+        for name, (a, b) in found.items():
+            told = f"{name}: {number(a)} {x}, {b:.4g} {y} ({group})"
+            dot = marker(MARKS[at % 4], across.at(a), up.at(b), COLOURS[-1] if at == 0 else COLOURS[at - 1], told)
+            out.append(f'<g opacity=".55">{dot}</g>' if at == 0 else dot)
+            if at:
+                right = across.at(a) < WIDTH - 130
+                place = f'x="{across.at(a) + (7 if right else -7):.1f}" y="{up.at(b) + 4:.1f}" text-anchor="{"start" if right else "end"}"'
+                out.append(f'<text {place} font-size="11">{html.escape(name)}</text>')
+        out.append(legend(at, group, 1, COLOURS[-1] if at == 0 else COLOURS[at - 1]))
+    return "".join(out) + "</svg>"
+
+
+def legend(at: int, name: str, columns: int, colour: str | None = None) -> str:
+    """The entry of the line or group number `at`, below the plot."""
+    left, top = LEFT + at % columns * (WIDTH - LEFT) / columns, HEIGHT + ROW * (at // columns) + 12
+    mark = marker(MARKS[at % 4], left, top - 4, colour or COLOURS[at % 8], name)
+    return mark + f'<text x="{left + 10}" y="{top}">{html.escape(name)}</text>'
+
+
+def frame(
+    title: str, x: str, y: str, points: Sequence[Point], log_x: bool, log_y: bool, rows: int
+) -> tuple[list[str], Axis | None, Axis | None]:
+    """The open SVG with its axes, and both axes; a closed one, and none, where there is nothing to show. rows: of the legend."""
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + ROW * rows + 8}" role="img" aria-label="{html.escape(title)}" '
         'font-family="system-ui,sans-serif" font-size="12" fill="currentColor">'
         f'<text x="{LEFT}" y="20" font-size="15" font-weight="600">{html.escape(title)}</text>'
     )
     if not points:
-        return head + f'<text x="{LEFT}" y="60">nothing to show</text></svg>'
+        return [head + f'<text x="{LEFT}" y="60">nothing to show</text></svg>'], None, None
     across = Axis([p[0] for p in points], LEFT, WIDTH - RIGHT, log_x, 0.03)
     spread = [y for p in points for y in (p[1:] if not log_y else p[1:2])]
     up = Axis(spread, HEIGHT - BOTTOM, TOP, log_y, 0.05)
@@ -87,13 +124,7 @@ def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log
     out.append(f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="currentColor" fill="none" opacity=".6"/>')
     out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{html.escape(x)}</text>')
     out.append(f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{html.escape(y)}</text>')
-    for at, (name, found) in enumerate(kept.items()):
-        out += line(at, name, sorted(found), across, up, x, y)
-        left, top = LEFT + at % columns * (WIDTH - LEFT) / columns, HEIGHT + ROW * (at // columns) + 12
-        out.append(
-            marker(MARKS[at % 4], left, top - 4, COLOURS[at % 8], name) + f'<text x="{left + 10}" y="{top}">{html.escape(name)}</text>'
-        )
-    return "".join(out) + "</svg>"
+    return out, across, up
 
 
 def line(at: int, name: str, points: Sequence[Point], across: Axis, up: Axis, x: str, y: str) -> list[str]:

@@ -20,6 +20,7 @@ from regard.adapt.stages import distance, next_token_loss
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.liger import convert_liger, liger_lora
 from regard.zoo.systems.lolcats import attention_transfer, convert_lolcats, lora_finetune
+from regard.zoo.systems.radlads import radlads_convert
 
 
 def draw(generator):
@@ -194,7 +195,12 @@ def test_what_cannot_be_converted_is_refused():
         convert_liger(model)
 
 
-KINDS = {"lolcats": lambda model: convert_lolcats(model, 4, 5), "liger": lambda model: convert_liger(model, "gsa", 4, slots=5)}
+KINDS = {
+    "lolcats": lambda model: convert_lolcats(model, 4, 5),
+    "liger": lambda model: convert_liger(model, "gsa", 4, slots=5),
+    "radlads-6": lambda model: radlads_convert(model, "rad_rwkv6"),
+    "radlads-7": lambda model: radlads_convert(model, "rad_rwkv7"),
+}
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from regard import RegardError
-from regard.cache import H2O, TOVA, Ada, Full, KeyNorm, Planned, Pyramid, Random, SnapKV, StreamingLLM
+from regard.cache import H2O, TOVA, Ada, Full, KeyNorm, Planned, Pyramid, Random, SnapKV, StreamingLLM, read_prompt
 from regard.lab.checks.shared.decoding import llama
+from regard.zoo.systems.duoattention import DuoAttention
+from regard.zoo.systems.recycled_attention import RecycledAttention
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,6 +128,7 @@ ALL = {
     "ada": lambda: Ada(SnapKV(8, 2, 3)),
     "fraction": lambda: H2O(0.5),
     "full": Full,
+    "recycled": lambda: RecycledAttention(3, 4),
 }
 
 
@@ -187,8 +190,17 @@ def test_ada_keeps_the_best_of_a_layer(given):
 
 def test_pyramids_by_hand(given):
     model, ids, _ = given
-    sizes = [parts[0][1].shape[2] for parts in left(Pyramid(SnapKV(8, 2, 3), beta=4), model, ids)]
-    assert sizes == [14, 8, 2]
+    for budget, beta, truth in (
+        (8, 4, [13, 8, 3]),
+        (12, 20, [22, 12, 2]),
+        (13, 4, [22, 13, 4]),
+        (13, 20, [23, 13, 3]),
+        (15, 4, [15, 15, 15]),
+        (2, 4, [2, 2, 2]),
+    ):
+        sizes = [parts[0][1].shape[2] for parts in left(Pyramid(SnapKV(budget, 2, 3), beta=beta), model, ids)]
+        assert sizes == truth, budget
+    assert [parts[0][1].shape[2] for parts in left(Pyramid(KeyNorm(10), 4), model, ids)] == [18, 10, 2]
 
 
 def test_policies_by_layer(given):
@@ -238,3 +250,29 @@ def test_bad_input(given):
             model(ids[:, :1], past_key_values=full)
         with pytest.raises(RegardError, match="cannot go back"):
             model(ids).past_key_values.crop(-1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_read_once_leaves_what_reading_it_leaves(name):
+    torch.manual_seed(0)
+    model, ids = llama(layers=3, sharp=2), torch.randint(1, 50, (3, 20))
+    mask = (torch.arange(20) >= torch.tensor([[0], [9], [15]])).long()
+    prompt, found = read_prompt(model, ids, mask), []
+    for recalled in (False, True):
+        with ALL[name]()(model) as session, torch.no_grad():
+            if recalled:
+                session.recall(prompt)
+            else:
+                out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+                assert torch.allclose(out.logits[:, -1], prompt.logits)
+            token, places = ids[:, -1:], mask.sum(1, keepdim=True)
+            more = torch.cat((mask, mask[:, -1:]), 1)
+            found.append(model(token, attention_mask=more, position_ids=places, past_key_values=session.cache).logits)
+    assert torch.allclose(*found, atol=1e-12)
+
+
+def test_policies_that_read_prompts_in_their_own_way_cannot_recall():
+    model, ids = llama(layers=2), torch.randint(1, 50, (1, 20))
+    prompt = read_prompt(model, ids)
+    with DuoAttention(torch.rand(2, 2))(model) as session, pytest.raises(RegardError, match="DuoAttention reads prompts in its own way"):
+        session.recall(prompt)

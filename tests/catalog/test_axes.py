@@ -25,7 +25,9 @@ def test_every_system_has_a_value_of_each_axis_but_experiments_of_sequences():
         found = axes_of(one)
         assert set(found) == set(AXES) and all(found[axis] <= set(values) for axis, values in AXES.items()), name
         assert all(found[axis] for axis in AXES if axis != "sequences"), name
-        assert found["sequences"] or (one.kind not in ("mechanism", "policy", "module", "model") or not hasattr(one.factory, "forward")), name
+        assert found["sequences"] or (one.kind not in ("mechanism", "policy", "module", "model") or not hasattr(one.factory, "forward")), (
+            name
+        )
     said = axes_of(entry("attentive-survey"))
     assert all(said[axis] == {own[axis] for _, own in FORMS.values()} for axis in AXES)
 

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from regard.errors import RegardError
-from regard.lab.compare import Config, compare, jobs
+from regard.lab.compare import Config, compare, jobs, run
+from regard.lab.compare.launched import launch
 from regard.lab.compare.optimizer import Muon
 from regard.lab.compare.statistics import estimate
+from regard.lab.compare.train import TASKS
 from regard.lab.compare.verdict import verdict
 from regard.tasks import copying, python_text, recall
 
@@ -60,6 +64,42 @@ def test_stopping_keeps_finished_results(tmp_path, monkeypatch):
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (0.3, 2), (5.0, 1)])
+def test_seeds_follow_what_a_round_really_takes(tmp_path, monkeypatch, seconds, rounds):
+    """The first round is run in any case, and another one while what the last one took is left of the budget, a second."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock = Clock()
+
+    def train(config, task, spec, seed, steps, corpus, shared):
+        clock.now += 1.3 * seconds / 3  # two rounds of 1.3 x 0.3 seconds leave less than a third
+        return {"error": "of no interest"}
+
+    monkeypatch.setattr(run, "time", clock)
+    monkeypatch.setattr(run, "measure", lambda *a: {})
+    monkeypatch.setattr(run, "decide", lambda *a: dict.fromkeys(TASKS, 20))
+    monkeypatch.setattr(jobs, "train", train)
+    report, finished = compare(Config(("softmax",), out=tmp_path, **{**TINY, "minutes": 1 / 60}))
+    assert finished and report["rounds"] == rounds == len(report["mechanisms"]["softmax"]["recall"])
+
+
+def test_equal_steps_teach_the_tasks_before_there_are_more_of_them(monkeypatch):
+    """A step of each task takes one second: below three seeds' worth every task gets its own number of steps, below one seed's fewer."""
+    monkeypatch.setattr(run, "results_of", lambda config, jobs, learn: ((job, {"seconds": 1.0}) for job in jobs))
+    config = Config(("softmax",), out=Path("unused"), **TINY)
+    one = sum(run.ENOUGH.values()) + sum(run.MEASURING.values())
+    with run.progress(Console(quiet=True)) as bar:
+        assert run.decide(config, bar, 1.1 * one / run.SLACK) == run.ENOUGH
+        assert run.decide(config, bar, 2.9 * one / run.SLACK) == run.ENOUGH
+        more, less = run.decide(config, bar, 6 * one / run.SLACK), run.decide(config, bar, 0.5 * one / run.SLACK)
+    assert all(1.9 < more[task] / run.ENOUGH[task] < 2.2 and 0.4 < less[task] / run.ENOUGH[task] < 0.55 for task in TASKS)
+
+
 def test_runs_side_by_side_give_the_numbers_of_runs_in_turn():
     steps = {"language": 3, "recall": 2, "copying": 2}
     todo = [jobs.Job(task, name, seed, n) for task, n in steps.items() for name in ("softmax", "gla") for seed in (0, 1)]
@@ -69,6 +109,24 @@ def test_runs_side_by_side_give_the_numbers_of_runs_in_turn():
         return {job: {key: x for key, x in one.items() if key != "seconds"} for job, one in jobs.results(config, todo)}
 
     assert found(1) == found(2) and len(found(1)) == len(todo)
+
+
+def test_processes_that_share_each_batch_train_the_model_of_one(tmp_path):
+    """By torchrun with two processes of gloo: the losses of one process but for rounding; an error of a mechanism is reported, not waited for."""
+    given = {**TINY, "minutes": 0.01, "seeds": 1}
+    alone, _ = compare(Config(("softmax",), out=tmp_path / "one", **given))
+    assert launch(Config(("softmax", "sparsemax"), out=tmp_path / "two", **given), 2, False) == 0
+    shared = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert shared["finished"] and shared["steps"] == alone["steps"]  # the least there are
+    for task in TASKS:
+        one, two = (report["mechanisms"]["softmax"][task]["0"] for report in (alone, shared))
+        assert [x for _, x in two["loss"][:5]] == pytest.approx([x for _, x in one["loss"][:5]], rel=0.2)
+        assert two["parameters"] == one["parameters"]
+    bits = [report["mechanisms"]["softmax"]["language"]["0"]["bits"]["1"] for report in (alone, shared)]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-4)
+    for wrong, message in (((3, False), "cannot be shared equally"), ((0, False), "--processes 0")):
+        with pytest.raises(RegardError, match=message):
+            launch(Config(("softmax",), out=tmp_path / "no", **given), *wrong)
 
 
 def test_what_one_run_does_leaves_the_others_alone(monkeypatch):
@@ -122,6 +180,11 @@ def bad_inputs(tmp_path):
         (["softmax", "--backend", "mpi"], "--backend mpi"),
         (["moba:block=3"], "Did you mean block_size"),
         (["moba:block_size"], "is not key=value"),
+        (["softmax", "--heads", "3"], "--heads 3"),
+        (["softmax", "--batch", "0"], "--batch 0"),
+        (["softmax", "--launch", "slurm"], "--launch slurm"),
+        (["softmax", "--launch", "torchrun", "--processes", "3"], "cannot be shared equally"),
+        (["ela", "--task", "digits", "--dim", "32"], "are of the task text"),
     ]
 
 
@@ -177,6 +240,8 @@ def test_copying_task():
 
 
 def test_text_is_split_without_overlap():
+    few = python_text(2048)  # a document or two, the last tenth of whose bytes is held out
+    assert len(few.train) >= 1800 and len(few.valid) > 100
     found = python_text(200_000)
     assert len(found.train) > 5 * len(found.valid) > 0
     assert found.batch(3, 16, torch.Generator()).shape == (3, 17)

@@ -56,6 +56,20 @@ def test_what_does_not_fit_says_why():
     )
 
 
+@pytest.mark.parametrize("task", vision.TASKS)
+def test_every_task_is_drawn_and_learned_from(task):
+    config = VisionConfig(("ela",), task, **TINY)
+    assert config.side == vision.TASKS[task].side
+    x, y = vision.drawn(config, 300, torch.Generator().manual_seed(0))
+    assert x.shape == (300, 3, config.side, config.side) and y.unique().tolist() == list(range(vision.TASKS[task].classes))
+    held, _ = vision.drawn(config, 300, torch.Generator().manual_seed(0), held_out=True)
+    assert ("digits" in task) != torch.equal(x, held)
+    model, losses = vision.fit(config, "none", 0, 3)
+    assert len(losses) == 3 and model(x[:2]).shape == (2, vision.TASKS[task].classes)
+    with pytest.raises(RegardError, match="expected at least"):
+        VisionConfig(("ela",), task, side=config.side - 1)
+
+
 def test_end_to_end_and_resume(tmp_path, monkeypatch):
     config = VisionConfig(("ela", "van-lka:kernel=9,dilation=2"), out=tmp_path, minutes=10, **TINY)
     report, finished = compare_layers(config)
@@ -98,7 +112,7 @@ def test_runs_are_repeatable_and_budgets_are_kept():
     steps, rounds = vision.decided(free, 0.1, 100)
     assert 20 <= steps <= 400 and rounds * (steps + vision.MEASURING) * 0.1 <= 100
     hidden = VisionConfig(("ela",), "occluded-digits", **TINY)
-    x = vision.drawn(hidden, 8, torch.Generator().manual_seed(0)).images
+    x, _ = vision.drawn(hidden, 8, torch.Generator().manual_seed(0))
     assert bool(((x == 0).all(3).all(1).sum(1) == 2).all())
 
 

@@ -152,7 +152,8 @@ class Recurrent(Mechanism):
 
     decay: "none"; "head" (input log_decay (H,)), "token" (B, H, L) or "channel" (B, H, L, F), always logs, <= 0.
     write: "add": phi(k) v^T, or "delta": beta phi(k) (v - S^T phi(k))^T, with input beta (B, H, L). strength: a plain function (beta,
-    |phi(k)|^2) of what stands for beta in the delta rule.
+    |phi(k)|^2) of what stands for beta in the delta rule. Or "dplr", a transition that is diagonal plus low rank, as RWKV-7's: inputs
+    `erase` a and `insert` b (B, H, L, F), S_t = (decay_t o I + b_t a_t^T) S_{t-1} + phi(k_t) v_t^T; a reads the state before it fades.
     keys: "features"; or logits f whose exponentials are divided by what they sum to so far, "softmax" (a channel: k_t = e^{f_t - z_t},
     z_t = log sum_{s<=t} e^{f_s}, and the state fades by e^{z_{t-1} - z_t}) or by the largest so far, "max" (one number a token).
     readout: "none"; "sum": divide by phi_q(q_t).sum phi_k(k), at least eps; "add": by the same plus eps; or a plain function of o_t and, by
@@ -180,7 +181,7 @@ class Recurrent(Mechanism):
         super().__post_init__()
         for name, value, known in (
             ("decay", self.decay, DECAYS),
-            ("write", self.write, ("add", "delta")),
+            ("write", self.write, ("add", "delta", "dplr")),
             ("keys", self.keys, ("features", "softmax", "max")),
             ("readout", self.readout, ("none", "sum", "add")),
         ):
@@ -188,7 +189,9 @@ class Recurrent(Mechanism):
                 raise RegardError(f"Recurrent({name}={value!r}): expected one of {', '.join(known)}")
         for name, idle, cure in (
             ("log_decay", self.decay == "none", "decay='head', 'token' or 'channel'"),
-            ("beta", self.write == "add", "write='delta'"),
+            ("beta", self.write != "delta", "write='delta'"),
+            ("erase", self.write != "dplr", "write='dplr'"),
+            ("insert", self.write != "dplr", "write='dplr'"),
         ):
             if idle and any(item.name == name for item in self.inputs):
                 raise RegardError(f"Recurrent declares the input {name!r}, which nothing reads: expected {cure}, or no such input")
@@ -209,7 +212,7 @@ class Recurrent(Mechanism):
 
     @property
     def causal_only(self) -> bool:
-        return self.causal or self.decay != "none" or self.write == "delta"
+        return self.causal or self.decay != "none" or self.write != "add"
 
     @property
     def can_be_causal(self) -> bool:

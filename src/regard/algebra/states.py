@@ -54,8 +54,16 @@ class LogLinear(Mechanism):
     def __post_init__(self) -> None:
         super().__post_init__()
         inner = self.inner
-        if inner.decay == "channel" or inner.readout != "none" or inner.keys != "features" or inner.turn is not None:
-            raise RegardError("LogLinear(inner=...): expected a recurrence with decay none, head or token, and no readout, keys or turn")
+        if (
+            inner.decay == "channel"
+            or inner.write == "dplr"
+            or inner.readout != "none"
+            or inner.keys != "features"
+            or inner.turn is not None
+        ):
+            raise RegardError(
+                "LogLinear(inner=...): expected a recurrence with decay none, head or token, written by add or delta, and no readout, keys or turn"
+            )
 
     @property
     def causal_only(self) -> bool:

@@ -10,6 +10,8 @@ operators()  # transformers reads torchvision where it is installed
 NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),
     **dict.fromkeys(("KeptLayer", "Part"), "layer"),
+    "KIVI": "kivi",
+    "read_prompt": "prompt",
     "Policy": "policy",
     "Moments": "moments",
     "View": "view",

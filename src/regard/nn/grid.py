@@ -16,7 +16,7 @@ from ..engine.door import attend
 from ..errors import RegardError
 from .attention import Attention
 from .inputs import Inputs
-from .planes import StridedTokens, query_and_rest
+from .planes import BatchNorm, StridedTokens, query_and_rest
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class LocalConcentration(nn.Module):
     def __init__(self, dim: int, width: int = 7):
         super().__init__()
         convs = [nn.Conv2d(dim, dim, width, padding=width // 2, groups=dim) for _ in range(2)]
-        self.layers = nn.Sequential(convs[0], nn.GELU(), nn.BatchNorm2d(dim), convs[1])
+        self.layers = nn.Sequential(convs[0], nn.GELU(), BatchNorm(dim), convs[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)  # type: ignore[no-any-return]

@@ -33,10 +33,12 @@ def embedded(vit: Any, images: Tensor, masked: Tensor | None = None, mask_token:
     is `mask_token` (dim,) instead."""
     size, given = getattr(vit.patch_embed, "img_size", None), tuple(images.shape[2:])
     if size is not None and getattr(vit.patch_embed, "strict_img_size", True) and given != tuple(size):
-        raise RegardError(f"images of {given[0]} x {given[1]} pixels; expected {size[0]} x {size[1]}, the host's")
+        raise RegardError(
+            f"images of {given[0]} x {given[1]} pixels; expected {size[0]} x {size[1]}, the host's (or a host made with dynamic_img_size=True)"
+        )
     x = vit.patch_embed(images)
     if masked is not None and mask_token is not None:
-        x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
+        x = torch.where(masked.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)  # a host of any size keeps its grid here
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))  # type: ignore[no-any-return]
 
 
@@ -82,7 +84,7 @@ def masked_tokens(vit: Any, images: Tensor, keep: Tensor, soft: bool = False, re
     prefix = vit.num_prefix_tokens
     if keep.shape != (len(x), x.shape[1] - prefix):
         raise RegardError(f"keep is {tuple(keep.shape)}; expected (batch={len(x)}, patches={x.shape[1] - prefix})")
-    if remove and not soft:
+    if remove and not soft and len(x):
         count = max(1, int(keep.count_nonzero(-1).max()))
         kept = keep.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
         x = torch.cat((x[:, :prefix], x[:, prefix:].take_along_dim(kept[..., None], 1)), 1)

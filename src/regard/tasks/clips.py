@@ -18,9 +18,11 @@ class Clips(NamedTuple):
     last: Tensor
 
 
-def told_channels(count: int, generator: torch.Generator, channels: int = 8, length: int = 64, noise: float = 0.1) -> Clips:
-    """In every channel a raised span; the action's is the one in the channel that the semantics name, at all times, under noise."""
-    size = torch.randint(8, 24, (count, channels), generator=generator)
+def told_channels(
+    count: int, generator: torch.Generator, channels: int = 8, length: int = 64, noise: float = 0.1, sizes: tuple[int, int] = (8, 24)
+) -> Clips:
+    """In every channel a raised span, its size from sizes[0] to sizes[1] - 1; the action's is the one in the channel that the semantics name, at all times, under noise."""
+    size = torch.randint(*sizes, (count, channels), generator=generator)
     first = (torch.rand(count, channels, generator=generator) * (length - size)).long()
     at = torch.arange(length)
     spans = (at >= first[..., None]) & (at < (first + size)[..., None])

@@ -37,3 +37,29 @@ def permuted_si_sdr(found: Tensor, truth: Tensor) -> Tensor:
     each = si_sdr(found[:, :, None], truth[:, None])
     ways = [sum(each[:, mine, its] for mine, its in enumerate(order)) / len(order) for order in permutations(range(found.shape[1]))]
     return torch.stack(ways, -1).amax(-1)  # type: ignore[arg-type]
+
+
+def voices(
+    count: int, generator: torch.Generator, samples: int = 4000, sources: int = 2, rate: int = 8000, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mixtures (count, samples) and their sources (count, sources, samples), each like a voiced speaker: a pitch of its own, from 90 Hz on, a fifth or more
+    apart between sources, that glides by a tenth; its first twelve harmonics below `rate` / 2, weighed by two resonances that are drawn anew for each of
+    its syllables, three to five a second, between which it is silent; loudness 1 over a whole source."""
+    time = torch.arange(samples) / rate
+    base = 90 * 1.5 ** torch.arange(sources) * (1 + 0.2 * torch.rand(count, sources, generator=generator))
+    glide, turn, beat, lag = torch.rand(4, count, sources, 1, generator=generator)
+    pitch = base[..., None] * (1 + 0.1 * torch.sin(2 * torch.pi * ((0.5 + glide) * time + turn)))
+    phase = 2 * torch.pi * pitch.cumsum(-1) / rate
+    pace = (3 + 2 * beat) * time + lag
+    syllable, envelope = pace.floor().long(), torch.sin(torch.pi * pace.remainder(1)).square()
+    low, high = torch.rand(2, count, sources, int(5 * samples / rate) + 3, generator=generator)
+    first, second = (300 + 500 * low).gather(2, syllable), (1000 + 1500 * high).gather(2, syllable)
+    found = torch.zeros(count, sources, samples)
+    for harmonic in range(1, 13):
+        at = harmonic * pitch
+        weight = torch.exp(-((at - first) / 150).square() / 2) + 0.5 * torch.exp(-((at - second) / 250).square() / 2) + 0.05
+        found = found + torch.where(at < rate / 2, weight, 0.0) * torch.sin(harmonic * phase)
+    found = found * envelope
+    found = found / found.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+    mixture = found.sum(1)
+    return mixture + noise * torch.randn(mixture.shape, generator=generator), found

@@ -5,7 +5,15 @@ import torch
 
 from regard import RegardError
 from regard.tasks.clips import told_channels
-from regard.zoo.vision.csa import BoundaryHead, ClassSemanticAttention, SqueezeExcitation1d, boundary_f1, detection_precision, overlap
+from regard.zoo.vision.csa import (
+    BoundaryHead,
+    ClassSemanticAttention,
+    SqueezeExcitation1d,
+    boundary_f1,
+    detection_precision,
+    mean_precision,
+    overlap,
+)
 
 
 def test_clips_are_what_they_say():
@@ -41,6 +49,7 @@ def test_both_attentions_stack():
         lambda: ClassSemanticAttention(3, 8, fuse="max"),
         lambda: ClassSemanticAttention(3, 8, kernel=2),
         lambda: ClassSemanticAttention(3, 2),
+        lambda: mean_precision(torch.rand(1, 2, 3), torch.tensor([0]), torch.tensor([1]), ()),
         lambda: ClassSemanticAttention(3, 8)(torch.randn(2, 8, 6), torch.randn(2, 3, 5)),
         lambda: ClassSemanticAttention(3, 8)(torch.randn(2, 8, 6), torch.randn(1, 3, 6)),
     ],

@@ -9,7 +9,7 @@ from regard import RegardError
 from regard.nn.retrieval import CentreLoss, retrieval_scores, triplet_batch_hard
 from regard.tasks.identities import patterns, tracks
 from regard.zoo.vision.attention_cl import ClipReID, OSMCAALoss, TemporalAttentionPool
-from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, attmask, block_mask, momentum
+from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, attmask, block_mask, momentum, temperature
 from regard.zoo.vision.little_attention_block import LiteAttention, NonLocal, Placement, pareto, placement_search
 
 
@@ -95,6 +95,28 @@ def test_block_masks_stay_below_their_ratio():
     assert max(sizes) <= int(0.3 * 196) and min(sizes) > 30 and not torch.equal(masks[0], masks[1])
 
 
+def test_blocks_are_a_mode_of_their_own():
+    a = torch.rand(3, 12)
+    found = attmask(a, "block", 0.5, 1.0, grid=(3, 4), generator=torch.Generator().manual_seed(0))
+    assert found.shape == (3, 12) and int(found.sum()) > 0 and int(found.sum(1).max()) <= 6
+    assert attmask(torch.rand(0, 16), "block").shape == (0, 16) and not attmask(a, "block", 0.5, 0.0, grid=(3, 4)).any()
+    net = MaskedDistiller(vit(), 8, "block", ratio=0.9, spread=0.0, prob=1.0)
+    assert net([torch.randn(2, 3, 8, 8) for _ in range(2)]).isfinite()
+
+
+def test_temperatures_warm_up():
+    assert [round(temperature(step, 3), 3) for step in range(5)] == [0.04, 0.055, 0.07, 0.07, 0.07]
+    assert temperature(0, 1) == temperature(0, 0) == 0.07
+
+
+def test_crops_need_a_host_that_takes_their_size():
+    views, crops = [torch.randn(2, 3, 8, 8) for _ in range(2)], [torch.randn(2, 3, 4, 4)]
+    with pytest.raises(RegardError, match="dynamic_img_size=True"):
+        MaskedDistiller(vit(), 8)(views, local=crops)
+    with pytest.raises(RegardError, match="expected 2 in each"):
+        MaskedDistiller(vit(), 8)(views, local=[torch.randn(3, 3, 8, 8)])
+
+
 def test_a_student_learns_and_its_teacher_follows():
     torch.manual_seed(0)
     net = MaskedDistiller(vit(), 8, prob=1.0, ratio=0.5, spread=0.0)
@@ -131,7 +153,8 @@ def test_a_student_learns_and_its_teacher_follows():
         lambda: LiteAttention(16, kernel=2),
         lambda: placement_search(lambda s: nn.Identity(), -1, lambda m: 0.0, lambda m: 0.0),
         lambda: attmask(torch.rand(4)),
-        lambda: attmask(torch.rand(2, 4), "block"),
+        lambda: attmask(torch.rand(2, 4), "blocks"),
+        lambda: attmask(torch.rand(2, 5), "block"),
         lambda: attmask(torch.rand(2, 4), ratio=1.5),
         lambda: attmask(torch.rand(2, 4), draw=torch.rand(3)),
         lambda: IBOTLoss(4, 4, views=1),

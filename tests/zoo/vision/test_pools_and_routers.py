@@ -5,16 +5,17 @@ import torch
 
 from regard import RegardError
 from regard.zoo.vision.a2n import A2N, AttentionInAttention, PixelAttention
-from regard.zoo.vision.acmil import ACMIL, GatedAttentionPool, acmil_loss, concentration, diversity, stochastic_topk_mask
+from regard.zoo.vision.acmil import ACMIL, GatedAttentionPool, MultiQueryACMIL, acmil_loss, concentration, diversity, stochastic_topk_mask
 
 
-def test_padding_of_a_bag_is_not_read():
-    layer, x = ACMIL(6, 3, 8, 5, 3).eval(), torch.randn(2, 9, 6)
+@pytest.mark.parametrize("make", [lambda: ACMIL(6, 3, 8, 5, 3), lambda: MultiQueryACMIL(6, 3, 8, 2, 3, attention_dropout=0.0)])
+def test_padding_of_a_bag_is_not_read(make):
+    layer, x = make().eval(), torch.randn(2, 9, 6)
     keep = torch.arange(9) < torch.tensor([[9], [4]])
     junk = torch.where(keep[..., None], x, torch.nan)
     alone, both = layer(x[1:, :4]), layer(junk, keep)
-    assert torch.allclose(both.bag[1], alone.bag[0], atol=1e-6) and torch.allclose(both.weights[1, :, :4], alone.weights[0], atol=1e-6)
-    assert both.weights[1, :, 4:].abs().max() == 0
+    assert torch.allclose(both.bag[1], alone.bag[0], atol=1e-6) and torch.allclose(both.weights[1, ..., :4], alone.weights[0], atol=1e-6)
+    assert both.weights[1, ..., 4:].abs().max() == 0
     layer.train()(junk, keep).bag.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
@@ -30,6 +31,21 @@ def test_every_score_masked_reads_evenly():
     layer = ACMIL(6, 3, 8, 5, 2, share=1.0).train()
     assert torch.allclose(layer(torch.randn(1, 4, 6)).weights, torch.full((1, 2, 4), 0.25))
     assert layer.half()(torch.randn(1, 4, 6).half()).bag.isfinite().all()
+
+
+def test_queries_of_heads():
+    torch.manual_seed(0)
+    layer, x = MultiQueryACMIL(6, 3, 16, 4, 3, masked=5, share=0.6), torch.randn(2, 9, 6)
+    assert 1e-7 < float(layer.queries.detach().std()) < 1e-5
+    out = layer.train()(x)
+    assert out.scores.shape == (2, 4, 3, 9) and ((out.weights == 0).sum(-1) == 3).all()  # int(5 * 0.6), a head and branch
+    assert torch.allclose(concentration(out.weights, 9), torch.ones(2)) and out.branches.shape == (2, 3, 3)
+    with torch.no_grad():
+        hidden = layer.eval().whole.train()(torch.full((1, 4, 1, 9), 1 / 9), torch.randn(1, 9, 16))
+    assert float(hidden.mean().abs()) < 1e-5  # dropout is in front of the norm
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).bag.isfinite().all()
+    assert layer.train().half()(torch.randn(1, 4, 6).half()).bag.isfinite().all()
 
 
 def test_one_branch_has_no_diversity_and_its_loss_is_the_bag_s():
@@ -61,6 +77,9 @@ def test_layers_of_pixels():
         lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool)),
         lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.ones(2, 4, dtype=torch.bool)),
         lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), draw=torch.rand(2, 5, 4)),
+        lambda: MultiQueryACMIL(6, 3, 10, 4),
+        lambda: MultiQueryACMIL(6, 3, branches=0),
+        lambda: MultiQueryACMIL(6, 3, 8)(torch.randn(2, 0, 6)),
         lambda: GatedAttentionPool(6)(torch.randn(5, 6)),
         lambda: stochastic_topk_mask(torch.randn(2, 5), -1, 0.5),
     ],

@@ -57,6 +57,19 @@ def test_task_loss_alone_reaches_the_gates():
     assert all(float(stage[0].attention.gate.score.weight.grad.abs().max()) > 0 for stage in net.stages)
 
 
+def test_windows_of_a_net():
+    torch.manual_seed(0)
+    net = SelectPackNet((8, 16), (2, 1), (2, 2), classes=3, windows=(3, 0))
+    assert [(b.window, b.shift) for stage in net.stages for b in stage] == [(3, 0), (3, 1), (0, 0)]
+    logits, scores = net(torch.randn(2, 3, 17, 24))
+    assert logits.shape == (2, 3) and [tuple(s.shape) for s in scores] == [(2, 4, 6), (2, 4, 6), (2, 2, 3)]
+    block, x = SelectPackBlock(8, 2, window=4), torch.randn(1, 6, 8)
+    assert torch.allclose(block(x, (2, 3))[0], block.chosen(x)[0], atol=1e-6)  # one window holds it all
+    x[:, 5] += 1
+    moved = SelectPackBlock(8, 2, window=2)
+    assert torch.equal(moved(x, (3, 2))[0][:, :4], moved(torch.cat((x[:, :4], 0 * x[:, 4:]), 1), (3, 2))[0][:, :4])
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -67,6 +80,11 @@ def test_task_loss_alone_reaches_the_gates():
         lambda: pack(torch.randn(4, 8), torch.ones(4, dtype=torch.bool)),
         lambda: pack(torch.randn(1, 4, 8), torch.ones(1, 4, dtype=torch.bool), -1),
         lambda: SelectPackNet((8,), (1, 1), (2,)),
+        lambda: SelectPackNet((8,), (1,), (2,), windows=(2, 2)),
+        lambda: SelectPackBlock(8, 2, window=-1),
+        lambda: SelectPackBlock(8, 2, window=2, shift=2),
+        lambda: SelectPackBlock(8, 2, window=2)(torch.randn(1, 6, 8)),
+        lambda: SelectPackBlock(8, 2, window=2)(torch.randn(1, 6, 8), (2, 4)),
     ],
 )
 def test_refusals(make):

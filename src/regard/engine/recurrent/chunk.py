@@ -5,6 +5,8 @@ Within a chunk let G_i be the inclusive sum of log decays. With state S at its s
     o_i = (q_i e^{G_i}) S + sum_{j<=i} (q_i . k_j e^{G_i - G_j}) u_j,      S' = e^{G_C} S + sum_j (k_j e^{G_C - G_j}) u_j^T,
 
 where u = v for additive writes, and (I + tril(beta K K^T o e^{G_i - G_j}, -1)) u = beta (v - (K e^{G_i}) S) for the delta rule.
+A transition diagonal plus low rank adds o_i += sum_{j<=i} (q_i . b_j e^{G_i - G_j}) w_j and to S' what b writes of w, where
+w_i = (a_i e^{G_{i-1}}) S + sum_{j<i} (a_i . k_j e^{G_{i-1} - G_j}) v_j + sum_{j<i} (a_i . b_j e^{G_{i-1} - G_j}) w_j.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from .parallel import decay_matrix, pairs
+from ..exported import holds
+from .parallel import decay_matrix, later, pairs, sooner
 from .pose import Lift, Scan
 
 SEGMENT = 1024  # tokens worked on at once: bounds memory, and keeps a segment near the caches
@@ -79,6 +82,7 @@ def cut(scan: Scan, start: int, stop: int) -> Scan:
         v=scan.v[..., start:stop, :],
         decay=scan.decay if one else part(scan.decay),
         beta=scan.beta if one else part(scan.beta),
+        low=None if scan.low is None else (scan.low[0][..., start:stop, :], scan.low[1][..., start:stop, :]),
     )
 
 
@@ -117,7 +121,10 @@ def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor, Tenso
     q, k, v = (in_chunks(x, size) for x in (scan.q, scan.k, scan.v))
     total = totals(scan, size)
     inside, into, out_of, fade = within(q, k, total, scan.lift)
-    if scan.beta is None:
+    if scan.low is not None:
+        a, b = (in_chunks(x, size) for x in scan.low)
+        out, state, states = low_rank(inside, into, out_of, fade, (q, k, v, a, b), total, state)
+    elif scan.beta is None:
         states, state = carry(out_of.transpose(-1, -2) @ v, fade, state)
         out = inside @ v + into @ states
     else:
@@ -135,7 +142,7 @@ def within(q: Tensor, k: Tensor, total: Tensor | None, lift: Lift | None = None)
     into, out_of = wide_q * torch.exp(total), wide_k * torch.exp(end - total)
     if total.shape[-1] == 1:
         return pairs(q, k, lift) * decay_matrix(total), into, out_of, fade
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = total - end / 2
         return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril(), into, out_of, fade
     return strong_decay(q, k, total), into, out_of, fade
@@ -166,7 +173,7 @@ def strong_decay(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
 def near_weights(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     """Weights inside sub-chunks from sums of log decays since each one's start: split in two factors where that is safe."""
     end = total[..., -1:, :]
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = (total - end / 2).to(q.dtype)
         return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril()
     past = torch.ones(total.shape[-2], total.shape[-2], dtype=torch.bool, device=q.device).tril()[..., None]
@@ -218,3 +225,31 @@ def delta(
         written.append(new)
     before = torch.stack(states, -3)
     return inside @ torch.stack(written, -3) + into @ before, state, before
+
+
+def low_rank(
+    inside: Tensor,
+    into: Tensor,
+    out_of: Tensor,
+    fade: Tensor | None,
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    total: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `delta`, of q, k, v, a and b in chunks: what a reads of each chunk is solved for all chunks at once."""
+    q, k, v, a, b = tokens
+    next_by_key, next_reads, _, _ = within(later(a), k, total)
+    by_key, by_insert = sooner(next_by_key), sooner(within(later(a), b, total)[0])
+    reads = torch.cat((a[..., :1, :], next_reads[..., :-1, :]), -2)
+    system = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device) - by_insert
+    solved = torch.linalg.solve_triangular(system, torch.cat((reads, by_key @ v), -1), upper=False, unitriangular=True)
+    w, u = solved.split((k.shape[-1], v.shape[-1]), -1)
+    insert, _, out_of_b, _ = within(q, b, total)
+    erased, states = [], []
+    for n in range(k.shape[-3]):
+        states.append(state)
+        erased.append(u[..., n, :, :] + w[..., n, :, :] @ state)
+        wrote = out_of[..., n, :, :].mT @ v[..., n, :, :] + out_of_b[..., n, :, :].mT @ erased[-1]
+        state = faded(state, fade, n) + wrote
+    before = torch.stack(states, -3)
+    return inside @ v + insert @ torch.stack(erased, -3) + into @ before, state, before

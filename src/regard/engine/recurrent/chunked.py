@@ -68,7 +68,7 @@ def chunk_length(scan: Scan) -> int:
     device = on_device(scan)
     if device is not None:
         return int(device.CHUNK)
-    if scan.beta is not None or (scan.decay is not None and scan.decay.shape[-1] > 1):
+    if scan.beta is not None or scan.low is not None or (scan.decay is not None and scan.decay.shape[-1] > 1):
         return 64
     return 128
 
@@ -78,7 +78,12 @@ def chunked(scan: Scan, state: Tensor | None, size: int | None = None) -> tuple[
     size = min(size or chunk_length(scan), max(1, scan.length))
     size = size if on_device(scan) is None else max(16, 1 << (size - 1).bit_length())
     state = empty_state(scan) if state is None else state
-    if scan.lift is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors(scan), state)):
+    if (
+        scan.lift is None
+        and scan.low is None
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (*tensors(scan), state))
+    ):
         return Chunked.apply(*tensors(scan), state, size)  # type: ignore[no-any-return, no-untyped-call]
     return through(scan, state, size)[:2]
 
@@ -91,8 +96,8 @@ def through(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor, list[
         return out, state, [states]
     outputs, kept = [], []
     for part in segments(scan, size):
-        # Wide features, kept for the way back, would be the largest thing in memory.
-        out, state, states = segment(part, state, size) if scan.lift is None else again(segment, part, state, size)
+        # Wide features, kept for the way back, would be the largest thing in memory; transitions of low rank have no way back written by hand.
+        out, state, states = segment(part, state, size) if scan.lift is None and scan.low is None else again(segment, part, state, size)
         outputs.append(out)
         kept.append(states)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)), state, kept

@@ -52,6 +52,29 @@ def delta_weights(scan: Scan) -> Tensor:
     return past @ torch.linalg.solve_triangular(eye + erase, strength, upper=False, unitriangular=True)
 
 
+def later(x: Tensor) -> Tensor:
+    """Row i of x (..., L, D) at i - 1; nothing at the end."""
+    return torch.nn.functional.pad(x[..., 1:, :], (0, 0, 0, 1))
+
+
+def sooner(x: Tensor) -> Tensor:
+    """Row i at i + 1; zeros at the start."""
+    return torch.nn.functional.pad(x[..., :-1, :], (0, 0, 1, 0))
+
+
+def low_rank_weights(scan: Scan) -> Tensor:
+    """W with o = W v of transitions diagonal plus low rank: Q K + Q B (I - A B)^-1 A K, each product causal and faded; a reads one token sooner."""
+    assert scan.low is not None
+    a, b = scan.low
+    reads = replace(scan, q=later(a))
+    by_key, by_insert = sooner(pair_weights(reads)), sooner(pair_weights(replace(reads, k=b)))
+    eye = torch.eye(scan.length, dtype=by_key.dtype, device=by_key.device)
+    erased = torch.linalg.solve_triangular(eye - by_insert, by_key, upper=False, unitriangular=True)
+    return pair_weights(scan) + pair_weights(replace(scan, k=b)) @ erased
+
+
 def parallel(scan: Scan) -> Tensor:
     """o (B, H, L, E), before the readout."""
+    if scan.low is not None:
+        return low_rank_weights(scan) @ scan.v
     return (pair_weights(scan) if scan.beta is None else delta_weights(scan)) @ scan.v

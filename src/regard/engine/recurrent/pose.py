@@ -18,6 +18,7 @@ from ...algebra.part import Function, Input, Sizes, bind, call
 from ...algebra.snapshot import remembered
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
+from ..exported import holds
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import repeat_heads
 
@@ -39,6 +40,7 @@ class Lift:
 @dataclass
 class Scan:
     """S_t = exp(decay_t) o S_{t-1} + write, o_t = q_t S_t. decay: None, (B|1, H, L|1, 1) or (B, H, L, F), logs; beta: None or (B, H, L, 1).
+    low: None, or a and b (B, H, L, F) of a transition diagonal plus low rank, exp(decay_t) o S + b_t (a_t^T S).
 
     read: o and its moments -> the output. ones: the last channel of v is 1, so that o's last is the mass. mean: the last feature of k
     is 1 (and of q 0), so that the state's last row sums the values. apart: features of q and k whose products make the mass, where
@@ -60,6 +62,7 @@ class Scan:
     count: Tensor | None = None
     carry: Carry | None = None
     lift: Lift | None = None
+    low: tuple[Tensor, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -75,6 +78,9 @@ def declared_of(mechanism: Recurrent) -> dict[str, Input]:
         found.setdefault("log_decay", Input("log_decay", shapes[mechanism.decay]))
     if mechanism.write == "delta":
         found.setdefault("beta", Input("beta", "bhk"))
+    if mechanism.write == "dplr":
+        for name in ("erase", "insert"):
+            found.setdefault(name, Input(name, "bhkf"))
     return found
 
 
@@ -195,13 +201,26 @@ def pose(
         beta = beta if real is None else torch.where(real, beta, 0.0)
         if mechanism.strength is not None:
             beta = mechanism.strength(beta, k.square().sum(-1, keepdim=True))
+    low = low_rank(inputs, sizes, k.shape[-1], real) if mechanism.write == "dplr" else None
     divide = {"sum": divided, "add": added}.get(mechanism.readout) if isinstance(mechanism.readout, str) else None
     read: Callable[..., Tensor] | None = None if divide is None else bind(divide, eps=mechanism.eps)
     if callable(mechanism.readout):
         read = functools.partial(called, mechanism.readout, plain)
     return Scan(
-        q, k, v, decay, beta, causal, read, ones, mean, apart, seen[1] if causal else seen[0], (rest[0] if rest else None, last), lift
+        q, k, v, decay, beta, causal, read, ones, mean, apart, seen[1] if causal else seen[0], (rest[0] if rest else None, last), lift, low
     )
+
+
+def low_rank(inputs: Mapping[str, Tensor], sizes: Sizes, features: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inputs `erase` and `insert` in the shape of `Scan.low`; padding erases nothing."""
+    found = []
+    for name in ("erase", "insert"):
+        x = inputs[name]
+        if x.shape[-1] != features:
+            raise RegardError(f"input {name!r} has {x.shape[-1]} channels; expected {features}, one for each feature of k")
+        x = x.expand(sizes.batch, sizes.heads, sizes.k_len, features)
+        found.append(x if real is None else torch.where(real, x, 0.0))
+    return found[0], found[1]
 
 
 def lifting(mechanism: Recurrent, inputs: Mapping[str, Any], d: int) -> Lift | None:
@@ -251,7 +270,7 @@ def log_decays(
         raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {features}, one for each feature of k")
     if real is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes, whatever stands there
         decay = torch.where(real, decay, 0.0)
-    if bool((decay > 0).any()):
+    if not holds(~(decay > 0), True):
         raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
     decay = decay.clamp_min(CLAMP)
     if decay.shape[-2] != 1 or mechanism.decay == "channel":

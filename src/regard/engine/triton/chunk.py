@@ -71,7 +71,7 @@ class Prepared:
 
 def takes(scan: Scan) -> bool:
     """Whether the kernels run a scan: float32 features that fit a program."""
-    return scan.lift is None and scan.k.shape[-1] <= CHANNELS and scan.q.dtype == torch.float32
+    return scan.lift is None and scan.low is None and scan.k.shape[-1] <= CHANNELS and scan.q.dtype == torch.float32
 
 
 def segment(scan: Scan, state: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

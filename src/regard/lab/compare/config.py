@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from ...catalog import get
 from ...errors import RegardError
 from ...nn.mixers import mixer, mixer_names, parsed
+from ..files import prepare
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 BASELINE = "softmax"
@@ -61,6 +61,11 @@ class Config:
             raise RegardError(f"--seed {self.seed}: expected between 0 and 4294967295")
         if not 1 <= self.seeds <= 100:
             raise RegardError(f"--seeds {self.seeds}: expected between 1 and 100")
+        for name, most in (("dim", 2**16), ("layers", 1000), ("heads", 1024), ("batch", 2**16)):
+            if not 1 <= getattr(self, name) <= most:
+                raise RegardError(f"--{name} {getattr(self, name)}: expected between 1 and {most}")
+        if self.dim % self.heads or self.dim // self.heads % 2:
+            raise RegardError(f"--heads {self.heads}: expected a divisor of --dim {self.dim} that leaves an even number of channels a head")
         if self.parallel is not None and not 1 <= self.parallel <= 1024:
             raise RegardError(f"--parallel {self.parallel}: expected between 1 and 1024")
         if self.backend not in BACKENDS:
@@ -81,12 +86,7 @@ class Config:
 
     def prepare_out(self) -> None:
         """Make the output directory; RegardError if nothing can be written there."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.out):
-                pass
-        except OSError as why:
-            raise RegardError(f"--out {self.out}: cannot write there ({why.strerror})") from None
+        prepare(self.out, f"--out {self.out}")
 
     def as_dict(self) -> dict[str, Any]:
         shown = asdict(self)

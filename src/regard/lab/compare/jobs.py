@@ -14,7 +14,7 @@ import torch
 
 from ...errors import MissingDependency, RegardError
 from ...tasks import Corpus, python_text, read_text
-from .train import seconds_per_step, train
+from .train import Lesson, seconds_per_step, train
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def corpus_of(text: Path | None, needed: int) -> Corpus:
     return python_text() if text is None else read_text(text, needed)
 
 
-def text_work(config: Any, job: Job) -> dict[str, Any]:
+def text_work(config: Any, job: Job, shared: Callable[[Lesson], Lesson] = lambda own: own) -> dict[str, Any]:
     """A job on text or on sequences."""
     corpus = corpus_of(config.text, config.needed_bytes)
     if not job.steps:
-        return {"seconds": seconds_per_step(config, job.task, job.spec, corpus)}
-    return train(config, job.task, job.spec, job.seed, job.steps, corpus)
+        return {"seconds": seconds_per_step(config, job.task, job.spec, corpus, shared)}
+    return train(config, job.task, job.spec, job.seed, job.steps, corpus, shared)
 
 
 def run(config: Any, job: Job, threads: int, work: Work = text_work) -> tuple[Job, dict[str, Any]]:

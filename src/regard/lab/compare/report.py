@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...plots import Point, figure
+from ...plots import Point, figure, scatter
 from ..files import write_text
 from .statistics import Estimate, curve, estimate, measure, seeds_of
+from .study import MEASURES, SHIPPED, read
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1b1b1b;--quiet:#5c5c5c;--line:#ddd;--box:#f3f6f9;--mark:#0072b2}
@@ -20,7 +21,7 @@ h1{margin-bottom:0}p.sub{color:var(--quiet);margin-top:.2rem}p.verdict{backgroun
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:1.2rem}figure{margin:0;break-inside:avoid}
 figure svg{width:100%;height:auto}figcaption{color:var(--quiet);font-size:.9rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.35rem .6rem;text-align:right;
-border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,td:first-child{text-align:left}th{cursor:pointer}th:hover{color:var(--mark)}
+border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,.words{text-align:left}td.words:not(:first-child){white-space:normal}td.words:last-child{min-width:18rem}th{cursor:pointer}th:hover{color:var(--mark)}
 th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
 @media print{body{max-width:none;color:#000;background:#fff}th{cursor:auto}}
 """
@@ -172,11 +173,16 @@ def table(report: dict[str, Any]) -> str:
 
 
 def sortable(heads: list[str], rows: list[list[tuple[str, float | str]]]) -> str:
-    """A table of (text, what to sort by)."""
+    """A table of (text, what to sort by); what is sorted by its own letters is words, and may take several lines."""
+    words = ' class="words"'
     lines = [
-        "<tr>" + "".join(f'<td data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in row) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(f'<td{words * bool(key == text)} data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in row)
+        + "</tr>"
+        for row in rows
     ]
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    worded = [text == key for text, key in rows[0]] if rows else [False] * len(heads)
+    head = "".join(f'<th{words * of_words} scope="col">{html.escape(text)}</th>' for text, of_words in zip(heads, worded, strict=True))
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -189,6 +195,26 @@ def page(title: str, names: list[str], told: str, verdict: str, table: str, note
 <div class="plots">{"".join(figures)}</div><script>{SORT}</script></body></html>"""
 
 
+def standing(report: dict[str, Any]) -> list[str]:
+    """This run over the shipped study: bits per byte against recall; nothing where either is missing."""
+    if not SHIPPED.exists():
+        return []
+    study = read()
+    recall, bits = study.quality("recall"), study.quality("text")
+    shipped = {spec: (recall[spec].mean, bits[spec].mean) for spec in recall if spec in bits}
+    local = {}
+    for name, one in report["mechanisms"].items():
+        x, y = (measure(one, *MEASURES[task][0]) if seeds_of(one, MEASURES[task][0][0]) else None for task in ("recall", "text"))
+        if x is not None and y is not None:
+            local[name] = (x.mean, y.mean)
+    if not local:
+        return []
+    groups = {"the shipped study": shipped, "this run": local}
+    plot = scatter("Where does it stand among the others?", MEASURES["recall"][2], MEASURES["text"][2], groups)
+    note = f"The study ({study.told}) was made elsewhere: it shows who there is, not what this run should have reached. Hover for names."
+    return [f'<figure id="standing">{plot}<figcaption>{html.escape(note)}</figcaption></figure>']
+
+
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the HTML report; plots whose numbers were not measured are left out."""
     figures = []
@@ -197,6 +223,7 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         if any(math.isfinite(p[1]) for found in lines.values() for p in found):
             plot = figure(title, x, y, lines, log_x, log_y)
             figures.append(f'<figure id="{key}">{plot}<figcaption>{html.escape(caption)}</figcaption></figure>')
+    figures += standing(report)
     config, env = report["config"], report["environment"]
     told = (
         f"{report['text']}; {config['layers']} layers of {config['dim']} channels, {config['heads']} heads, {config['seq_len']} tokens, "

@@ -18,7 +18,7 @@ from ...errors import RegardError
 from ...tasks import Corpus
 from ..files import write_text
 from .config import Config
-from .jobs import Job, corpus_of, workers_of
+from .jobs import Job, Work, corpus_of, text_work, workers_of
 from .jobs import results as results_of
 from .report import write_report
 from .speed import measure
@@ -70,8 +70,8 @@ def resumed(path: Path, mark: str) -> dict[str, Any]:
     return dict(found)
 
 
-def compare(config: Config, resume: bool = False, console: Console | None = None) -> tuple[dict[str, Any], bool]:
-    """Run a comparison and write report.json and report.html in config.out; returns (report, whether it was finished)."""
+def compare(config: Config, resume: bool = False, console: Console | None = None, learn: Work = text_work) -> tuple[dict[str, Any], bool]:
+    """Run a comparison and write report.json and report.html in config.out; returns (report, whether it was finished). learn: does a job."""
     console = console or Console(stderr=True)
     corpus = corpus_of(config.text, config.needed_bytes)
     path, mark = config.out / "report.json", fingerprint(config, corpus)
@@ -84,7 +84,7 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
         "text": corpus.name,
         "environment": environment(),
         "steps": old.get("steps"),
-        "rounds": old.get("rounds"),
+        "rounds": 0,
         "mechanisms": {name: old.get("mechanisms", {}).get(name, {}) for name in names},
     }
 
@@ -95,7 +95,7 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
     bar = progress(console)
     try:
         with bar:
-            work(config, corpus, report, bar, save)
+            work(config, corpus, report, bar, save, old["rounds"] if old.get("finished") else config.seeds, learn)
         finished = True
     except KeyboardInterrupt:
         console.print("stopped; finished results are kept. Go on with --resume")
@@ -106,7 +106,7 @@ def compare(config: Config, resume: bool = False, console: Console | None = None
     return report, finished
 
 
-def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, save: Callable[[], None]) -> None:
+def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, save: Callable[[], None], seeds: int, learn: Work) -> None:
     """Time and memory against length, how long a step takes, then a round of training for each seed as long as the budget holds."""
     results, start = report["mechanisms"], time.perf_counter()
     budget = 60 * config.minutes
@@ -119,9 +119,10 @@ def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, 
         bar.update(line, completed=TIMING * budget)
         save()
     if report["steps"] is None:
-        report["steps"], report["rounds"] = decide(config, bar, budget - (time.perf_counter() - start))
+        report["steps"] = decide(config, bar, budget - (time.perf_counter() - start), learn)
         save()
-    for number in range(report["rounds"]):
+    number, took, left = 0, 0.0, 0.0
+    while number == 0 or (number < seeds and took <= left):  # the last round says what the next one takes
         began = time.perf_counter()
         seed = (config.seed + number) % 2**32
         jobs = [
@@ -131,28 +132,27 @@ def work(config: Config, corpus: Corpus, report: dict[str, Any], bar: Progress, 
             if str(seed) not in results[name].get(task, {})
         ]
         line = bar.add_task(f"learning, seed {seed}", total=len(jobs))
-        for job, found in results_of(config, jobs):
+        for job, found in results_of(config, jobs, learn):
             results[job.spec].setdefault(job.task, {})[str(seed)] = found
             bar.advance(line)
             save()
+        number += 1
+        report["rounds"] = number
+        save()
         took, left = time.perf_counter() - began, budget - (time.perf_counter() - start)
-        if jobs and number + 1 < report["rounds"] and took > left:
-            report["rounds"] = number + 1
-            break
 
 
-def decide(config: Config, bar: Progress, seconds: float) -> tuple[dict[str, int], int]:
-    """(steps of each task, rounds): equal for all mechanisms, as many as the seconds hold; measured on runs like those to come."""
+def decide(config: Config, bar: Progress, seconds: float, learn: Work = text_work) -> dict[str, int]:
+    """Steps of each task, equal for all mechanisms: what teaches them, and more only where all seeds get more; measured on such runs."""
     start = time.perf_counter()
     jobs = [Job(task, name, config.seed, 0) for task in TASKS for name in config.mechanisms]
     line = bar.add_task("how fast this machine is", total=len(jobs))
     cost = dict.fromkeys(TASKS, 0.0)
-    for job, found in results_of(config, jobs):
+    for job, found in results_of(config, jobs, learn):
         if "error" not in found:  # a mechanism that fails fails again when it is trained, and is reported there
             cost[job.task] += found["seconds"]
         bar.advance(line)
     seconds = SLACK * (seconds - (time.perf_counter() - start)) * workers_of(config)
     learning, measuring = (sum(steps[task] * cost[task] for task in TASKS) or 1.0 for steps in (ENOUGH, MEASURING))
-    rounds = max(1, min(config.seeds, int(seconds / (learning + measuring))))  # fewer seeds are better than runs too short to learn
-    times = (seconds / rounds - measuring) / learning
-    return {task: max(LEAST, int(times * ENOUGH[task])) for task in TASKS}, rounds
+    times = max((seconds / config.seeds - measuring) / learning, min(1.0, (seconds - measuring) / learning))
+    return {task: max(LEAST, int(times * ENOUGH[task])) for task in TASKS}

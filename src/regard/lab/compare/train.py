@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ MATRIX_RATE, OTHER_RATE = 0.02, 0.01
 VOCAB, LENGTH, COUNT = 64, 64, 16  # of the synthetic tasks: symbols, tokens, sequences a step
 PAIRS = (4, 8, 16)
 TASKS = ("language", "recall", "copying")
+WARM = 2  # steps before the clock is read
 
 
 def language_model(config: Config, spec: str, seed: int, vocab: int = 256, length: int | None = None) -> Decoder:
@@ -74,19 +78,26 @@ def optimise(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int) -> 
 
 def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean bits per byte of next-byte prediction."""
+    tokens = tokens.to(device_of(model))
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
 
 
 def asked_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy where something is asked."""
+    tokens, labels = tokens.to(device_of(model)), labels.to(device_of(model))
     asked = labels >= 0
     return F.cross_entropy(model(tokens)[asked], labels[asked])
 
 
-def train(config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus) -> dict[str, Any]:
-    """One model on one task ("language", "recall" or "copying") with one seed: its measures and the curve of its loss."""
+def train(
+    config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus, shared: Callable[[Lesson], Lesson] = lambda own: own
+) -> dict[str, Any]:
+    """One model on one task ("language", "recall" or "copying") with one seed: its measures and the curve of its loss. shared: how a
+    lesson is shared among processes."""
     start = time.perf_counter()
-    model, losses = fitted(config, task, spec, seed, steps, corpus)
+    own = lesson(config, task, spec, seed, corpus)
+    model: Any = own.model
+    losses = optimise(model, shared(own), steps)
     model.eval()
     with torch.no_grad():
         found = {"language": language, "recall": recalled, "copying": copied}[task](config, model, seed, corpus)
@@ -94,17 +105,28 @@ def train(config: Config, task: str, spec: str, seed: int, steps: int, corpus: C
     return {**found, **kept, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def fitted(config: Config, task: str, spec: str, seed: int, steps: int, corpus: Corpus) -> tuple[Decoder, list[float]]:
-    """The trained model of a task, and its losses."""
+@dataclass
+class Lesson:
+    """An untrained model of a task, the tensors of each step, and their loss."""
+
+    model: nn.Module
+    batch: Callable[[int], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
+
+    def __call__(self, step: int) -> Tensor:
+        return self.loss(self.model, *self.batch(step))
+
+
+def lesson(config: Config, task: str, spec: str, seed: int, corpus: Corpus) -> Lesson:
+    """What is the same for all mechanisms: the seed, the data, their order."""
     generator = torch.Generator().manual_seed(seed)
     if task == "language":
-        model = language_model(config, spec, seed)
-        return model, optimise(model, lambda _: language_loss(model, corpus.batch(config.batch, config.seq_len, generator)), steps)
+        return Lesson(language_model(config, spec, seed), lambda _: (corpus.batch(config.batch, config.seq_len, generator),), language_loss)
     if task == "copying":
-        model = language_model(config, spec, seed, VOCAB, LENGTH)
-        return model, optimise(model, lambda _: asked_loss(model, *copying(COUNT, LENGTH, VOCAB, generator)), steps)
-    model = recall_model(config, spec, seed)
-    return model, optimise(model, lambda step: asked_loss(model, *recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator)), steps)
+        return Lesson(language_model(config, spec, seed, VOCAB, LENGTH), lambda _: copying(COUNT, LENGTH, VOCAB, generator), asked_loss)
+    return Lesson(
+        recall_model(config, spec, seed), lambda step: recall(COUNT, LENGTH, PAIRS[step % len(PAIRS)], VOCAB, generator), asked_loss
+    )
 
 
 def language(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[str, Any]:
@@ -130,6 +152,10 @@ def copied(config: Config, model: Decoder, seed: int, corpus: Corpus) -> dict[st
     return {"accuracy": {str(LENGTH // 2): accuracy(model, *copying(256, LENGTH, VOCAB, fresh))}}
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def thinned(values: list[float], points: int = 100) -> list[tuple[int, float]]:
     """(step, mean of the steps since the last point)."""
     width = max(1, len(values) // points)
@@ -140,7 +166,7 @@ def thinned(values: list[float], points: int = 100) -> list[tuple[int, float]]:
 
 def sink_mass(model: Decoder, tokens: Tensor) -> float | None:
     """Share of absolute weight on the first token, mean over layers, heads and the later half of queries; None without rows of weights."""
-    x, shares = model.embed(tokens[:, :-1]), []
+    x, shares = model.embed(tokens[:, :-1].to(device_of(model))), []
     for block in model.blocks:
         mixer = block.mixer
         w = mixer.weights(block.norm1(x)) if isinstance(mixer, Attention) else None  # type: ignore[operator]
@@ -155,15 +181,21 @@ def sink_mass(model: Decoder, tokens: Tensor) -> float | None:
 
 def accuracy(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
     """Share of asked places whose label is the model's first choice."""
+    tokens, labels = tokens.to(device_of(model)), labels.to(device_of(model))
     asked = labels >= 0
     return float((model(tokens).argmax(-1) == labels)[asked].float().mean())
 
 
-def seconds_per_step(config: Config, task: str, spec: str, corpus: Corpus) -> float:
-    """Seconds of one training step, from the quickest of a few."""
-    times = []
-    for steps in (1, 4):
-        start = time.perf_counter()
-        fitted(config, task, spec, config.seed, steps, corpus)
-        times.append(time.perf_counter() - start)
-    return max(1e-4, (times[1] - times[0]) / 3)
+def seconds_per_step(config: Config, task: str, spec: str, corpus: Corpus, shared: Callable[[Lesson], Lesson] = lambda own: own) -> float:
+    """Seconds of one training step: the median of a few, after those in which everything is met for the first time."""
+    own = lesson(config, task, spec, config.seed, corpus)
+    loss_of = shared(own)
+    begun = []
+
+    def timed(step: int) -> Tensor:
+        begun.append(time.perf_counter())
+        return loss_of(step)
+
+    optimise(own.model, timed, WARM + 5)
+    begun.append(time.perf_counter())
+    return statistics.median(b - a for a, b in pairwise(begun[WARM:]))

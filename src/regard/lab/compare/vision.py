@@ -1,4 +1,4 @@
-"""`regard compare --task digits`: the same small net with each layer in its slots, trained on the same images, measured, with a report."""
+"""`regard compare --task digits` (or another of `pictures.TASKS`): the same small net with each layer in its slots, trained on the same images, measured, with a report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import RegardError
 from ...plots import figure
-from ...tasks import digits as images
-from ..files import write_text
+from ..files import prepare, write_text
 from .config import BACKENDS
 from .jobs import Job, results, workers_of
+from .pictures import TASKS
 from .report import learning, page, sortable
 from .run import SLACK, environment, progress, resumed
 from .slots import PLAIN, fitting, net_of
@@ -29,7 +29,6 @@ from .statistics import Estimate, estimate, measure
 from .train import thinned
 from .verdict import told
 
-TASKS = ("digits", "occluded-digits")
 LEAST, SOME, ENOUGH = 20, 80, 400  # steps: at the least; for another seed to be better than more of them; at the most
 MEASURING = 20  # what making and measuring a net takes, in training steps
 RATE, TESTED = 5e-3, 1000
@@ -39,7 +38,7 @@ LEARNED = 0.6  # accuracy that the best must reach before a comparison says anyt
 @dataclass(frozen=True)
 class VisionConfig:
     """layers: names, with hyperparameters as "name:key=value,key=value"; the net without any is always measured too, as "none". minutes: the budget of all
-    of it. side: of the images, in pixels; widths: of the net's blocks. steps: of each run (None: as many as the budget holds, at most 400)."""
+    of it. side: of the images, in pixels (0: the task's usual one); widths: of the net's blocks. steps: of each run (None: as many as the budget holds, at most 400)."""
 
     layers: tuple[str, ...]
     task: str = "digits"
@@ -47,7 +46,7 @@ class VisionConfig:
     out: Path = Path("runs/compare")
     seed: int = 0
     seeds: int = 3
-    side: int = 8
+    side: int = 0
     widths: tuple[int, ...] = (16, 32)
     batch: int = 32
     steps: int | None = None
@@ -57,6 +56,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise RegardError(f"--task {self.task}: expected text or one of {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        object.__setattr__(self, "side", self.side or task.side)
         if len({PLAIN, *self.layers}) < len(self.layers) + 1:
             twice = next(name for name in self.layers if name == PLAIN or self.layers.count(name) > 1)
             raise RegardError(f"layer {twice!r} is given twice; name each once, and {PLAIN!r}, the net without any, not at all")
@@ -68,12 +69,12 @@ class VisionConfig:
             raise RegardError(f"--parallel {self.parallel}: expected between 1 and 1024")
         if self.backend not in BACKENDS:
             raise RegardError(f"--backend {self.backend}: expected one of {', '.join(BACKENDS)}")
-        if self.side < 8 or not self.widths or (self.steps is not None and self.steps < 1):
+        if self.side < task.side or not self.widths or (self.steps is not None and self.steps < 1):
             raise RegardError(
-                f"side={self.side}, widths={self.widths}, steps={self.steps}; expected at least 8, one or more, and 1 or more"
+                f"side={self.side}, widths={self.widths}, steps={self.steps}; expected at least {task.side} for {self.task}, one or more, and 1 or more"
             )
         for spec in self.layers:
-            net_of(spec, self.side, self.widths, 10)  # says why a layer does not fit
+            net_of(spec, self.side, self.widths, task.classes)  # says why a layer does not fit
 
     @property
     def specs(self) -> list[str]:
@@ -84,14 +85,13 @@ class VisionConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in shown.items()}
 
 
-def drawn(config: VisionConfig, count: int, generator: torch.Generator, held_out: bool = False) -> images.Drawn:
-    hidden = 0.25 if config.task == "occluded-digits" else 0.0
-    return images.digits(count, generator, config.side, held_out, "plain", occluded=hidden)
+def drawn(config: VisionConfig, count: int, generator: torch.Generator, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    return TASKS[config.task].draw(count, generator, config.side, held_out)
 
 
 def net(config: VisionConfig, spec: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return net_of(spec, config.side, config.widths, 10)
+    return net_of(spec, config.side, config.widths, TASKS[config.task].classes)
 
 
 def fit(config: VisionConfig, spec: str, seed: int, steps: int) -> tuple[nn.Module, list[float]]:
@@ -100,7 +100,7 @@ def fit(config: VisionConfig, spec: str, seed: int, steps: int) -> tuple[nn.Modu
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     losses = []
     for _ in range(steps):
-        x, y, _ = drawn(config, config.batch, generator)
+        x, y = drawn(config, config.batch, generator)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -122,7 +122,7 @@ def work(config: Any, job: Job) -> dict[str, Any]:
         return {"seconds": max(1e-4, (times[1] - times[0]) / 3)}
     start = time.perf_counter()
     model, losses = fit(config, job.spec, job.seed, job.steps)
-    x, y, _ = drawn(config, TESTED, torch.Generator().manual_seed(config.seed + 2**20), held_out=True)
+    x, y = drawn(config, TESTED, torch.Generator().manual_seed(config.seed + 2**20), held_out=True)
     with torch.no_grad():
         right = torch.cat([model(part).argmax(-1) for part in x.split(100)]) == y
     return {"accuracy": float(right.float().mean()), "steps": job.steps, "loss": thinned(losses), "seconds": time.perf_counter() - start}
@@ -228,10 +228,7 @@ def compare_layers(config: VisionConfig, resume: bool = False, console: Console 
     kept = {key: value for key, value in config.as_dict().items() if key not in free}
     mark, path = json.dumps(kept, sort_keys=True), config.out / "report.json"
     old = resumed(path, mark) if resume else {}
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise RegardError(f"--out {config.out}: cannot write there ({why.strerror})") from None
+    prepare(config.out, f"--out {config.out}")
     ones = {spec: {**size(config, spec), **old.get("mechanisms", {}).get(spec, {})} for spec in config.specs}
     report: dict[str, Any] = {
         "fingerprint": mark,

@@ -25,6 +25,8 @@ class VATP(Policy):
     it divides by, however many there are. values=False is the base itself, without values and sinks. Query heads of a key head add up.
     """
 
+    looks = True
+
     def __init__(
         self,
         base: str = "h2o",
@@ -52,12 +54,12 @@ class VATP(Policy):
 
     def observe(self, view: View) -> None:
         last = self.window if self.base == "scissorhands" and view.first else None
-        mass = torch.stack([p.sum((2, 3)) for p, _ in view.rows(last)]).sum(0)
+        mass = view.mass(last)
         note(view, "mass", mass / self.window if last else mass)
 
     def sizes(self, view: View) -> tuple[Tensor, Tensor]:
         """Newest and other entries of each row, (B,)."""
-        length = view.part.notes["prompt"][:, 0, 0].double()
+        length = view.memory["prompt"].double()
         heavy = (length * self.heavy).floor().long()
         if self.base == "scissorhands":
             return torch.full_like(heavy, 10), (2 * heavy - 10).clamp_min(0)

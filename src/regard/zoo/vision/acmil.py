@@ -3,7 +3,8 @@
 h_i = relu(W f_i),  a_ki = w_k . (tanh(V h_i) sigmoid(U h_i)),  A_k = softmax_i a_k,  z_k = sum_i A_ki h_i, a classifier each
 bag: mean_k A_k read once, with a classifier of its own;  training: of each branch's 10 largest scores int(0.6 10) at random become -1e9
 loss = CE(bag) + mean_k CE(branch k) + 2 / (K (K - 1)) sum_{j < k} cos(A_j, A_k).  One branch, no masking: ABMIL.
-Not built: the form with several queries of multi-head attention.
+By multi-head attention: branch k is a learned query q_k with projections, an output layer and a LayerNorm of its own; masking is a head's, and the bag
+reads, head by head, with the branches' mean weights through values of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def stochastic_topk_mask(scores: Tensor, top: int, p: float, keep: Tensor | None
 
 
 class Bags(NamedTuple):
-    """branches (B, K, classes), bag (B, classes): logits; scores (B, K, N), masked as they were used."""
+    """branches (B, K, classes), bag (B, classes): logits; scores (B, K, N), or (B, heads, K, N), masked as they were used."""
 
     branches: Tensor
     bag: Tensor
@@ -63,12 +64,43 @@ class Bags(NamedTuple):
 
     @property
     def weights(self) -> Tensor:
-        """(B, K, N), softmax over the instances."""
+        """Softmax of the scores over the instances."""
         return self.scores.softmax(-1)
 
 
+class Branches(nn.Module):
+    """What both forms have: the instances' reduction, masking, and a classifier for each branch and the bag."""
+
+    def __init__(self, features: int, classes: int, dim: int, branches: int, masked: int, share: float, dropout: float):
+        super().__init__()
+        if branches < 1 or masked < 0 or not 0 <= share <= 1:
+            raise RegardError(f"branches={branches}, masked={masked}, share={share}; expected at least 1, at least 0, and 0 to 1")
+        self.features, self.masked, self.share = features, masked, share
+        self.reduce = nn.Linear(features, dim, bias=False)
+        self.heads = nn.ModuleList([nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, classes)) for _ in range(branches)])
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, classes))
+
+    def instances(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """h (B, N, dim) of x (B, N, features)."""
+        if x.shape[1] == 0 or (keep is not None and not keep.any(1).all()):
+            raise RegardError("a bag is empty; expected at least one instance in each")
+        return torch.relu(self.reduce(x if keep is None else torch.where(keep[..., None], x, 0.0)))
+
+    def hidden(self, scores: Tensor, keep: Tensor | None, draw: Tensor | None) -> Tensor:
+        """Scores (B, ..., N), in training some of the largest at -1e9, of instances that are not at -inf."""
+        keep = None if keep is None else keep.view(len(keep), *[1] * (scores.dim() - 2), -1)
+        if self.training and self.masked:
+            gone = stochastic_topk_mask(scores, self.masked, self.share, keep, draw)
+            scores = scores.masked_fill(gone, max(-1e9, torch.finfo(scores.dtype).min))
+        return scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+
+    def told(self, read: Tensor, bag: Tensor, scores: Tensor) -> Bags:
+        """Of what branches read, (B, K, dim), and the bag, (B, dim)."""
+        return Bags(torch.stack([head(read[:, k]) for k, head in enumerate(self.heads)], 1), self.head(bag), scores)
+
+
 @register("acmil", kind="module")
-class ACMIL(nn.Module):
+class ACMIL(Branches):
     """Bags x (B, N, features) (keep (B, N) bool: instances that exist) -> `Bags`.
 
     dim: width of h. hidden: of the scores' net. masked, share: how many of the largest scores may be masked in training, and how many of these
@@ -86,39 +118,79 @@ class ACMIL(nn.Module):
         share: float = 0.6,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        if branches < 1 or masked < 0 or not 0 <= share <= 1:
-            raise RegardError(f"branches={branches}, masked={masked}, share={share}; expected at least 1, at least 0, and 0 to 1")
-        self.features, self.masked, self.share = features, masked, share
-        self.reduce, self.score = nn.Linear(features, dim, bias=False), GatedAttentionPool(dim, hidden, branches)
-        self.heads = nn.ModuleList([nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, classes)) for _ in range(branches)])
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(dim, classes))
+        super().__init__(features, classes, dim, branches, masked, share, dropout)
+        self.score = GatedAttentionPool(dim, hidden, branches)
 
     @takes(x="batch instances features", keep="batch instances")
     def forward(self, x: Tensor, keep: Tensor | None = None, draw: Tensor | None = None) -> Bags:
         """draw: of `stochastic_topk_mask`, (B, K, min(masked, N)), in training."""
-        if x.shape[1] == 0 or (keep is not None and not keep.any(1).all()):
-            raise RegardError("a bag is empty; expected at least one instance in each")
-        x = x if keep is None else torch.where(keep[..., None], x, 0.0)
-        h = torch.relu(self.reduce(x))
-        scores = self.score(h)
-        if self.training and self.masked:
-            hidden = stochastic_topk_mask(scores, self.masked, self.share, None if keep is None else keep[:, None], draw)
-            scores = scores.masked_fill(hidden, max(-1e9, torch.finfo(scores.dtype).min))
-        scores = scores if keep is None else scores.masked_fill(~keep[:, None], -torch.inf)
+        h = self.instances(x, keep)
+        scores = self.hidden(self.score(h), keep, draw)
         weights = scores.softmax(-1)
-        read = weights @ h
-        branches = torch.stack([head(read[:, k]) for k, head in enumerate(self.heads)], 1)
-        return Bags(branches, self.head((weights.mean(1, keepdim=True) @ h)[:, 0]), scores)
+        return self.told(weights @ h, (weights.mean(1, keepdim=True) @ h)[:, 0], scores)
+
+
+class HeadRead(nn.Module):
+    """Weights (B, heads, 1, N) and instances h (B, N, dim) -> (B, dim): LN(dropout(W [weights_h V_h h]))."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.count, self.v, self.out = heads, nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, weights: Tensor, h: Tensor) -> Tensor:
+        v = self.v(h).unflatten(-1, (self.count, -1)).transpose(1, 2)
+        return self.norm(self.drop(self.out((weights @ v).transpose(1, 2).flatten(-2))))[:, 0]  # type: ignore[no-any-return]
+
+
+class MultiQueryACMIL(Branches):
+    """ACMIL with multi-head attention: bags x (B, N, features) -> `Bags`, scores (B, queries' heads, K, N).
+
+    heads: of each branch. attention_dropout: behind the output layers of attention. queries start near zero, as released.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        dim: int = 512,
+        heads: int = 8,
+        branches: int = 5,
+        masked: int = 10,
+        share: float = 0.6,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.1,
+    ):
+        super().__init__(features, classes, dim, branches, masked, share, dropout)
+        if dim % heads:
+            raise RegardError(f"dim={dim}, heads={heads}; expected a multiple of heads")
+        self.width = dim // heads
+        self.queries = nn.Parameter(nn.init.normal_(torch.empty(branches, dim), std=1e-6))
+        self.q, self.k = (nn.ModuleList([nn.Linear(dim, dim) for _ in range(branches)]) for _ in range(2))
+        self.read = nn.ModuleList([HeadRead(dim, heads, attention_dropout) for _ in range(branches)])
+        self.whole = HeadRead(dim, heads, attention_dropout)
+
+    @takes(x="batch instances features", keep="batch instances")
+    def forward(self, x: Tensor, keep: Tensor | None = None, draw: Tensor | None = None) -> Bags:
+        """draw: of `stochastic_topk_mask`, (B, heads, K, min(masked, N)), in training."""
+        h = self.instances(x, keep)
+        rows = []
+        for query, q, k in zip(self.queries, self.q, self.k, strict=True):
+            keys = k(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            rows.append((keys @ q(query).view(-1, self.width, 1)).mT / self.width**0.5)
+        scores = self.hidden(torch.cat(rows, 2), keep, draw)
+        weights = scores.softmax(-1)
+        read = torch.stack([net(weights[:, :, at, None], h) for at, net in enumerate(self.read)], 1)
+        return self.told(read, self.whole(weights.mean(2, keepdim=True), h), scores)
 
 
 def diversity(weights: Tensor) -> Tensor:
-    """Mean cosine of pairs of branches' weights (B, K, N), over pairs and bags; 0 with one branch."""
-    k = weights.shape[1]
+    """Mean cosine of pairs of branches' weights (B, K, N) or (B, heads, K, N), over pairs, heads and bags; 0 with one branch."""
+    k = weights.shape[-2]
     if k == 1:
         return weights.new_zeros(())
     first, second = torch.triu_indices(k, k, 1, device=weights.device)
-    return F.cosine_similarity(weights[:, first], weights[:, second], dim=-1).mean()
+    return F.cosine_similarity(weights[..., first, :], weights[..., second, :], dim=-1).mean()
 
 
 def acmil_loss(out: Bags, labels: Tensor) -> Tensor:
@@ -132,6 +204,6 @@ def acmil_loss(out: Bags, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def concentration(weights: Tensor, count: int = 10) -> Tensor:
-    """What the `count` largest of each bag's mean weights hold together, (B,), of weights (B, K, N)."""
-    mean = weights.mean(1)
+    """What the `count` largest of each bag's mean weights hold together, (B,), of weights (B, K, N) or (B, heads, K, N)."""
+    mean = weights.flatten(1, -2).mean(1)
     return mean.topk(min(count, mean.shape[-1]), -1).values.sum(-1)

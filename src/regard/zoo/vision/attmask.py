@@ -3,7 +3,7 @@
 a = mean over heads of the teacher's last row class -> patches;  n = floor(r N).  high: the n largest hidden;  low: the n smallest
 hint: high, then floor(s r N) of the floor(s N) largest shown again, by chance;  each image is masked with probability 1/2
 L = l1 DINO (class tokens across views, teacher centred, at 0.04, student at 0.1) + l2 MIM (masked patches, the same view)
-Not built: block masks as a mode of `attmask` (a function of their own makes them); local crops enter the loss alone.
+block: BEiT's rectangles, random: any patches, both blind to a.  Small crops go to the student alone, unmasked, and into the class loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.vit_host import embedded, host_of, weights_of
 
-MODES = ("high", "hint", "low", "random")
+MODES = ("high", "hint", "low", "random", "block")
 
 
 @register("attmask", kind="function")
@@ -33,11 +33,13 @@ def attmask(
     show: float = 0.1,
     draw: Tensor | None = None,
     order: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Which patches to hide, (B, N) bool, of the class token's attention on patches (B, N).
 
-    mode: "high", "hint", "low" or "random". prob: of masking an image. show: s of "hint". draw (B,): uniform numbers; images below prob are masked.
-    order (B, N): uniform numbers, the smallest of which are shown in "hint" and hidden in "random".
+    mode: "high", "hint", "low", "random" or "block". prob: of masking an image. show: s of "hint". draw (B,): uniform numbers; images below prob are masked.
+    order (B, N): uniform numbers, the smallest of which are shown in "hint" and hidden in "random". grid (h, w): of the patches, and generator, for "block" (None: a square, and the usual one).
     """
     if attention.dim() != 2 or mode not in MODES or not all(0 <= x <= 1 for x in (ratio, prob, show)):
         raise RegardError(
@@ -48,6 +50,13 @@ def attmask(
     order = torch.rand(batch, n, device=device) if order is None else order
     if draw.shape != (batch,) or order.shape != (batch, n):
         raise RegardError(f"draw {tuple(draw.shape)}, order {tuple(order.shape)}; expected ({batch},) and ({batch}, {n})")
+    if mode == "block":
+        side = math.isqrt(n)
+        shape = grid or (side, side)
+        if shape[0] * shape[1] != n:
+            raise RegardError(f"grid={grid} of {n} patches; expected (h, w) with h w = {n}")
+        blocks = [block_mask(shape, ratio, generator).flatten() for _ in range(batch)]
+        return torch.stack(blocks).to(device) & (draw < prob)[:, None] if blocks else attention > 0
     score = {"high": -attention, "hint": -attention, "low": attention, "random": order}[mode]
     hidden = score.argsort(dim=1, stable=True).argsort(1) < int(n * ratio)
     if mode == "hint":
@@ -57,7 +66,7 @@ def attmask(
     return hidden & (draw < prob)[:, None]
 
 
-def block_mask(shape: tuple[int, int], ratio: float, generator: torch.Generator, aspect: float = 0.3) -> Tensor:
+def block_mask(shape: tuple[int, int], ratio: float, generator: torch.Generator | None = None, aspect: float = 0.3) -> Tensor:
     """Rectangles (H, W) bool that hide at most ratio H W patches in all, their sides' ratio log-uniform in [aspect, 1 / aspect] (BEiT's)."""
 
     def between(low: float, high: float) -> float:
@@ -132,7 +141,7 @@ class MaskedDistiller(nn.Module):
     """A student and its slowly following teacher, both a copy of a timm ViT with one head for class and patches.
 
     Each call takes views, a list of (B, C, H, W): the teacher sees them whole, its last block's attention masks them for the student. mode, prob, show:
-    of `attmask`; ratio +- spread: drawn a call. head: width -> the head (None: linear, GELU, linear). momentum(step, steps) is the paper's.
+    of `attmask`; ratio +- spread: drawn a call. weights: l1 and l2; l2 = 0 is class distillation alone, its student seeing masked images. head: width -> the head (None: linear, GELU, linear). momentum(step, steps) is the paper's.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class MaskedDistiller(nn.Module):
         prob: float = 0.5,
         show: float = 0.1,
         views: int = 2,
+        weights: tuple[float, float] = (1.0, 1.0),
         head: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
@@ -155,7 +165,7 @@ class MaskedDistiller(nn.Module):
         made = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs)) if head is None else head(dim)
         self.student = nn.ModuleDict({"vit": host, "head": made})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.mask_token, self.loss = nn.Parameter(torch.zeros(dim)), IBOTLoss(outputs, outputs, views)
+        self.mask_token, self.loss = nn.Parameter(torch.zeros(dim)), IBOTLoss(outputs, outputs, views, weights=weights)
         self.mode, self.ratio, self.spread, self.prob, self.show = mode, ratio, spread, prob, show
 
     def seen(self, model: nn.ModuleDict, images: Tensor, masked: Tensor | None = None) -> tuple[Views, Tensor]:
@@ -169,15 +179,28 @@ class MaskedDistiller(nn.Module):
         out = model["head"](vit.norm(last(x)))  # type: ignore[operator]
         return Views(out[:, 0], out[:, 1:]), attention
 
-    def forward(self, views: Sequence[Tensor], masked: Tensor | None = None) -> Tensor:
-        """The loss; masked (V B, N) bool in place of `attmask`'s."""
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        masked: Tensor | None = None,
+        local: Sequence[Tensor] = (),
+        temp: float = 0.04,
+        patch_temp: float = 0.04,
+    ) -> Tensor:
+        """The loss; masked (V B, N) bool in place of `attmask`'s. local: small crops of the same B images, each (B, C, h, w), for a host made with
+        dynamic_img_size=True if they are not of its size. temp, patch_temp: the teacher's."""
         images = torch.cat(list(views))
         with torch.no_grad():
             wanted, attention = self.seen(self.teacher, images)
         if masked is None:
             ratio = self.ratio + self.spread * (2 * float(torch.rand(())) - 1)
-            masked = attmask(attention, self.mode, min(max(ratio, 0.0), 1.0), self.prob, self.show)
-        return self.loss(self.seen(self.student, images, masked)[0], wanted, masked)  # type: ignore[no-any-return]
+            grid = self.student["vit"].patch_embed.dynamic_feat_size(images.shape[2:])  # type: ignore[operator, union-attr]
+            masked = attmask(attention, self.mode, min(max(ratio, 0.0), 1.0), self.prob, self.show, grid=grid)
+        small = [self.seen(self.student, crop)[0].classes for crop in local]
+        if any(len(one) != len(views[0]) for one in small):
+            raise RegardError(f"local crops of {[len(one) for one in small]} images; expected {len(views[0])} in each, as in the views")
+        student = self.seen(self.student, images, masked)[0]
+        return self.loss(student, wanted, masked, temp, patch_temp, torch.cat(small) if small else None)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def follow(self, momentum: float = 0.996) -> None:
@@ -189,3 +212,8 @@ class MaskedDistiller(nn.Module):
 def momentum(step: int, steps: int, first: float = 0.996) -> float:
     """From `first` to 1 along half a cosine."""
     return 1 - (1 - first) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+def temperature(step: int, warmup: int, first: float = 0.04, last: float = 0.07) -> float:
+    """The teacher's for patches: from `first` to `last` in `warmup` equal steps, then `last`."""
+    return last if step >= warmup - 1 else first + (last - first) * step / (warmup - 1)

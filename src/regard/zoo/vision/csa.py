@@ -3,10 +3,12 @@
 R: class-rich features (B, C_r, T), F: features of localisation (B, C_f, T);  gates are made of R and applied to F
 g_c = sigmoid(W_2 relu(W_1 mean_t conv_k(R)_t)),  g_t = sigmoid(w . relu(conv_k(R))_t);  F' = F g_c + F g_t, or conv_1x1 [F g_c; F g_t]
 The sizes and the way to join them are not public and follow squeeze and excitation, which reads F in place of R.
-Not built: mAP over several overlaps: one is measured.
+Spans are found as in BMN: their score is p_start(first) p_end(last) p_overlap; mAP is over overlaps of 0.3 to 0.7, THUMOS's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,13 @@ def overlap(start: Tensor, stop: Tensor, first: Tensor, last: Tensor) -> Tensor:
     return inside / (stop - start + last - first - inside)
 
 
+def span_scores(out: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """p_start(t) p_end(t + d) p_overlap(d, t) of what `BoundaryHead` gives, (B, durations, T); 0 for spans that leave the clip."""
+    starts, ends, scores = out
+    wide = F.pad(torch.sigmoid(ends), (0, scores.shape[1] - 1)).unfold(1, starts.shape[1], 1)
+    return torch.sigmoid(scores) * torch.sigmoid(starts)[:, None] * wide
+
+
 @torch.no_grad()
 def detection_precision(scores: Tensor, first: Tensor, last: Tensor, threshold: float = 0.5, top: int = 10) -> float:
     """Average precision of each clip's `top` proposals, scores (B, D, T), over all clips at overlap `threshold`: the area under precision over
@@ -117,6 +126,16 @@ def detection_precision(scores: Tensor, first: Tensor, last: Tensor, threshold: 
     hits = right.flatten()[best.flatten().argsort(descending=True)]
     precision = hits.cumsum(0).double() / torch.arange(1, len(hits) + 1, device=hits.device)
     return float((precision * hits).sum() / b)
+
+
+THUMOS = (0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def mean_precision(scores: Tensor, first: Tensor, last: Tensor, thresholds: Sequence[float] = THUMOS, top: int = 10) -> float:
+    """mAP: the mean of `detection_precision` over overlaps."""
+    if not thresholds:
+        raise RegardError("thresholds is empty; expected one overlap or more")
+    return sum(detection_precision(scores, first, last, one, top) for one in thresholds) / len(thresholds)
 
 
 @torch.no_grad()

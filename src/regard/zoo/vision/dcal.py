@@ -3,8 +3,9 @@
 rollout: S_hat_l = (S_l + I)/2 ... (S_1 + I)/2, S_l mean over heads of block l's softmax weights
 GLCA: queries of the R patches (and the class token) of largest S_hat[class, .], keys and values of all tokens, a block of its own
 PWCA: softmax(q_1 [k_1; k_2]^T / sqrt(d)) [v_1; v_2] in every block, weights of self-attention, label of image 1; in training alone
-L = 1/2 sum_i (e^{-w_i} L_i + w_i) over self-attention, GLCA and PWCA.  Answer: sum of the two heads' class probabilities
-Not built: the triplet loss and the readout of re-identification.
+L = 1/2 sum_i (e^{-w_i} L_i + w_i) over self-attention, GLCA and PWCA, L_i cross-entropy, and for re-identification a triplet loss on class tokens as well
+Answer: sum of the two heads' class probabilities; for re-identification the two class tokens side by side.  No code is released; triplets are of the
+hardest of a batch, Euclidean, as in TransReID, on which the paper builds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.nn.retrieval import triplet_batch_hard
 from regard.nn.vit_host import after_attention, attention, closed, embedded, heads_of, host_of, weights_of
 
 
@@ -61,16 +63,22 @@ def pairwise_cross_attention(y: Tensor, other: Tensor, attn: nn.Module) -> Tenso
 
 
 class DCALOutput(NamedTuple):
-    """Logits (B, classes) of self-attention, of GLCA, and in training of PWCA."""
+    """Logits (B, classes) of self-attention, of GLCA, and in training of PWCA; and the class tokens (B, dim) that each is of."""
 
     whole: Tensor
     local: Tensor
     pair: Tensor | None
+    tokens: tuple[Tensor, Tensor, Tensor | None]
 
     @property
     def probabilities(self) -> Tensor:
         """(B, classes): the sum of both heads' at inference, from 0 to 2."""
         return self.whole.softmax(-1) + self.local.softmax(-1)
+
+    @property
+    def features(self) -> Tensor:
+        """(B, 2 dim): what images are compared by, class tokens of self-attention and of GLCA."""
+        return torch.cat(self.tokens[:2], -1)  # type: ignore[arg-type]
 
 
 @register("dcal", kind="module")
@@ -113,11 +121,16 @@ class DCAL(nn.Module):
     def forward(self, images: Tensor, partner: Tensor | None = None) -> DCALOutput:
         if partner is None and self.training and isinstance(images, Tensor) and images.dim() == 4 and len(images) > 1:
             partner = (torch.arange(len(images)) + int(torch.randint(1, len(images), ()))).remainder(len(images)).to(images.device)
-        whole, local, pair = self.features(images, partner)
-        return DCALOutput(self.head(whole), self.local_head(local), None if pair is None else self.head(pair))
+        whole, local, pair = tokens = self.features(images, partner)
+        return DCALOutput(self.head(whole), self.local_head(local), None if pair is None else self.head(pair), tokens)
 
-    def loss(self, out: DCALOutput, labels: Tensor) -> Tensor:
-        """1/2 sum_i (e^{-w_i} L_i + w_i) of cross-entropies; without PWCA's, of two."""
-        losses = [F.cross_entropy(logits, labels) for logits in out if logits is not None]
+    def loss(self, out: DCALOutput, labels: Tensor, margin: float | None = None) -> Tensor:
+        """1/2 sum_i (e^{-w_i} L_i + w_i) of cross-entropies; without PWCA's, of two. margin: of the triplet loss that each L_i has beside it (None: no
+        such loss); the batch then has two identities or more."""
+        losses = []
+        for logits, token in zip(out[:3], out.tokens, strict=True):
+            if logits is not None and token is not None:
+                triplet = 0.0 if margin is None else triplet_batch_hard(token, labels, margin, cosine=False)
+                losses.append(F.cross_entropy(logits, labels) + triplet)
         weights = self.balance[: len(losses)]
         return (torch.exp(-weights) * torch.stack(losses) + weights).sum() / 2

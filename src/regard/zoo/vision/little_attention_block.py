@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.plane_gates import PlaneGate, narrowed
+from regard.nn.planes import BatchNorm
 
 
 @register("little-attention-block", kind="module")
@@ -54,7 +55,7 @@ class NonLocal(nn.Module):
         super().__init__()
         half = narrowed(channels, 2)
         self.theta, self.phi, self.g = (nn.Conv2d(channels, half, 1) for _ in range(3))
-        self.out = nn.Sequential(nn.Conv2d(half, channels, 1), nn.BatchNorm2d(channels))
+        self.out = nn.Sequential(nn.Conv2d(half, channels, 1), BatchNorm(channels))
         nn.init.zeros_(self.out[1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

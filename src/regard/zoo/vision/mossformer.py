@@ -112,9 +112,9 @@ class JointGatedAttention(nn.Module):
     ):
         super().__init__()
         hidden = int(dim * expansion)
-        if group < 1 or hidden % 2 or qk_dim % 2 or rotary % 2:
+        if group < 1 or hidden % 2 or qk_dim % 2 or rotary % 2 or (shift and dim < 2):
             raise RegardError(
-                f"group={group}, dim x expansion={hidden}, qk_dim={qk_dim}, rotary={rotary}; expected a positive and even numbers"
+                f"group={group}, dim x expansion={hidden}, qk_dim={qk_dim}, rotary={rotary}; expected a positive and even numbers, and two channels to shift one"
             )
         self.dim, self.group, self.causal, self.shift, self.dropout = dim, group, causal, shift, dropout
         self.hidden, self.qk = (ConvModule(dim, out, kernel, norm, dropout, causal) for out in (hidden, qk_dim))

@@ -2,8 +2,8 @@
 
 s_i = sigmoid(w . x_i + b), keep_i = [s_i > 1/2], straight through;  L_sel = BCE(s, y), y_i = 1 where the patch overlaps an object
 kept tokens of all images, first fit into packages of L, padded;  attention where segment_i = segment_j;  the others pass by
-Cost sum_b n_b^2 in place of B N^2. The abstract leaves noise, weights and labels open; these are the straightforward ones.
-Not built: the windowed form; the net is a small pyramid.
+Cost sum_b n_b^2 in place of B N^2. The abstract leaves noise, weights and labels open; these are the straightforward ones. In windows, each window
+is what an image is above: its kept tokens attend among themselves, and windows of all images share packages.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from regard.errors import RegardError
 from regard.nn.parts import takes
 from regard.nn.patch_net import FeedForward
 from regard.nn.planes import Patches
+from regard.nn.windows import from_windows, to_windows
 
 
 class SelectGate(nn.Module):
@@ -136,26 +137,55 @@ class SelectPackAttention(nn.Module):
 
 
 class SelectPackBlock(nn.Module):
-    """x + attention(LN x), then + MLP(LN x), kept tokens alone; the others are left bit for bit."""
+    """x + attention(LN x), then + MLP(LN x), kept tokens alone; the others are left bit for bit: x (B, N, dim) -> (as x, scores (B, N)).
 
-    def __init__(self, dim: int, heads: int, length: int | None = None, ratio: float = 4.0, noise: float = 0.0):
+    window: of size x size tokens, which attend apart (0: none, the whole image); they start `shift` behind the first token, and are smaller at borders.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, length: int | None = None, ratio: float = 4.0, noise: float = 0.0, window: int = 0, shift: int = 0
+    ):
         super().__init__()
+        if window < 0 or not 0 <= shift < max(window, 1):
+            raise RegardError(f"window={window}, shift={shift}; expected from 0, and from 0 to below window")
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention, self.mlp = SelectPackAttention(dim, heads, length, noise=noise), FeedForward(dim, int(ratio * dim))
+        self.window, self.shift = window, shift
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def chosen(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All of each row of x (B, N, dim) as one image; real (B, N) bool: tokens that exist."""
         y = self.norm1(x)
         scores, keep, factor = self.attention.gate(y)
+        keep = keep if real is None else keep & real
         packed = pack(y, keep, self.attention.length)
         own = pack(x, keep, self.attention.length).tokens + self.attention.inside(packed)
         done = own + self.mlp(self.norm2(own)) if len(own) else own
         full = unpack(done, packed, x)
         return x + (full - x) * factor[..., None], scores
 
+    def forward(self, x: Tensor, shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """shape (h, w): the grid that x is, row by row, for windows."""
+        if not self.window:
+            return self.chosen(x)
+        if x.dim() != 3 or shape is None or shape[0] * shape[1] != x.shape[1]:
+            raise RegardError(f"x {tuple(x.shape)}, shape={shape}; expected (batch, h w, dim) and shape=(h, w), for windows")
+        size, front = self.window, -self.shift % self.window
+        behind = [-(n + front) % size for n in shape]
+
+        def tiles(y: Tensor) -> Tensor:
+            return to_windows(F.pad(y.unflatten(1, shape), (0, 0, front, behind[1], front, behind[0])), size)
+
+        real = tiles(x.new_ones(1, x.shape[1], 1))[..., 0] > 0
+        out, scores = self.chosen(tiles(x), real.repeat(len(x), 1))
+        height, width = (n + front + extra for n, extra in zip(shape, behind, strict=True))
+        rows, columns = (slice(front, front + n) for n in shape)
+        out, scores = (from_windows(y, size, height, width)[:, rows, columns].flatten(1, 2) for y in (out, scores[..., None]))
+        return out, scores[..., 0]
+
 
 class SelectPackNet(nn.Module):
     """Images (B, channels, H, W) -> (logits (B, classes), scores of each block, list of (B, h, w)): patches, blocks, merging by 2 x 2 between stages,
-    mean. Kept tokens are chosen anew in each block."""
+    mean. Kept tokens are chosen anew in each block. windows: of each stage's blocks, 0 for none; every second block's are moved by half."""
 
     def __init__(
         self,
@@ -167,17 +197,20 @@ class SelectPackNet(nn.Module):
         patch: int = 4,
         length: int | None = None,
         noise: float = 0.0,
+        windows: Sequence[int] | None = None,
     ):
         super().__init__()
-        if not len(dims) == len(depths) == len(heads):
-            raise RegardError(f"dims, depths, heads name {len(dims)}, {len(depths)}, {len(heads)} stages; expected as many of each")
+        windows = [0] * len(dims) if windows is None else windows
+        if not len(dims) == len(depths) == len(heads) == len(windows):
+            counts = [len(one) for one in (dims, depths, heads, windows)]
+            raise RegardError(f"dims, depths, heads, windows name {counts} stages; expected as many of each")
         inner = (channels, *dims[:-1])
         self.channels = channels
         self.patches = nn.ModuleList([Patches(i, o, 2 if at else patch) for at, (i, o) in enumerate(zip(inner, dims, strict=True))])
         self.stages = nn.ModuleList(
             [
-                nn.ModuleList([SelectPackBlock(d, h, length, noise=noise) for _ in range(n)])
-                for d, n, h in zip(dims, depths, heads, strict=True)
+                nn.ModuleList([SelectPackBlock(d, h, length, noise=noise, window=w, shift=w // 2 * (at % 2)) for at in range(n)])
+                for d, n, h, w in zip(dims, depths, heads, windows, strict=True)
             ]
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
@@ -189,7 +222,7 @@ class SelectPackNet(nn.Module):
             x = patches(x)
             shape, x = x.shape[2:], x.flatten(2).mT
             for block in blocks.children():
-                x, scores = block(x)
+                x, scores = block(x, tuple(shape))
                 found.append(scores.unflatten(1, shape))
             x = x.mT.unflatten(-1, shape)
         return self.head(self.norm(x.mean((2, 3)))), found

@@ -38,7 +38,8 @@ class PromptPool(nn.Module):
         cosines = F.normalize(tokens, dim=-1) @ F.normalize(self.keys[layer], dim=-1).T
         chosen = (cosines if draw is None else -draw).topk(self.top, -1).indices
         seen = torch.zeros_like(cosines, dtype=torch.bool).scatter(-1, chosen, True)
-        return seen, (1 - cosines.gather(-1, chosen)).mean()
+        off = 1 - cosines.gather(-1, chosen)
+        return seen, off.sum() / max(off.numel(), 1)
 
 
 @register("tcpa", kind="module")

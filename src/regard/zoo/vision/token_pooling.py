@@ -3,6 +3,7 @@
 minimise sum_i w_i min_j |f_i - c_j|^2, w_i what attention token i received: sum over heads and queries of A[h, l, i]
 start: the K tokens of largest w (farthest points without weights);  5 times: nearest centre, then the weighted mean of its tokens
 (k-means; an empty cluster keeps its centre) or the token with the least weighted distance to its cluster (k-medoids)
+Not reproduced on the ViT on digits that comes with regard: better than the tokens of largest weight (16 of 64 patches: 63.6% right, and 63.2%)
 Softmax attention over keys of one norm is a Gaussian filter of the values: softmax_j(s q.k_j) ~ exp(-s |q - k_j|^2 / 2)
 """
 

@@ -7,17 +7,16 @@ The released code has biases, BatchNorm (momentum 0.9) and ReLU after both convo
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.plane_gates import PlaneGate
-from regard.nn.planes import BatchNorm
+from regard.nn.parts import takes
+from regard.nn.planes import BatchNorm, max_around
 
 
 @register("ulsam", kind="module")
-class ULSAM(PlaneGate):
+class ULSAM(nn.Module):
     """x (B, C, H, W) -> the same shape; `maps(x)` gives the groups' maps (B, groups, H, W), each summing to one.
 
     bare: the paper's formula, without biases, norms and ReLU. pool: width of the max pooling. momentum, eps: of the norms.
@@ -34,10 +33,23 @@ class ULSAM(PlaneGate):
             [nn.Identity() if bare else nn.Sequential(BatchNorm(n, eps, momentum), nn.ReLU()) for n in (channels, groups)]
         )
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the depthwise convolution, whose kernel is one value, its norm and ReLU make of x: one multiplication and addition where the norm is fixed."""
+        scale, shift = self.depthwise.weight[:, 0], self.depthwise.bias
+        if shift is None:
+            return x * scale
+        norm: BatchNorm = self.after[0][0]  # type: ignore[index, assignment]
+        if self.training or norm.running_mean is None or norm.running_var is None:
+            return self.after[0](x * scale + shift[:, None, None])  # type: ignore[no-any-return]
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        moved = (shift - norm.running_mean) * factor + norm.bias
+        return torch.addcmul(moved[:, None, None], x, scale * factor[:, None, None]).relu_()
+
     def maps(self, x: Tensor) -> Tensor:
-        wide = F.max_pool2d(self.after[0](self.depthwise(x)), self.pool, 1, self.pool // 2)
-        scores = self.after[1](self.pointwise(wide))
+        scores = self.after[1](self.pointwise(max_around(self.scaled(x), self.pool)))
         return torch.softmax(scores.flatten(2), -1).view_as(scores)
 
-    def gate(self, x: Tensor) -> Tensor:
-        return 1 + self.maps(x).repeat_interleave(self.channels // self.groups, 1)
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(1, (self.groups, -1))
+        return (grouped + grouped * self.maps(x)[:, :, None]).flatten(1, 2)

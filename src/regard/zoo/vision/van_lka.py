@@ -19,7 +19,7 @@ from regard.nn.grid import ChannelNorm
 from regard.nn.parts import takes
 from regard.nn.patch_net import ConvMLP, DropPath, depth_rates, fan_out_values
 from regard.nn.plane_gates import PlaneGate
-from regard.nn.planes import BatchNorm
+from regard.nn.planes import BatchNorm, Dilated
 
 
 @register("van-lka", kind="module")
@@ -33,7 +33,7 @@ class LKA(PlaneGate):
             raise RegardError(f"kernel={kernel}, dilation={dilation} make a dilated kernel of {far}; expected an odd number")
         self.channels = channels
         self.near = nn.Conv2d(channels, channels, near, padding=near // 2, groups=channels)
-        self.far = nn.Conv2d(channels, channels, far, padding=far // 2 * dilation, groups=channels, dilation=dilation)
+        self.far = Dilated(channels, far, dilation)
         self.mix = nn.Conv2d(channels, channels, 1)
 
     def gate(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.planes import image
 from regard.lab.verification import check
 from regard.tasks.bags import mixed_bags
-from regard.zoo.vision.acmil import ACMIL, Bags, acmil_loss, concentration, diversity, stochastic_topk_mask
+from regard.zoo.vision.acmil import ACMIL, Bags, HeadRead, MultiQueryACMIL, acmil_loss, concentration, diversity, stochastic_topk_mask
 
 
 def by_hand(layer: ACMIL, bag: Tensor, hidden: list[set[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,3 +135,59 @@ def _() -> tuple[float, float]:
     runs = [(trained_on_bags(5, 10, seed), trained_on_bags(1, 0, seed)) for seed in range(3)]
     own, plain = ([statistics.mean(run[side][at] for run in runs) for at in range(2)] for side in range(2))
     return own[0] if own[1] >= plain[1] - 0.02 else 1.0, plain[0]
+
+
+def read_by_hand(net: HeadRead, weights: Tensor, h: Tensor) -> Tensor:
+    """weights (heads, N), h (N, dim) -> (dim,)."""
+    v = (h @ net.v.weight.T + net.v.bias).unflatten(1, (len(weights), -1))
+    out = torch.einsum("hn,nhd->hd", weights, v).flatten() @ net.out.weight.T + net.out.bias
+    return (out - out.mean()) / (out.var(correction=0) + 1e-6).sqrt() * net.norm.weight + net.norm.bias  # type: ignore[no-any-return]
+
+
+@check(
+    "acmil",
+    "values and gradients with queries of multi-head attention, masked in training by given draws, and whole == a bag at a time by hand",
+    below=1e-9,
+    control="one set of weights, the heads' mean, for all heads of the bag",
+)
+def _() -> tuple[float, float]:
+    layer, labels = drawn(MultiQueryACMIL(6, 3, 8, 2, 3, masked=4, share=0.5, attention_dropout=0.0)), torch.tensor([2, 0])
+    x, keep, draw, gaps, other = image(2, 9, 6), torch.arange(9) < torch.tensor([[9], [7]]), torch.rand(2, 2, 3, 4), [], 0.0
+    for training in (True, False):
+        out = layer.train(training)(x, keep, draw if training else None)
+        loss: Tensor = torch.zeros((), dtype=F64)
+        for b in range(2):
+            n = int(keep[b].sum())
+            h = (x[b, :n] @ layer.reduce.weight.T).clamp_min(0)
+            weights, reads = torch.zeros(2, 3, n, dtype=F64), []
+            for k in range(3):
+                q = (layer.queries[k] @ layer.q[k].weight.T + layer.q[k].bias).unflatten(0, (2, 4))  # type: ignore[operator, union-attr]
+                keys = (h @ layer.k[k].weight.T + layer.k[k].bias).unflatten(1, (2, 4))  # type: ignore[operator, union-attr]
+                rows = []
+                for head in range(2):
+                    s = keys[:, head] @ q[head] / 2
+                    size = s.detach()
+                    order = sorted(range(n), key=lambda i, size=size: -float(size[i]))[:4]  # type: ignore[misc]
+                    ranked = sorted(range(4), key=lambda i, at=(b, head, k): float(draw[at][i]))  # type: ignore[misc]
+                    e = torch.exp(s)
+                    for i in ranked[:2] if training else []:
+                        e = e.index_fill(0, torch.tensor(order[i]), 0.0)
+                    rows.append(e / e.sum())
+                w = torch.stack(rows)
+                weights = weights.index_put((torch.arange(2)[:, None], torch.tensor(k), torch.arange(n)), w)
+                reads.append(read_by_hand(layer.read[k], w, h))  # type: ignore[arg-type]
+            branches = torch.stack([r @ head[1].weight.T + head[1].bias for r, head in zip(reads, layer.heads, strict=True)])  # type: ignore[index]
+            mean, last = weights.mean(1), layer.head[1]
+            bag = read_by_hand(layer.whole, mean, h) @ last.weight.T + last.bias  # type: ignore[operator]
+            blurred = read_by_hand(layer.whole, mean.mean(0).expand(2, -1), h) @ last.weight.T + last.bias  # type: ignore[operator]
+            gaps += [naive.gap(out.branches[b], branches), naive.gap(out.bag[b], bag), naive.gap(out.weights[b, :, :, :n], weights)]
+            pairs = [
+                (weights[a, i] * weights[a, j]).sum() / (weights[a, i].norm() * weights[a, j].norm())
+                for a in range(2)
+                for i in range(3)
+                for j in range(i)
+            ]
+            loss = loss - bag.log_softmax(0)[labels[b]] - branches.log_softmax(1)[:, labels[b]].mean() + torch.stack(pairs).mean()
+            other = max(other, naive.gap(out.bag[b], blurred))
+        gaps.append(gap_with_gradients(acmil_loss(out, labels), loss / 2, (x, *layer.parameters())))
+    return max(gaps), other

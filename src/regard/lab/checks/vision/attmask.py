@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.planes import gelu, layer_norm
+from regard.lab.checks.shared.shipped_vit import inked, shipped, unseen
 from regard.lab.checks.shared.vits import block_by_hand, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
+from regard.nn.vit_host import embedded, weights_of
 from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, Views, attmask
 
 
@@ -166,3 +171,110 @@ def _() -> tuple[float, float]:
     net.follow(0.9)
     moved = max(naive.gap(a, b + 0.1) for a, b in zip(net.teacher.parameters(), slow, strict=True))
     return max(naive.gap(found, truth), moved), naive.gap(found, other)
+
+
+@check(
+    "attmask",
+    "rectangles of block masks: masks of 60 images that are not what rectangles drawn in turn make, or hide more than their ratio",
+    below=0.0,
+    control="random masks, whose hidden patches have fewer hidden neighbours",
+)
+def _() -> tuple[float, float]:
+    a, draw = torch.rand(60, 12 * 16), torch.rand(60)
+    found = attmask(a, "block", 0.4, 0.7, draw=draw, grid=(12, 16), generator=torch.Generator().manual_seed(3))
+    again = torch.Generator().manual_seed(3)
+
+    def number(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=again))
+
+    def by_hand() -> Tensor:
+        hidden: set[tuple[int, int]] = set()
+        while len(hidden) < int(0.4 * 192):
+            left, before = int(0.4 * 192) - len(hidden), len(hidden)
+            for _ in range(10):
+                area, ratio = number(16, left), math.exp(number(math.log(0.3), math.log(1 / 0.3)))
+                h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+                if 0 < h < 12 and 0 < w < 16:
+                    top, start = int(number(0, 13 - h)), int(number(0, 17 - w))
+                    cells = {(top + i, start + j) for i in range(h) for j in range(w)} - hidden
+                    if 0 < len(cells) <= left:
+                        hidden |= cells
+                        break
+            if len(hidden) == before:
+                break
+        return torch.tensor([[(i, j) in hidden for j in range(16)] for i in range(12)]).flatten()
+
+    truth = torch.stack([by_hand() for _ in range(60)]) & (draw < 0.7)[:, None]
+
+    def wrong(mask: Tensor) -> float:
+        return float((mask != truth).any(1).sum() + (mask.sum(1) > int(0.4 * 192)).sum())
+
+    return wrong(found), wrong(attmask(a, "random", 0.4, 0.7, draw=draw))
+
+
+@check(
+    "attmask",
+    "the loss with two small crops, of a host that resizes its places, and its gradients == crop by crop, unmasked",
+    below=1e-7,  # timm resizes places in float32
+    control="crops in the teacher's place too",
+)
+def _() -> tuple[float, float]:
+    net = MaskedDistiller(small_vit(2, dynamic_img_size=True), 6, spread=0.0, prob=1.0, weights=(0.7, 1.3)).to(F64)
+    net.mask_token.data.normal_()
+    views, crops = ([torch.randn(2, 3, side, side, dtype=F64) for _ in range(2)] for side in (16, 8))
+    masked = torch.rand(4, 16) < 0.4
+    vit, head = net.student["vit"], net.student["head"]
+    first, last = head[0], head[2]  # type: ignore[index]
+
+    def classes(crop: Tensor) -> Tensor:
+        places = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).movedim(3, 1)  # type: ignore[index, union-attr, operator]
+        small = F.interpolate(places, (2, 2), mode="bicubic", antialias=True).flatten(2).mT
+        p = vit.patch_embed.proj  # type: ignore[union-attr]
+        corners = [(i, j) for i in (0, 4) for j in (0, 4)]
+        x = torch.stack([(crop[:, None, :, i : i + 4, j : j + 4] * p.weight).sum((2, 3, 4)) + p.bias for i, j in corners], 1)  # type: ignore[union-attr, operator]
+        own = vit.cls_token + vit.pos_embed[:, :1]  # type: ignore[index, operator]
+        x = torch.cat((own.expand(2, -1, -1), x + small), 1)
+        for block in vit.blocks:  # type: ignore[union-attr]
+            x = block_by_hand(block, x)
+        x = layer_norm(x, vit.norm, 1e-6)[:, 0]  # type: ignore[arg-type]
+        return gelu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        wanted = net.seen(net.teacher, torch.cat(views))[0]
+    both = net.seen(net.student, torch.cat(views), masked)[0]
+    small = [classes(crop) for crop in crops]
+
+    def loss(outs: list[Tensor], targets: list[Tensor]) -> Tensor:
+        terms = [
+            -(((t / 0.05).softmax(1) * (s / 0.1).log_softmax(1)).sum(1)).mean()
+            for i, t in enumerate(targets)
+            for j, s in enumerate(outs)
+            if i != j
+        ]
+        ce = -((wanted.patches / 0.06).softmax(2) * (both.patches / 0.1).log_softmax(2)).sum(2)
+        return 0.7 * torch.stack(terms).mean() + 1.3 * ((ce * masked).sum(1) / masked.sum(1).clamp_min(1)).mean()
+
+    targets = [*wanted.classes.split(2)]
+    outs = [*both.classes.split(2), *small]
+    truth, other = loss(outs, targets), loss(outs, [*targets, *small])
+    found = net(views, masked, crops, 0.05, 0.06)
+    leaves = tuple(p for name, p in net.named_parameters() if p.requires_grad and "vit.head" not in name)
+    return gap_with_gradients(found, truth, leaves), naive.gap(found, other)
+
+
+@check(
+    "attmask",
+    "share of the digit's patches that high hides at ratio 0.3, by the last attention of the ViT on digits",
+    above=0.4,
+    control="random masks",
+)
+def _() -> tuple[float, float]:
+    vit, drawn = shipped(), unseen(200)
+    x = embedded(vit, drawn.images)
+    with torch.no_grad():
+        for block in vit.blocks[:-1]:
+            x = block(x)
+        last = vit.blocks[-1]
+        a = weights_of(last.attn, last.norm1(x))[:, :, 0, 1:].mean(1)
+    ink = inked(drawn)
+    return tuple(float((attmask(a, mode, 0.3, 1.0) & ink).sum() / ink.sum()) for mode in ("high", "random"))  # type: ignore[return-value]

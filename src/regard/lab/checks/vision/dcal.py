@@ -10,8 +10,11 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.planes import image, layer_norm
 from regard.lab.checks.shared.vits import block_by_hand, mlp_of, out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
+from regard.nn import timm_host
+from regard.nn.retrieval import retrieval_scores
 from regard.nn.vit_host import attention
-from regard.zoo.vision.dcal import DCAL, chosen, glca, pairwise_cross_attention, rollout
+from regard.tasks.identities import patterns, tracks
+from regard.zoo.vision.dcal import DCAL, DCALOutput, chosen, glca, pairwise_cross_attention, rollout
 
 
 def rolled_by_hand(vit: torch.nn.Module, x: Tensor, residual: bool = True) -> Tensor:
@@ -41,7 +44,7 @@ def _() -> tuple[float, float]:
     net.balance.data.copy_(torch.tensor([0.3, -0.2, 0.1]))
     vit = net.vit
 
-    def by_hand(one: bool) -> list[Tensor]:
+    def by_hand(one: bool) -> tuple[list[Tensor], list[Tensor]]:
         x = pair = tokens_by_hand(vit, images)
         rolled = rolled_by_hand(vit, x)
         for block in vit.blocks:
@@ -61,20 +64,22 @@ def _() -> tuple[float, float]:
             rows.append(h + mlp_of(net.local, h))
         local = layer_norm(torch.cat(rows), net.local_norm, 1e-6)[:, 0]
         whole, both = (layer_norm(z, vit.norm, 1e-6)[:, 0] for z in (x, pair))
-        return [
+        logits = [
             whole @ net.head.weight.T + net.head.bias,
             local @ net.local_head.weight.T + net.local_head.bias,
             both @ net.head.weight.T + net.head.bias,
         ]
+        return logits, [whole, local, both]
 
-    out, truth = net(images, partner), by_hand(True)
+    out, (truth, tokens) = net(images, partner), by_hand(True)
     parts = [-z.log_softmax(1)[torch.arange(3), labels].mean() for z in truth]
     loss = sum((torch.exp(-net.balance[i]) * parts[i] + net.balance[i] for i in range(3)), torch.zeros((), dtype=F64)) / 2
     leaves = [p for name, p in net.named_parameters() if not name.startswith("vit.head")]
     assert all(z is not None for z in out)
-    gaps = [naive.gap(a, b) for a, b in zip(out, truth, strict=True)]  # type: ignore[arg-type]
+    gaps = [naive.gap(a, b) for a, b in zip((*out[:3], *out.tokens), (*truth, *tokens), strict=True)]  # type: ignore[arg-type]
+    gaps.append(naive.gap(out.features, torch.cat(tokens[:2], 1)))
     gaps.append(gap_with_gradients(net.loss(out, labels), loss, tuple(leaves)))
-    return max(gaps), naive.gap(out[2], by_hand(False)[2])  # type: ignore[arg-type]
+    return max(gaps), naive.gap(out[2], by_hand(False)[0][2])  # type: ignore[arg-type]
 
 
 @check("dcal", "attention with the image itself as its partner, off self-attention", below=1e-12, control="with another image")
@@ -103,3 +108,64 @@ def _() -> tuple[float, float]:
     for m in maps:
         truth, plain = (m.mean(1) + torch.eye(5)) / 2 @ truth, m.mean(1) @ plain
     return max(naive.gap(found, truth), naive.gap(found.sum(-1), torch.ones(2, 5))), naive.gap(found, plain)
+
+
+@check(
+    "dcal",
+    "the loss with triplets of each way's class tokens, and its gradients, of three ways and of two == anchor by anchor",
+    below=1e-10,
+    control="triplets of self-attention's tokens alone",
+)
+def _() -> tuple[float, float]:
+    net, labels = DCAL(small_vit(1), 3, 0.3).to(F64), torch.tensor([0, 2, 0, 1, 1, 2])
+    net.balance.data.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    gaps, other = [], 0.0
+    for ways in (3, 2):
+        leaves = [torch.randn(6, size, dtype=F64, requires_grad=True) for size in (3, 5) for _ in range(ways)]
+        first, tokens = (*leaves[:ways], None)[:3], (*leaves[ways:], None)[:3]
+        out = DCALOutput(*first, tokens)  # type: ignore[arg-type]
+        parts, plain = [], []
+        for logits, token in zip(out[:3], out.tokens, strict=True):
+            if logits is None or token is None:
+                continue
+            hardest = []
+            for i in range(6):
+                far = [((token[i] - token[j]).square().sum() + 1e-300).sqrt() for j in range(6) if j != i and labels[j] == labels[i]]
+                near = [(token[i] - token[j]).square().sum().sqrt() for j in range(6) if labels[j] != labels[i]]
+                hardest.append((0.7 + torch.stack(far).max() - torch.stack(near).min()).clamp_min(0))
+            plain.append(-logits.log_softmax(1)[torch.arange(6), labels].mean())
+            parts.append(plain[-1] + torch.stack(hardest).mean())
+        assert len(parts) == ways
+        w = net.balance
+        truth = sum((torch.exp(-w[i]) * p + w[i] for i, p in enumerate(parts)), torch.zeros((), dtype=F64)) / 2
+        wrong = sum((torch.exp(-w[i]) * p + w[i] for i, p in enumerate([parts[0], *plain[1:]])), torch.zeros((), dtype=F64)) / 2
+        gaps.append(gap_with_gradients(net.loss(out, labels, 0.7), truth, (*leaves, net.balance)))
+        other = naive.gap(truth, wrong)
+    return max(gaps), other
+
+
+def recognised(margin: float | None, steps: int) -> float:
+    """mAP among new identities, of features after training on others, four images each in a batch."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    host = timm_host.load("timm").models.vision_transformer.VisionTransformer(
+        img_size=8, patch_size=2, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0, num_classes=0
+    )
+    net, looks = DCAL(host, 24, 0.3), patterns(24, generator)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(steps):
+        at = torch.randperm(24, generator=generator)[:6]
+        x, own, _ = tracks(looks[at], 4, generator, frames=1, empty=0, noise=1.0)
+        optimizer.zero_grad()
+        net.loss(net(x[:, 0]), at[own], margin).backward()
+        optimizer.step()
+    x, own, _ = tracks(patterns(20, generator), 4, generator, frames=1, empty=0, noise=1.0)
+    with torch.no_grad():
+        found = net.eval()(x[:, 0]).features
+    query = torch.arange(80) % 4 == 0
+    return retrieval_scores(found[query], own[query], found[~query], own[~query])["map"]
+
+
+@check("dcal", "mAP among new identities of tokens side by side, after 60 steps with triplets", above=0.33, control="untrained")
+def _() -> tuple[float, float]:
+    return recognised(0.3, 60), recognised(0.3, 0)

@@ -12,11 +12,12 @@ from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.planes import gelu, layer_norm
+from regard.lab.checks.shared.shipped_vit import accuracy, inked, shipped, unseen
 from regard.lab.checks.shared.vits import out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
 from regard.nn.part_discovery import PartDiscovery
 from regard.nn.part_maps import turned
-from regard.nn.vit_host import embedded
+from regard.nn.vit_host import embedded, masked_tokens
 from regard.zoo.vision.ifam import WEIGHTS, TwoStageFaithful, faithfulness_test, ifam_losses
 
 
@@ -238,3 +239,22 @@ def _() -> tuple[float, float]:
         gaps = [abs(float(found[name]) - truth[name]) for name in WEIGHTS]
         same = [F.cosine_similarity(maps[n, p].flatten(), theirs[n, p].flatten(), 0) for n in range(b) for p in range(k - 1)]
         return max(gaps), abs(float(found["equivariant"]) - (1 - float(sum(same)) / len(same)))
+
+
+@check(
+    "ifam",
+    "accuracy that the ViT on digits gains, without training, when its attention sees the digit's patches alone",
+    above=0.02,
+    control="as many patches by chance",
+)
+def _() -> tuple[float, float]:
+    vit, drawn = shipped(), unseen(500)
+    ink, whole = inked(drawn), accuracy(vit, drawn)
+    order = torch.rand(ink.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+
+    def gain(mask: Tensor) -> float:
+        with torch.no_grad():
+            told = vit.forward_head(masked_tokens(vit, drawn.images, mask.float()))
+        return float((told.argmax(1) == drawn.labels).double().mean()) - whole
+
+    return gain(ink), gain(ink.gather(1, order))

@@ -110,6 +110,35 @@ def _() -> tuple[float, float]:
     return gap_with_gradients(found, by_hand(True), leaves), float(other.abs().max())
 
 
+@check(
+    "spa",
+    "a block in windows of 3 x 3 on 5 x 7 tokens, straight and shifted by 1 and 2, values and gradients == the block on each window alone",
+    below=1e-10,
+    control="windows that are not shifted",
+)
+def _() -> tuple[float, float]:
+    x, gaps, other = image(2, 35, 8), [], 0.0
+    for shift in (0, 1, 2):
+        block = drawn(SelectPackBlock(8, 2, ratio=2.0, window=3, shift=shift))
+
+        def by_hand(shift: int, block: SelectPackBlock = block) -> tuple[Tensor, Tensor]:
+            cells = [(i, j) for i in range(5) for j in range(7)]
+            names = [((i - shift) // 3, (j - shift) // 3) for i, j in cells]
+            out, scores = torch.zeros_like(x), torch.zeros(2, 35, dtype=F64)
+            for name in set(names):
+                at = torch.tensor([n for n, one in enumerate(names) if one == name])
+                part, score = block.chosen(x[:, at])  # which the check above holds
+                out, scores = out.index_copy(1, at, part), scores.index_copy(1, at, score)
+            return out, scores
+
+        (found, scores), (truth, wanted) = block(x, (5, 7)), by_hand(shift)
+        assert 0 < int((scores > 0).sum()) < 70
+        gaps += [naive.gap(scores, wanted), gap_with_gradients(found, truth, (x, *block.parameters()))]
+        if shift:
+            other = max(other, naive.gap(found, by_hand(0)[0]))
+    return max(gaps), other
+
+
 @check("spa", "F1 of what a net keeps of patches with a square on them, second stage, after 100 steps", above=0.9, control="untrained")
 def _() -> tuple[float, float]:
     torch.manual_seed(0)

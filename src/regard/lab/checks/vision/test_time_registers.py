@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.planes import gelu, layer_norm
+from regard.lab.checks.shared.shipped_vit import accuracy, shipped, unseen
 from regard.lab.checks.shared.vits import out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
 from regard.zoo.vision.test_time_registers import TestTimeRegisters, find_register_neurons, outlier_metrics, watched
@@ -141,3 +142,27 @@ def _() -> tuple[float, float]:
     vit, images = small_vit(3), torch.randn(2, 3, 16, 16, dtype=F64)
     truth = vit(images)
     return naive.gap(TestTimeRegisters(vit, {}, 0)(images), truth), naive.gap(TestTimeRegisters(vit, {}, 1)(images), truth)
+
+
+@check(
+    "test-time-registers",
+    "accuracy that the ViT on digits loses to a unit that makes outliers of a fifth of the patches, found by its score, with a register for it",
+    below=0.05,
+    control="without",
+)
+def _() -> tuple[float, float]:
+    vit, drawn = shipped(), unseen()
+    whole, unit = accuracy(vit, drawn), 7
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mlp = vit.blocks[2].mlp
+        mlp.fc1.weight[unit] = 5 * torch.randn(96, generator=g)
+        mlp.fc1.bias[unit] = 0.0
+        before = watched(vit, drawn.images[:50]).acts[2][:, 1:, unit]
+        mlp.fc1.bias[unit] = -before.flatten().quantile(0.8)  # gelu(x) is near x where it is large
+        far = torch.randn(96, generator=g)
+        mlp.fc2.weight[:, unit] = 60 * far / far.norm()
+    sizes = watched(vit, drawn.images[:50]).norms[2, :, 1:]
+    found = find_register_neurons(vit, drawn.images[:50], 3 * float(sizes.median()), layer=2, top=1)
+    assert found == {2: [unit]}
+    return whole - accuracy(TestTimeRegisters(vit, found), drawn), whole - accuracy(vit, drawn)

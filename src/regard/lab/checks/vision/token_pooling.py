@@ -8,6 +8,7 @@ from torch import Tensor
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.planes import layer_norm
+from regard.lab.checks.shared.shipped_vit import accuracy, shipped, unseen
 from regard.lab.checks.shared.vits import mlp_of, out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
 from regard.zoo.vision.token_pooling import PooledViT, clustering_loss, softmax_as_gaussian_filter, token_pool
@@ -135,3 +136,16 @@ def _() -> tuple[float, float]:
     truth = filtered / filtered.sum(-1, keepdim=True) @ v
     own = softmax_as_gaussian_filter(q, unit, v, 0.7)
     return max(naive.gap(own[0], truth), naive.gap(own[1], truth)), naive.gap(*softmax_as_gaussian_filter(q, k, v, 0.7))
+
+
+@check(
+    "token-pooling",
+    "accuracy that the ViT on digits loses, without training, when 64 patches become 16 clusters behind block 2",
+    below=0.065,
+    control="means of stretches of patches",
+)
+def _() -> tuple[float, float]:
+    vit, drawn = shipped(), unseen(500)
+    whole = accuracy(vit, drawn)
+    lost = [whole - accuracy(PooledViT(vit, {2: 16}, method), drawn) for method in ("kmeans", "grid")]
+    return lost[0], lost[1]

@@ -1,0 +1,110 @@
+"""A comparison whose models are trained data-parallel by the processes of torchrun: the first one decides and writes, the others follow.
+
+torchrun --nproc-per-node 2 -m regard.lab.compare.launched CONFIG.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import RegardError
+from .config import Config
+from .jobs import Job, text_work
+from .run import compare
+from .train import COUNT, Lesson
+
+
+def launch(config: Config, processes: int, resume: bool) -> int:
+    """Start torchrun on this machine and wait for it; returns its exit status."""
+    if not 1 <= processes <= 64:
+        raise RegardError(f"--processes {processes}: expected between 1 and 64")
+    for name, count in (("--batch", config.batch), ("the synthetic tasks' batch", COUNT)):
+        if count % processes:
+            raise RegardError(f"{name} of {count} sequences cannot be shared equally by --processes {processes}; expected a divisor")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps({**config.as_dict(), "resume": resume}), encoding="utf-8")
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", __name__, str(path)]
+        return subprocess.run([sys.executable, *command], check=False).returncode
+
+
+def read(path: Path) -> tuple[Config, bool]:
+    told = json.loads(path.read_text(encoding="utf-8"))
+    resume = told.pop("resume")
+    kept: dict[str, Any] = {one.name: told[one.name] for one in fields(Config)}
+    kept |= {"mechanisms": tuple(kept["mechanisms"]), "lengths": tuple(kept["lengths"]), "out": Path(kept["out"]), "parallel": 1}
+    return Config(**{**kept, "text": kept["text"] and Path(kept["text"])}), resume
+
+
+class Share:
+    """This process's part: every process draws the whole batch of a step and reads every world-th sequence of it, so that the mean of
+    their gradients is the gradient of the whole batch."""
+
+    def __init__(self, rank: int, world: int, device: torch.device):
+        self.rank, self.world, self.device = rank, world, device
+
+    def __call__(self, own: Lesson) -> Lesson:
+        own.model.to(self.device)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        wrapped: nn.Module = DistributedDataParallel(own.model, device_ids=ids, find_unused_parameters=True)
+
+        def batch(step: int) -> tuple[Tensor, ...]:
+            return tuple(x[self.rank :: self.world] for x in own.batch(step))
+
+        return Lesson(wrapped, batch, own.loss)
+
+
+def together(config: Config, share: Share, job: Job | None) -> dict[str, Any]:
+    """One job, or the end, told to all processes by the first and done by all."""
+    box: list[Any] = [job]
+    dist.broadcast_object_list(box, src=0)
+    return text_work(config, box[0], share) if box[0] is not None else {}
+
+
+def follow(config: Config, share: Share) -> None:
+    """What the processes behind the first one do: its jobs, until there are no more."""
+    box: list[Any] = [None]
+    while True:
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is None:
+            return
+        with contextlib.suppress(Exception):  # the first process meets the same one, and reports it
+            text_work(config, box[0], share)
+
+
+def main(path: Path) -> None:
+    """What torchrun runs in every process."""
+    config, resume = read(path)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        share = Share(dist.get_rank(), dist.get_world_size(), device)
+        if share.rank:
+            return follow(config, share)
+        try:
+            compare(config, resume, learn=lambda config, job: together(config, share, job))
+        finally:
+            together(config, share, None)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

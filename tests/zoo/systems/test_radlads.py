@@ -1,0 +1,73 @@
+"""First values, options, half precision and refusals of RADLADS, and its stages."""
+
+import pytest
+import torch
+
+from regard import RegardError, adapt
+from regard.lab.checks.shared.converting import student_of, turned
+from regard.lab.checks.shared.decoding import llama
+from regard.zoo.systems.radlads import KINDS, output_distance, radlads_convert, radlads_stages
+
+
+def test_first_values():
+    model = llama()
+    six, seven = (student_of(radlads_convert(llama(), kind)) for kind in KINDS)
+    own = model.model.layers[0].self_attn
+    assert own.q_proj.weight.shape == six.q_proj.weight.shape and six.q_proj.weight.dtype == six.mix_b.dtype == torch.float64
+    assert float(six.mix_a.abs().max()) == float(six.mu.abs().max()) == float(six.decay.a.abs().max()) == 0 and bool((six.mu_x == 1).all())
+    assert six.mix_b.shape == (5, 32, 32) and six.decay.a.shape == (32, 64) and six.gate.a.shape == (32, 128) and six.gate.bias is None
+    assert 0.008 < float(six.mix_b.abs().max()) <= 0.01 and 0.008 < float(six.gate.b.abs().max()) <= 0.01
+    assert seven.rate.a.shape == (32, 64) and float(seven.rate.bias.abs().max()) == 0 and seven.gate.b.shape == (128, 32)
+    spread = torch.linalg.svdvals(seven.gate.b)
+    assert torch.allclose(spread, torch.full_like(spread, 0.2))  # 0.1 sqrt(128 / 32)
+    assert set(dict(seven.named_parameters())) >= {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"}
+    again, other = (student_of(radlads_convert(llama(), "rad_rwkv6", seed=seed)).mix_b for seed in (0, 1))
+    assert torch.equal(again, six.mix_b) and not torch.equal(other, again)
+    small = student_of(radlads_convert(llama(), "rad_rwkv6", mix_rank=3, decay_rank=5, gate_rank=7))
+    assert small.mix_b.shape[1] == 3 and small.decay.a.shape[1] == 5 and small.gate.a.shape[1] == 7
+
+
+@torch.no_grad()
+def test_floor_keeps_decays_up():
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    layer = student_of(radlads_convert(llama(), "rad_rwkv6", floor=-0.01))
+    layer.decay.bias.fill_(3.0)
+    assert float(layer.mixed(x, x[:, :1], ())[3]["log_decay"].min()) == -0.01
+    layer.floor = None
+    assert float(layer.mixed(x, x[:, :1], ())[3]["log_decay"].max()) < -1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_and_gradients(kind):
+    model = llama().float()
+    radlads_convert(model, kind)
+    ids = torch.randint(1, 50, (2, 11))
+    with torch.no_grad():
+        truth, half = model(ids, use_cache=False).logits, model.bfloat16()(ids, use_cache=False).logits
+    assert float((half.float() - truth).norm()) < 0.1 * float(truth.norm())
+    layer = student_of(radlads_convert(llama(), kind))
+    x = torch.randn(1, 6, 32, dtype=torch.float64)
+    layer.run(x, turned(llama(), x))[0].square().sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.parameters())
+    zero = torch.zeros(1, 6, 32, dtype=torch.float64, requires_grad=True)  # keys of length zero
+    layer.run(zero, turned(llama(), x))[0].sum().backward()
+    assert bool(zero.grad.isfinite().all())
+
+
+def test_stages():
+    found = radlads_stages(3, 2, 1)
+    assert [type(stage) for stage in found] == [adapt.Transfer, adapt.Distil, adapt.Tune] and [stage.lr for stage in found] == [
+        1e-3,
+        1e-5,
+        1e-5,
+    ]
+    assert found[0].rate(0, []) == 1e-3 and found[0].rate(3, []) == pytest.approx(1e-5) and found[0].betas == (0.9, 0.95)
+    assert [stage.steps for stage in radlads_stages(0, 2, 0)] == [2]
+    y, truth = torch.zeros(1, 2, 4), torch.tensor([[[3.0, 4, 0, 0], [0, 0, 0, 1]]])
+    assert float(output_distance(lambda: y, ((), {}, truth))) == pytest.approx((5 + 1) / 2 / 2)
+
+
+@pytest.mark.parametrize("options", [{"student": "rwkv"}, {"mix_rank": 0}, {"student": "rad_rwkv7", "rate_rank": -1}, {"layers": [7]}])
+def test_refusals(options):
+    with pytest.raises(RegardError, match="expected"):
+        radlads_convert(llama(), **options)
