@@ -92,8 +92,8 @@ def told(one: dict[str, Any]) -> list[str]:
         f"| directions for 99% | {sizes['0.99']:g} | | |",
         f"| weight left without those for 70% (mean; {weight['whole']:.2f} before) | {weight['sparse']:.2f} | {weight['others']:.2f} | {weight['random']:.2f} |",
         "",
-        "That few directions suffice says little by itself: in a random basis fewer do, for its positive terms overshoot what negative ones take back. What they "
-        "tell is who wrote them:",
+        "That few directions suffice, and that little weight is left without them, says little by itself: directions of a random basis, chosen in the same way, do as "
+        "well. What the singular ones tell is who wrote them:",
         "",
     ]
     layer, head = asked["head"]

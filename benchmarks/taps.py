@@ -120,7 +120,9 @@ def against_peer(model: Any, folder: str, tokens: int, repeats: int) -> dict[str
         def theirs() -> Any:
             return bridge.run_with_cache(ids, return_type="logits", names_filter=lambda key: key in names)[1]
 
-        gap = max(float((theirs()[f"blocks.{layer}.{hooks[0]}"] - ours()[points[0], layer]).abs().max()) for layer in layers[:2])
+        mine, other = ours()[points[0], layers[0]], theirs()[f"blocks.{layers[0]}.{hooks[0]}"]
+        gap = float((mine - (other if other.shape == mine.shape else other.transpose(1, 2))).abs().max())
+        del mine, other
         grown = []
         for run in (ours, theirs):
             gc.collect()

@@ -83,8 +83,23 @@ def verify(
     names: Annotated[list[str] | None, typer.Argument(help="rows to verify (default: every working one)")] = None,
     family: Family = None,
     file: Annotated[Path | None, typer.Option("--json", help="also write the results here")] = None,
+    whole: Annotated[
+        bool, typer.Option("--full", help="theory at its paper's size, which takes minutes to days: numbers, no verdict")
+    ] = False,
 ) -> None:
     """Run the checks of working rows: claim, measured, threshold, control, verdict."""
+    if whole:
+        from .errors import RegardError
+        from .lab.full import FULL, full
+
+        if not names:
+            raise RegardError(f"--full without names; expected some of {', '.join(FULL)}")
+        for name in names:
+            lines = full(name)
+            say(f"{name}: {FULL[name].what} (about {FULL[name].hours:g} hours of one core)")
+            for told, number in lines:
+                say(f"     {told}: {number:.4g}")
+        return
     from .lab.files import write_text
     from .lab.verification import report, rows
     from .lab.verification import verify as run

@@ -324,6 +324,22 @@ def test_positions_and_heads_alone_are_edited():
 
 
 @torch.no_grad()
+def test_heads_come_in_their_order_and_positions_in_that_asked_for():
+    model, inputs = built("llama"), {"input_ids": torch.randint(3, 97, (2, 9))}
+    order, places = [3, 0, 2, 1], [8, *range(8)]
+    with taps(model, ["logits", "weights", taps.ColumnMass()], layers=[1]) as own:
+        model(**inputs)
+    with (
+        taps(model, ["logits", "weights", "heads"], layers=[1], heads=order, positions=places) as seen,
+        taps(model, taps.ColumnMass(), layers=[1], heads=order) as mass,
+    ):
+        model(**inputs)
+    for point in ("logits", "weights"):
+        torch.testing.assert_close(seen[point, 1], own[point, 1][:, :, places])  # heads in their own order
+    torch.testing.assert_close(mass["column_mass", 1], own["column_mass", 1])
+
+
+@torch.no_grad()
 def test_taps_stand_above_patches():
     model, inputs = built("llama"), {"input_ids": torch.randint(3, 97, (2, 9))}
     with adapt.patch(model, "sigmoid"):

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import MissingDependency, RegardError, nearest
 from .registry import Entry, describe, entries
+from .registry import names as names_of_kind
 from .shipped import rows
 
 AXES: Mapping[str, tuple[str, ...]] = {
@@ -77,3 +78,13 @@ def with_axes(kind: str | None, asked: Mapping[str, str]) -> list[str]:
             raise RegardError(f"{axis}={value!r}; expected one of {', '.join(AXES[axis])}.{nearest(str(value), AXES[axis])}")
     fitting = [(name, one) for name, one in sorted(entries().items()) if kind in (None, one.kind)]
     return [name for name, one in fitting if all(value in axes_of(one)[axis] for axis, value in asked.items())]
+
+
+def names(kind: str | None = "", **axes: str) -> list[str]:
+    """Names that `attend` and `regard.nn.Attention` take; kind="module" (or "policy", ...) for the others, None for all.
+
+    axes: of the attentive survey, names(sequences="co", positions="hard"); then of every kind, unless one is given. RegardError for others.
+    """
+    if axes:
+        return with_axes(kind or None, axes)
+    return names_of_kind("mechanism" if kind == "" else kind)

@@ -84,6 +84,11 @@ class Terms:
     sinks: Tensor | None = None
 
 
+def every(index: Tensor, count: int) -> bool:
+    """Whether an index is all numbers below `count`, in order."""
+    return len(index) == count and bool((index == torch.arange(count, device=index.device)).all())
+
+
 def part(x: Tensor, heads: Tensor, rows: Tensor) -> Tensor:
     """x (B, H or 1, Lq or 1, n) at heads and rows."""
     x = x if x.shape[1] == 1 else x.index_select(1, heads)
@@ -99,19 +104,28 @@ class Softmax(Attending):
     def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
         terms = self.terms()
         with torch.autocast(self.query.device.type, enabled=False):
-            q = self.query.index_select(1, heads).index_select(2, rows)
-            k = self.key[:, :, : terms.k_len].index_select(1, self.shared(heads))
+            q = (
+                self.query
+                if len(heads) == self.heads and len(rows) == self.q_len
+                else self.query.index_select(1, heads).index_select(2, rows)
+            )
+            k = self.key[:, :, : terms.k_len]
+            k = k if len(heads) == self.key.shape[1] == self.heads else k.index_select(1, self.shared(heads))
             wide = torch.promote_types(q.dtype, torch.float32)
             s = (q.to(wide) * terms.scale) @ k.to(wide).transpose(-1, -2)
             if terms.softcap is not None:
                 s = terms.softcap * torch.tanh(s / terms.softcap)
             if terms.bias is not None:
                 s = s + part(terms.bias, heads, rows)
+            hidden = None
             if terms.shown is not None:
-                s = s.masked_fill(~part(terms.shown, heads, rows), -torch.inf)
+                hidden = ~part(terms.shown, heads, rows)
             elif terms.first is not None:
-                s = s.masked_fill(torch.arange(terms.k_len, device=s.device) > (terms.first + rows)[:, None], -torch.inf)
-            return torch.nn.functional.pad(s, (0, self.k_len - terms.k_len), value=-torch.inf)
+                hidden = torch.arange(terms.k_len, device=s.device) > (terms.first + rows)[:, None]
+            if hidden is not None:  # the scores are this call's own: where no graph holds them, they need no copy
+                s = s.masked_fill(hidden, -torch.inf) if s.requires_grad else s.masked_fill_(hidden, -torch.inf)
+            more = self.k_len - terms.k_len
+            return s if more == 0 else torch.nn.functional.pad(s, (0, more), value=-torch.inf)
 
     def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
         s = self.logits(heads, rows) if logits is None else logits
@@ -119,14 +133,16 @@ class Softmax(Attending):
         if sinks is not None:
             more = part(sinks.to(s.dtype), heads, rows).expand(*s.shape[:3], 1)
             return torch.cat((s, more), -1).softmax(-1)[..., :-1]
-        blind = s.isneginf().all(-1, keepdim=True)
+        blind = s.amax(-1, keepdim=True).isneginf()
+        if s.device.type == "cpu" and not bool(blind.any()):
+            return s.softmax(-1)
         return torch.where(blind, 0.0, torch.where(blind, 0.0, s).softmax(-1))
 
     def seen(self, heads: Tensor, rows: Tensor) -> Tensor:
         """Under causality alone only the keys before the last of these queries are looked at, and no head's keys are copied."""
         terms = self.terms()
         bare = terms.bias is None and terms.softcap is None and terms.sinks is None and terms.shown is None
-        whole = len(heads) == self.heads
+        whole = every(heads, self.heads)
         if terms.first is None or terms.first < 0 or not bare or not whole or self.query.requires_grad or self.key.requires_grad:
             return self.weights(heads, rows)
         first, last = terms.first + int(rows.min()), terms.first + int(rows.max())

@@ -1,0 +1,136 @@
+"""Theory at the papers' size: `regard verify SLUG --full` runs what a row's checks run small, and prints what came out. Nothing is asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RegardError
+from ..nn import NormalizedAttention
+from ..tasks.item_labels import item_labels
+from ..zoo.analysis.abrupt_icl import emergence
+from ..zoo.analysis.active_dormant_heads import backcopy, sink_report, train_backcopy
+from ..zoo.analysis.attention_svm import descend, draw_problem
+from ..zoo.analysis.benefits_of_rank import rank_benefit
+from ..zoo.analysis.dsf import recall_accuracy
+from ..zoo.analysis.filter_and_store import Facts, acquire
+from ..zoo.analysis.icl_linear_regression import head_pattern, train_regression
+from ..zoo.analysis.mha_memorization_capacity import examples, memorise
+from ..zoo.analysis.scan_snap import scan_and_snap, scan_data
+from ..zoo.analysis.superiority_of_softmax import softmax_vs_linear
+
+Lines = Iterable[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Full:
+    """what: is run, at which sizes. hours: about, of one core. run: steps or samples of each training (None: the paper's) -> lines."""
+
+    what: str
+    hours: float
+    run: Callable[[int | None], Lines]
+
+
+def some(name: str, small: int | None) -> dict[str, Any]:
+    return {} if small is None else {name: small}
+
+
+def abrupt(small: int | None) -> Lines:
+    every = {} if small is None else {"every": max(1, small // 2), "count": 20}
+    found = emergence(item_labels(2048), **some("steps", small), **every)
+    for name, values in found.measures.items():
+        yield f"{name}, at the end", values[-1]
+
+
+def dormant(small: int | None) -> Lines:
+    task = backcopy()
+    for attention in ("softmax", "relu"):
+        model = train_backcopy(task, attention, **some("steps", small))
+        ids = task.draw(16, 256, torch.Generator().manual_seed(1))
+        report = sink_report(model, ids[:, :-1], torch.isin(ids[:, :-1], task.triggers), logits=False)
+        yield f"{attention}: weight on the first token on dormant rows", float(report.dormant.scores[0, 0])
+        yield f"{attention}: length of the first token's value over the others'", float(report.value.scores[0, 0])
+
+
+def svm(small: int | None) -> Lines:
+    for seed in range(3 if small is None else 1):
+        run = descend(draw_problem(6, 8, 10, seed=seed), **some("steps", small))
+        yield f"problem {seed}: cosine of the weights with the SVM's", run.correlation[-1]
+
+
+def rank(small: int | None) -> Lines:
+    table = rank_benefit((1, 2, 4, 8), (16, 64, 256), points=(2, 4, 8), dims=(8, 16), **some("samples", small))
+    for (r, heads, points, dim), error in table.errors.items():
+        yield f"rank {r}, {heads} heads, {points} points, {dim} dimensions: error", error
+
+
+def recall(small: int | None) -> Lines:
+    for state in (32, 128):
+        for length, pairs in ((64, 4), (128, 8)):
+            right = recall_accuracy(
+                lambda state=state: NormalizedAttention(64, key_dim=state), length=length, pairs=pairs, **some("steps", small)
+            )  # type: ignore[misc]
+            yield f"state expansion {state}, length {length}, {pairs} pairs: recall", right
+
+
+def store(small: int | None) -> Lines:
+    for multiplicity in (1, 4, 12):
+        for share in (0.1, 0.5, 0.9):
+            steps = {} if small is None else {"steps": (small, small)}
+            found = acquire(Facts(multiplicity=multiplicity), share, **steps)  # type: ignore[arg-type]
+            yield f"stated {multiplicity} ways, {share:.0%} fine-tuned: facts of others extracted", found.unseen
+
+
+def regression(small: int | None) -> Lines:
+    for heads in (1, 2, 4):
+        pattern = head_pattern(train_regression(heads, **some("steps", small)))
+        yield f"{heads} heads: largest entry off the diagonal over the diagonal", pattern.off
+        yield f"{heads} heads: |sum of mu| over the largest", pattern.balance
+
+
+def memory(small: int | None) -> Lines:
+    for heads in (5, 20):
+        for n in (8, 32):
+            count = 2000 if small is None else 50
+            queries, contexts = examples(count, n)
+            labels = torch.randint(100, (count,), generator=torch.Generator().manual_seed(0))
+            found = memorise(queries, contexts, labels, heads=heads, **some("steps", small))
+            yield f"{heads} heads, contexts of {n}: of {found.of} examples known", float(found.count)
+
+
+def scan(small: int | None) -> Lines:
+    run = scan_and_snap(scan_data(), **some("steps", small), **({} if small is None else {"every": 1}))
+    begin, snap = run.phases()
+    yield from (("scan begins at step", float(begin)), ("snap at step", float(snap)))
+    yield "attention on common tokens at the end", float(run.common_mass()[-1])
+
+
+def margins(small: int | None) -> Lines:
+    found = softmax_vs_linear(**some("draws", small))
+    for name, values in found.margin.items():
+        yield from ((f"{name}: margin at {n} keys", value) for n, value in zip(found.lengths, values, strict=True))
+
+
+FULL: dict[str, Full] = {
+    "abrupt-icl": Full("two attention layers, 200,000 steps of 128 bursty sequences of 8 pairs, 2048 classes", 20, abrupt),
+    "active-dormant-heads": Full("one layer of width 256 with softmax and with ReLU, 10,000 steps of 512 sequences of 256", 100, dormant),
+    "attention-svm": Full("three problems of 6 inputs of 8 tokens in 10 dimensions", 0.02, svm),
+    "benefits-of-rank": Full("ranks 1 to 8, 16 to 256 heads, 2 to 8 points in 8 and 16 dimensions, 20,000 samples", 0.1, rank),
+    "dsf": Full("two layers of width 64, vocabulary 8192, 10,000 steps of 64 sequences", 30, recall),
+    "filter-and-store": Full("64 subjects, 24 paraphrases, 800 and 400 steps, nine settings", 0.2, store),
+    "icl-linear-regression": Full("1, 2 and 4 heads, 5 dimensions, 40 examples, 3000 steps of 256", 0.1, regression),
+    "mha-memorization-capacity": Full("5 and 20 heads, contexts of 8 and 32 in 64 dimensions, 2000 examples of 100 classes", 0.3, memory),
+    "scan-snap": Full("sequences of 128, 1000 steps of 512", 0.05, scan),
+    "superiority-of-softmax": Full("64 to 4096 keys, 200 draws", 0.02, margins),
+}
+
+
+def full(slug: str, small: int | None = None) -> Lines:
+    """Lines (what, number) of a row at its paper's size, as they come; small: so many steps or samples instead. RegardError for rows without."""
+    if slug not in FULL:
+        raise RegardError(f"{slug!r} has no run at its paper's size beside its checks; there are: {', '.join(FULL)}")
+    torch.manual_seed(0)
+    return FULL[slug].run(small)
