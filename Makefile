@@ -10,7 +10,10 @@ SLUGS ?=
 SAMPLE ?= 12
 SEED ?= 0
 
-.PHONY: demo test test-slow mutants lint bench docs verify clean
+# What pyproject.toml names as the least.
+OLDEST ?= "torch==2.11.0" "transformers==5.0.0" "peft==0.17.0" "timm==1.0.0"
+
+.PHONY: demo test test-slow test-min mutants lint bench docs verify clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +36,11 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m slow
 
+test-min:  ## the tests of the engine, layers and hosts with the oldest packages that pyproject.toml allows, in an environment of their own
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install -q --disable-pip-version-check -e ".[test]" $(OLDEST)
+	.venv-min/bin/python -m pytest -n 2 tests/algebra tests/engine tests/nn tests/adapt tests/cache tests/taps tests/models
+
 mutants: $(VENV)/installed-test  ## break rows on purpose; their checks and tests must notice (make mutants SLUGS="gla mta" SAMPLE=20)
 	PYTHONPATH=tests $(BIN)/python -m mutants.run $(SLUGS) --sample $(SAMPLE) --seed $(SEED)
 
@@ -53,4 +61,4 @@ docs: $(VENV)/installed-test
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site runs
+	rm -rf $(VENV) .venv-min site runs

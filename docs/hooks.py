@@ -51,7 +51,7 @@ PACKAGES = {
     "cache": ["regard.cache", "regard.cache.policy", "regard.cache.policies"],
     "generate": ["regard.generate", "regard.generate.strategies"],
     "interpret": ["regard.interpret", "regard.interpret.heads", "regard.interpret.surgery", "regard.interpret.patching"],
-    "compare": ["regard.lab.compare", "regard.lab.verification"],
+    "compare": ["regard.lab.compare", "regard.lab.choose", "regard.lab.choose.needs", "regard.lab.choose.rank", "regard.lab.verification"],
 }
 
 

@@ -38,6 +38,7 @@ SMALL = {
     "draftattention": {"pool": (2, 2)},
     "nabla": {"patch": 2},
     "vmoba": {"tile": (1, 2, 2)},
+    "prflash-saq": {"block_size": 4, "c": 1.5, "position": "additive", "unbiased": True},
 }
 
 

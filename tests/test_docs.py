@@ -56,3 +56,10 @@ def test_names_that_docstrings_point_to_exist():
     for path in root.rglob("*.py"):
         for name in re.findall(r"`regard\.nn\.(\w+)", path.read_text(encoding="utf-8")):
             assert hasattr(regard.nn, name), f"{path.relative_to(root)} points to regard.nn.{name}"
+
+
+def test_how_to_pages_show_examples_that_exist():
+    """The marker as mkdocs reads it: a formatter of Python in Markdown would put spaces into it."""
+    pages = sorted((ROOT / "docs" / "howto").glob("*.md"))
+    shown = [re.findall(r'^--8<-- "(examples/\w+\.py)"$', page.read_text(), re.MULTILINE) for page in pages]
+    assert len(pages) >= 6 and all(len(found) == 1 and (ROOT / found[0]).is_file() for found in shown)

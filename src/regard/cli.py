@@ -217,32 +217,57 @@ def choose(
 def sweep(
     methods: Annotated[list[str] | None, typer.Argument(help="names, or name:key=value,... (default: all, at several settings)")] = None,
     model: Annotated[str, typer.Option(help="tiny, or a folder in transformers' format")] = "tiny",
+    cache: Annotated[
+        str | None, typer.Option(help="a model whose cache is swept by policies instead: tiny, smollm2-135m, or a folder")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the text that ships with Python)")] = None,
-    seq_len: Annotated[int, typer.Option(help="tokens a prompt")] = 2048,
+    seq_len: Annotated[int | None, typer.Option(help="tokens a prompt (default: 2048; with --cache 1024)")] = None,
     needles: Annotated[int, typer.Option(help="prompts with a hidden fact, at each of five depths")] = 4,
+    windows: Annotated[int, typer.Option(help="held-out texts")] = 4,
+    steps: Annotated[int, typer.Option(help="with --cache: tokens read after each prompt")] = 128,
     directory: Annotated[Path, typer.Option("--out", help="where report.json, table.md and the plots go")] = Path("runs/sweep"),
+    resume: Annotated[bool, typer.Option("--resume", help="with --cache: keep what an interrupted sweep measured")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything measured, as JSON")] = False,
 ) -> None:
-    """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density."""
-    from .lab.sweep import DEFAULT, Config, model_and_reader, write, write_points
-    from .lab.sweep import sweep as run
+    """Sparse mechanisms in the prefill of a pretrained model: bits per byte, needles found and time, against density.
+
+    With --cache: policies that drop entries of the model's cache or store them in fewer bits, against kept bytes.
+    """
+    from .lab import sweep as lab
     from .tasks.text import python_text, read_text
 
-    chosen: dict[str, tuple[str, ...]] = {} if methods else dict(DEFAULT)
+    length = seq_len or (2048 if cache is None else 1024)
+    corpus = python_text() if text is None else read_text(text, 50 * length)
+    if cache is not None:
+        config = lab.CacheConfig(length, windows, steps, needles)
+        done = lab.CacheSweep.read(directory / "report.json") if resume and (directory / "report.json").exists() else None
+        policies = lab.chosen_policies(methods or [])
+        swept = None
+        for swept in lab.cache_sweep(*lab.model_and_reader(cache), corpus, policies, config, cache, done):
+            lab.write_cache_points(swept, directory)
+            if not as_json:
+                say(lab.cache_line(swept.points[-1]))
+        assert swept is not None
+        lab.write_cache(swept, directory)
+        say(json.dumps(swept.as_dict()) if as_json else f"report: {directory / 'table.md'}")
+        return
+    if resume:
+        raise RegardError("--resume is of --cache; leave it out")
+    chosen: dict[str, tuple[str, ...]] = {} if methods else dict(lab.DEFAULT)
     for one in methods or []:
         name, colon, settings = one.partition(":")
-        chosen[name] = (*chosen.get(name, ()), *((settings,) if colon else DEFAULT.get(name, ("",))))
-    config = Config(length=seq_len, needles=needles)
-    corpus = python_text() if text is None else read_text(text, 50 * seq_len)
-    found, reader = model_and_reader(model)
+        chosen[name] = (*chosen.get(name, ()), *((settings,) if colon else lab.DEFAULT.get(name, ("",))))
+    found, reader = lab.model_and_reader(model)
     result = None
-    for result in run(found, reader, corpus, chosen, config, model):
-        write_points(result, directory)
+    for result in lab.sweep(found, reader, corpus, chosen, lab.Config(length=length, windows=windows, needles=needles), model):
+        lab.write_points(result, directory)
         p = result.points[-1]
         line = f"{p.name:16} density {p.density:.3f}  bits/byte {p.bits_per_byte:.3f}  needles {p.found:.2f}  prefill {p.prefill:.2f}x  "
-        say(line + p.settings)
+        if not as_json:
+            say(line + p.settings)
     assert result is not None
-    write(result, directory)
-    say(f"report: {directory / 'table.md'}")
+    lab.write(result, directory)
+    say(json.dumps(result.as_dict()) if as_json else f"report: {directory / 'table.md'}")
 
 
 @app.command()

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from regard import RegardError
-from regard.cache import H2O, TOVA, Ada, Full, KeyNorm, Planned, Pyramid, Random, SnapKV, StreamingLLM
+from regard.cache import H2O, TOVA, Ada, Full, KeyNorm, Planned, Pyramid, Random, SnapKV, StreamingLLM, read_prompt
 from regard.lab.checks.shared.decoding import llama
+from regard.zoo.systems.duoattention import DuoAttention
 
 transformers = pytest.importorskip("transformers")
 
@@ -238,3 +239,29 @@ def test_bad_input(given):
             model(ids[:, :1], past_key_values=full)
         with pytest.raises(RegardError, match="cannot go back"):
             model(ids).past_key_values.crop(-1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_read_once_leaves_what_reading_it_leaves(name):
+    torch.manual_seed(0)
+    model, ids = llama(layers=3, sharp=2), torch.randint(1, 50, (3, 20))
+    mask = (torch.arange(20) >= torch.tensor([[0], [9], [15]])).long()
+    prompt, found = read_prompt(model, ids, mask), []
+    for recalled in (False, True):
+        with ALL[name]()(model) as session, torch.no_grad():
+            if recalled:
+                session.recall(prompt)
+            else:
+                out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+                assert torch.allclose(out.logits[:, -1], prompt.logits)
+            token, places = ids[:, -1:], mask.sum(1, keepdim=True)
+            more = torch.cat((mask, mask[:, -1:]), 1)
+            found.append(model(token, attention_mask=more, position_ids=places, past_key_values=session.cache).logits)
+    assert torch.allclose(*found, atol=1e-12)
+
+
+def test_policies_that_read_prompts_in_their_own_way_cannot_recall():
+    model, ids = llama(layers=2), torch.randint(1, 50, (1, 20))
+    prompt = read_prompt(model, ids)
+    with DuoAttention(torch.rand(2, 2))(model) as session, pytest.raises(RegardError, match="DuoAttention reads prompts in its own way"):
+        session.recall(prompt)

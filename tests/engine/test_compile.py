@@ -101,6 +101,49 @@ def test_export_and_trace(name):
     assert gap(torch.jit.trace(Attend("softmax"), tuple(qkv))(*longer), Attend("softmax")(*longer)) < 1e-6
 
 
+class Causally(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, q, k, v):
+        return regard.attend(q, k, v, self.name, mask=Causal() & Window(31))
+
+
+def cases_of_export():
+    qkv = tuple(torch.randn(3, 1, 2, 70, 8))
+    for name in ("softmax", "softpick", "sparsemax"):
+        yield name, Causally(name), qkv
+    for name in ("gla", "gsa", "deltanet", "hedgehog"):
+        yield name, regard.nn.Attention(16, 2, name).eval(), (torch.randn(1, 70, 16),)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "given"),
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] == "sparsemax" else ()) for one in cases_of_export()],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_exported_programs_hold_for_other_numbers(name, module, given):
+    """Masks, and numbers at which the plain call takes another way: large scores, strong decay."""
+    program = torch.export.export(module, given).module()
+    for scale in (1, 30):
+        other = tuple(scale * torch.randn_like(x) for x in given)
+        assert gap(program(*other), module(*other)) < 1e-5
+
+
+def test_onnx(tmp_path):
+    """The ONNX runtime's output of causal softmax, of the tiled executor and of a recurrence."""
+    import onnxruntime
+
+    for name, module, given in cases_of_export():
+        if name in ("softmax", "softpick", "gla"):
+            torch.onnx.export(module, given, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+            session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+            other = [torch.randn_like(x) for x in given]
+            fed = {one.name: x.numpy() for one, x in zip(session.get_inputs(), other, strict=True)}
+            assert gap(torch.from_numpy(session.run(None, fed)[0]), module(*other)) < 1e-5, name
+
+
 def test_export_of_any_length():
     length = torch.export.Dim("length")
     program = torch.export.export(Attend("softmax"), (torch.randn(2, 3, 20, 8),) * 3, dynamic_shapes=({2: length},) * 3)

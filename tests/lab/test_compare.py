@@ -235,6 +235,8 @@ def test_copying_task():
 
 
 def test_text_is_split_without_overlap():
+    few = python_text(2048)  # a document or two, the last tenth of whose bytes is held out
+    assert len(few.train) >= 1800 and len(few.valid) > 100
     found = python_text(200_000)
     assert len(found.train) > 5 * len(found.valid) > 0
     assert found.batch(3, 16, torch.Generator()).shape == (3, 17)

@@ -28,7 +28,7 @@ from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus, w
 from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .permute import Permutation
-from .position import Alibi, Bias, Chain, Modified, Position, RelativeBias, Rope, Softcap
+from .position import Alibi, Bias, Chain, Harmonic, Modified, Position, RelativeBias, Rope, Softcap
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks, View
@@ -58,6 +58,7 @@ __all__ = [
     "FeatureMap",
     "FixedBlock",
     "Full",
+    "Harmonic",
     "Headwise",
     "Hybrid",
     "Input",

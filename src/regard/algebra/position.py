@@ -160,6 +160,44 @@ class Alibi(Position):
         return alibi
 
 
+def harmonic_number(n: Any) -> Any:
+    """H_n = 1 + 1/2 + ... + 1/n of n >= 0, elementwise: Euler and Maclaurin's series from n + 8 on, to 1e-12, and eight terms back."""
+    r = 1 / (n + 8)
+    u = r * r
+    tail = u * (1 / 12 - u * (1 / 120 - u * (1 / 252 - u * (1 / 240 - u / 132))))
+    back = 1 / (n + 1) + 1 / (n + 2) + 1 / (n + 3) + 1 / (n + 4) + 1 / (n + 5) + 1 / (n + 6) + 1 / (n + 7) + r
+    return 0.5772156649015329 - torch.log(r) + r / 2 - tail - back
+
+
+def harmonic_added(s: Tensor, i: Tensor, j: Tensor, slopes: Tensor) -> Tensor:
+    return s - slopes * harmonic_number((i - j).abs().type_as(s))
+
+
+def harmonic_scaled(s: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return s / (1 + (i - j).abs())
+
+
+@described
+class Harmonic(Position):
+    """A distance penalty of the harmonic series (Li, 2024). way "additive": s_ij - slope_h * (1 + 1/2 + ... + 1/|i - j|), input `slopes` (H,),
+    by default ALiBi's; "multiplicative": s_ij / (1 + |i - j|)."""
+
+    way: str = "additive"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.way not in ("additive", "multiplicative"):
+            raise RegardError(f"Harmonic(way={self.way!r}): expected 'additive' or 'multiplicative'")
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return Alibi().inputs if self.way == "additive" else ()
+
+    @property
+    def modify(self) -> Function:
+        return harmonic_added if self.way == "additive" else harmonic_scaled
+
+
 def softcapped(s: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(s / cap)
 

@@ -12,7 +12,7 @@ import enum
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -237,13 +237,18 @@ def restless(part: Part) -> bool:
     return any(isinstance(value, Snapshot) and value.restless for value in values)
 
 
+def untraced() -> AbstractContextManager[Any]:
+    """Inside, tensors are real and seen by no trace: for what depends on sizes and descriptions alone while torch.export or a meter records."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+
+
 def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """`functools.lru_cache` for functions of descriptions: those that hold live functions are computed anew, and never kept."""
 
     def wrap(compute: Callable[P, T]) -> Callable[P, T]:
         def lasting(*args: P.args, **kwargs: P.kwargs) -> T:
             # What is kept must serve training as well, and must be no fake or recorded tensor of a call that is only traced.
-            with torch.inference_mode(False), _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            with torch.inference_mode(False), untraced():
                 return compute(*args, **kwargs)
 
         cached = functools.lru_cache(maxsize=maxsize)(lasting)

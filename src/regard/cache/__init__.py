@@ -10,10 +10,13 @@ operators()  # transformers reads torchvision where it is installed
 NAMES = {
     **dict.fromkeys(("check_dynamic", "keep_rows"), "rows"),
     **dict.fromkeys(("KeptLayer", "Part"), "layer"),
+    "KIVI": "kivi",
+    "read_prompt": "prompt",
     "Policy": "policy",
     "Moments": "moments",
     "View": "view",
     "Session": "session",
+    "Staircase": "staircase",
     **dict.fromkeys(
         ("H2O", "TOVA", "Ada", "Full", "KeyNorm", "Planned", "Pyramid", "Random", "SnapKV", "StreamingLLM", "Wrapped"), "policies"
     ),

@@ -31,7 +31,8 @@ class Part:
 
     def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor) -> Part:
         """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n)."""
-        k, v = keys.index_select(1, self.heads), values.index_select(1, self.heads)
+        whole = len(self.heads) == keys.shape[1]  # heads of a part are in order
+        k, v = (keys, values) if whole else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
         places = torch.arange(start, start + k.shape[2], device=k.device).expand(*k.shape[:3])
         notes = {name: torch.cat((note, note.new_zeros(*k.shape[:3])), 2) for name, note in self.notes.items()}
         alive = there[:, None].expand(*k.shape[:3])
@@ -46,7 +47,7 @@ class Part:
 
     def kept(self, index: Tensor) -> Part:
         """The entries at index (B, h, m), in that order."""
-        return self.mapped(lambda x: x.gather(2, index if x.dim() == 3 else index[..., None].expand(*index.shape, x.shape[3])))
+        return self.mapped(lambda x: rows_at(x, index))
 
     def of(self, at: Tensor) -> Part:
         """Some of its heads, by their numbers in the part."""
@@ -54,7 +55,18 @@ class Part:
 
     @property
     def bytes(self) -> int:
+        """Of keys and values."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
+    @property
+    def held(self) -> int:
+        """Of everything, places and notes too."""
+        return self.bytes + sum(x.numel() * x.element_size() for x in (self.places, self.alive, *self.notes.values()))
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """The entries of x (B, h, n, ...) at index (B, h, m): (B, h, m, ...)."""
+    return x.gather(2, index.view(*index.shape, *[1] * (x.dim() - 3)).expand(*index.shape, *x.shape[3:]))
 
 
 class KeptLayer(DynamicLayer):  # type: ignore[misc]
@@ -142,5 +154,10 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, in whatever form they are kept."""
         return sum(part.bytes for part in self.parts)
+
+    @property
+    def held(self) -> int:
+        """Bytes of everything: keys, values, where they stood, and what a policy notes."""
+        return sum(part.held for part in self.parts) + sum(x.numel() * x.element_size() for x in self.memory.values())

@@ -53,6 +53,8 @@ class H2O(Policy):
     """Heavy hitters (Zhang et al., 2023): most attention received so far, summed over all queries and the heads of a group; half of the
     budget, rounded down, is the newest tokens."""
 
+    looks = True
+
     def __init__(self, budget: int | float, decode: bool = True):
         super().__init__(budget, decode)
 
@@ -85,6 +87,8 @@ class SnapKV(Policy):
 class TOVA(Policy):
     """Attention of the newest query, the mean over all heads, at every step (Oren et al., 2024): all heads keep the same tokens."""
 
+    looks = True
+
     def __init__(self, budget: int | float, decode: bool = True):
         super().__init__(budget, decode)
 
@@ -105,7 +109,13 @@ class Wrapped(Policy):
 
     def __init__(self, base: Policy):
         super().__init__(base.budget, base.decode)
+        if type(base).run is not Policy.run:
+            raise RegardError(f"base {type(base).__name__}: expected a policy that says by scores what stays, such as SnapKV")
         self.base = base
+
+    @property
+    def whole_prompts(self) -> bool:
+        return self.base.whole_prompts
 
     def begin(self, layers: int, heads: int) -> None:
         self.base.begin(layers, heads)
@@ -174,6 +184,10 @@ class Planned(Policy):
     def __init__(self, plan: dict[int, Policy] | Sequence[Policy | None]):
         super().__init__(1.0)
         self.plan = plan if isinstance(plan, dict) else {at: one for at, one in enumerate(plan) if one is not None}
+
+    @property
+    def whole_prompts(self) -> bool:
+        return all(one.whole_prompts for one in self.plan.values())
 
     def begin(self, layers: int, heads: int) -> None:
         wrong = [at for at in self.plan if not 0 <= at < layers]

@@ -18,6 +18,8 @@ class Policy:
     only after the prompt. A subclass says `scores` (what stays is what scores highest), may take `notes` in `observe`, and may change `counts`.
     """
 
+    looks = False  # whether it looks at every step's weights, which are then reckoned once
+
     def __init__(self, budget: int | float, decode: bool = False):
         fraction = isinstance(budget, float)
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0 or (fraction and budget > 1):
@@ -27,12 +29,19 @@ class Policy:
     def begin(self, layers: int, heads: int) -> None:
         """A model with so many layers and key heads takes the policy up; RegardError where they do not fit."""
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether prompts are attended as if nothing were ever dropped."""
+        return type(self).compute is Policy.compute
+
     def reading(self, view: View) -> Part:
         """What the call reads of what a part remembers; its new tokens are the last entries."""
         return view.part
 
     def compute(self, view: View, places: Tensor) -> Tensor:
         """Attention of the call's queries at places (n,): (B, h, group, n, Dv)."""
+        if self.looks and len(places) == 1:
+            return view.look(view.part, places)
         return read(view.query, self.reading(view), places, view.scale, view.window)
 
     def observe(self, view: View) -> None:
@@ -48,7 +57,7 @@ class Policy:
 
     def share(self, view: View) -> Tensor:
         """The budget of each row (B,), of a fraction at least 1."""
-        real = view.part.alive[:, 0].sum(-1) if view.first else view.part.notes["prompt"][:, 0, 0].long()
+        real = view.memory["prompt"]
         if isinstance(self.budget, float):
             return (real * self.budget).floor().long().clamp_min(1)
         return torch.full_like(real, self.budget)
@@ -60,14 +69,14 @@ class Policy:
     def run(self, layer: KeptLayer, number: int, view: View) -> None:
         """See a call, and drop what does not stay."""
         if view.first:
-            real = view.part.alive.sum(-1, keepdim=True).float()
-            view.part.notes["prompt"] = real.expand(*view.part.alive.shape).clone()
-        elif view.length:  # new entries know the prompt's length too
-            view.part.notes["prompt"] = view.part.notes["prompt"].amax((1, 2), keepdim=True).expand(*view.part.alive.shape).clone()
+            view.memory["prompt"] = view.part.alive[:, 0].sum(-1)
+        elif not self.decode:
+            return
         self.observe(view)
-        if view.first or self.decode:
-            scores = self.scores(view)
-            layer.keep(number, self.counts(view, scores), scores)
+        if not view.first and type(self).counts is Policy.counts and view.length <= int(self.share(view).min()):
+            return  # there is room
+        scores = self.scores(view)
+        layer.keep(number, self.counts(view, scores), scores)
 
 
 def newest(view: View, count: Tensor | int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,23 @@ from .view import View, Watcher
 NAME = "regard_kept"
 CHANGES = ("softcap", "s_aux", "sinks", "position_bias", "indices")
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as a model's layers read it: their calls in order, there (B, n) bool: tokens that are no padding, logits (B, V) of the last token."""
+
+    calls: list[View]
+    there: Tensor
+    logits: Tensor
+
+
+def fresh_cache(layers: int) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.layers = [KeptLayer() for _ in range(layers)]
+    return cache
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
@@ -70,16 +88,16 @@ class Session:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the model a cache of layers that can forget."""
-        from transformers import DynamicCache
-
         cache = kwargs.pop("cache", None)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         if cache is None:
-            cache = DynamicCache()
+            cache = fresh_cache(len(self.modules))
         if not all(isinstance(layer, KeptLayer) for layer in cache.layers) or not cache.layers:
+            from transformers import DynamicCache
+
             if type(cache) is not DynamicCache or cache.get_seq_length():
                 raise RegardError(f"cache {type(cache).__name__} of {cache.get_seq_length()} tokens: expected none, or a new DynamicCache")
-            cache.layers = [KeptLayer() for _ in self.modules]
+            cache.layers = fresh_cache(len(self.modules)).layers
         self.cache = cache
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -105,28 +123,40 @@ class Session:
         window = options.get("sliding_window") or getattr(module, "sliding_window", None)
         grouped = query.unflatten(1, (self.config.num_key_value_heads, -1))
         places = torch.arange(layer.seen - n, layer.seen, device=query.device)
-        out: Any = None
-        for part in layer.parts:
-            q = grouped.index_select(1, part.heads)
-            view = View(module.layer_idx, len(self.modules), first, layer.prompt, part, q, scale, window, layer.memory)
-            o = self.policy.compute(view, places)
-            out = o.new_zeros(*grouped.shape[:4], o.shape[-1]) if out is None else out
-            out[:, part.heads] = o
-        with torch.no_grad():
-            number = 0
-            while number < len(layer.parts):
-                part, before = layer.parts[number], len(layer.parts)
-                view = View(
-                    module.layer_idx,
-                    len(self.modules),
-                    first,
-                    layer.prompt,
-                    part,
-                    grouped.index_select(1, part.heads),
-                    scale,
-                    window,
-                    layer.memory,
-                )
-                self.policy.run(layer, number, view)
-                number += 1 + len(layer.parts) - before
-        return out.flatten(1, 2).transpose(1, 2)  # type: ignore[no-any-return]
+        views = self.views(layer, grouped, module.layer_idx, first, scale, window)
+        parts = [self.policy.compute(view, places) for view in views]
+        if len(parts) == 1:
+            (out,) = parts
+        else:
+            out = parts[0].new_empty(*grouped.shape[:4], parts[0].shape[-1])
+            for view, part in zip(views, parts, strict=True):
+                out[:, view.part.heads] = part
+        self.forget(layer, views)
+        return out.flatten(1, 2).transpose(1, 2)
+
+    def views(self, layer: KeptLayer, query: Tensor, at: int, first: bool, scale: float, window: int | None) -> list[View]:
+        """A call of layer `at`, query (B, Hkv, group, n, D), as each part sees it."""
+        alone = len(layer.parts) == 1  # then all heads in their order
+        queries = [query if alone else query.index_select(1, part.heads) for part in layer.parts]
+        pairs = zip(layer.parts, queries, strict=True)
+        return [View(at, len(self.modules), first, layer.prompt, part, q, scale, window, layer.memory) for part, q in pairs]
+
+    @torch.no_grad()
+    def forget(self, layer: KeptLayer, views: list[View]) -> None:
+        """The policy sees a call, and drops what does not stay; a part may become several."""
+        number = 0
+        for view in views:
+            before = len(layer.parts)
+            self.policy.run(layer, number, view)
+            number += 1 + len(layer.parts) - before
+
+    def recall(self, prompt: Prompt) -> Any:
+        """The cache that reading `prompt` would have left; for policies that attend prompts whole, so that one reading serves many."""
+        if not self.policy.whole_prompts:
+            raise RegardError(f"{type(self.policy).__name__} reads prompts in its own way; expected a policy that attends them whole")
+        self.cache = fresh_cache(len(self.modules))
+        for at, (layer, call) in enumerate(zip(self.cache.layers, prompt.calls, strict=True)):
+            layer.update(call.part.keys, call.part.values)
+            layer.take(prompt.there)
+            self.forget(layer, self.views(layer, call.query, at, True, call.scale, call.window))
+        return self.cache

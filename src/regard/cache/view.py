@@ -20,7 +20,7 @@ class View:
     """An attention call as a policy sees it, after it was computed: the last tokens' queries over what one part remembers.
 
     layer: its number, of `layers`; first: whether this is the prompt's call. query (B, h, group, n, D): of the query heads of each key head of `part`.
-    memory: what the policy keeps of each row from call to call, (B, ...) each.
+    memory: what the policy keeps of each row from call to call, (B, ...) each. step: weights of a single query, where they were looked at already.
     """
 
     layer: int
@@ -32,14 +32,18 @@ class View:
     scale: float
     window: int | None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    step: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return self.part.keys.shape[2]
+        return self.part.places.shape[2]
 
     def rows(self, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights (B, h, group, r, length) in float32 of the last queries (None: all), some at a time, and their places (r,)."""
         n = self.query.shape[3]
+        if n == 1 and self.step is not None:
+            yield self.step, self.part.places[0, 0, -1:]
+            return
         end = int(self.part.places.max()) + 1 if self.length else 0
         start = 0 if last is None else max(0, n - last)
         for at in range(start, n, ROWS):
@@ -49,6 +53,16 @@ class View:
             shown = visible(self.part, places, self.window)
             p = s.masked_fill(~shown[:, :, None], torch.finfo(s.dtype).min).softmax(-1)
             yield torch.where(shown[:, :, None] & self.real(places)[:, None, None, :, None], p, 0.0), places
+
+    def look(self, part: Part, places: Tensor) -> Tensor:
+        """Attention of a single query over `part`, (B, h, group, 1, Dv), whose weights are kept for `rows`."""
+        k, v = part.keys, part.values
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        s = (self.query[:, :, :, 0].to(dtype) @ k.to(dtype).mT) * self.scale
+        shown = visible(part, places, self.window)
+        p = s.masked_fill(~shown, torch.finfo(s.dtype).min).softmax(-1)
+        self.step = torch.where(shown & part.alive[:, :, None, -1:], p, 0.0).unsqueeze(3)
+        return (p.to(v.dtype) @ v).unsqueeze(3)
 
     def real(self, places: Tensor) -> Tensor:
         """(B, r): queries that are no padding."""
@@ -65,20 +79,31 @@ def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
 
 def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None, only: Tensor | None = None) -> Tensor:
     """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv); only (B, h, n, m) bool: of what is visible, these."""
-    n, m, group = q.shape[3], part.keys.shape[2], q.shape[2]
-    k, v = (x.repeat_interleave(group, 1) for x in (part.keys, part.values))
-    whole = window is None or int(places[-1]) < window
-    if only is None and whole and bool(part.alive.all()) and (n == 1 or n == m):
-        return F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=n > 1, scale=scale).unflatten(1, (-1, group))
+    n, m, group = q.shape[3], part.places.shape[2], q.shape[2]
+    k, v, alive = part.keys, part.values, part.alive
+    whole = only is None and (window is None or int(places[-1]) < window) and bool(alive.all())
+    if n == 1:  # the query heads of a key head as its queries: keys are read once
+        shown = None
+        if not whole:
+            shown = visible(part, places, window)
+            shown = shown if only is None else shown & only
+            shown = shown | ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
+        return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=shown, scale=scale).unsqueeze(3)
+    if whole and n == m:
+        o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return o.unflatten(1, (-1, group))
     shown = visible(part, places, window)
     shown = shown if only is None else shown & only
-    blind = ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
-    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=(shown | blind).repeat_interleave(group, 1), scale=scale)
+    shown = (shown | ~shown.any(-1, keepdim=True)).repeat_interleave(group, 1)
+    o = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=shown, scale=scale, enable_gqa=group > 1)
     return o.unflatten(1, (-1, group))
 
 
 class Watcher(Protocol):
     """What a session asks of a policy."""
+
+    @property
+    def whole_prompts(self) -> bool: ...
 
     def begin(self, layers: int, heads: int) -> None: ...
 

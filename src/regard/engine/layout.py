@@ -12,7 +12,7 @@ from torch import Tensor
 from ..algebra.mask import Both, Either, Mask, PerHead, Without
 from ..algebra.part import Sizes
 from ..algebra.select import Selection
-from ..algebra.snapshot import remembered
+from ..algebra.snapshot import remembered, untraced
 from .pairs import indices, looked_at, visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -30,7 +30,8 @@ class Layout:
     @property
     def density(self) -> float:
         """Share of blocks that hold a visible pair."""
-        return float((self.kind > 0).float().mean())
+        with untraced():
+            return float((self.kind > 0).float().mean())
 
     @functools.cached_property
     def shared(self) -> bool:
@@ -49,7 +50,8 @@ class Layout:
 
     @functools.cached_property
     def rows(self) -> list[list[list[list[int]]]]:
-        return self.kind.tolist()
+        with untraced():
+            return self.kind.tolist()
 
     def lists(self, transposed: bool = False) -> tuple[Tensor, Tensor]:
         """For each row (or column) of blocks, the entries to visit: 2 * block + (1 if full), visible ones first; and how many."""

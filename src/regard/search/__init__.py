@@ -1,8 +1,9 @@
-"""Search for the best mix of attention mechanisms: a space, a weight-sharing super-net, a ranker, an evolution under a budget."""
+"""Search for the best mix of attention mechanisms: a space, a weight-sharing super-net, a ranker, an evolution under a budget. And `cross_entropy` for any hyper-parameters."""
 
 from typing import Any
 
 from ..lazy import listed, load
+from .cross_entropy import Choice, Normal, cross_entropy
 from .ranker import PairwiseRanker
 from .space import Arch, LayerArch, Space, flops
 from .supernet import SuperNet
@@ -14,7 +15,7 @@ ROWS = {
     "evolve": "sparse.attention_nas",
 }
 
-__all__ = ["Arch", "LayerArch", "PairwiseRanker", "Space", "SuperNet", "flops", *ROWS]
+__all__ = ["Arch", "Choice", "LayerArch", "Normal", "PairwiseRanker", "Space", "SuperNet", "cross_entropy", "flops", *ROWS]
 
 
 def __getattr__(name: str) -> Any:

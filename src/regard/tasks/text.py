@@ -39,10 +39,11 @@ class Corpus:
 
 
 def corpus(name: str, documents: list[bytes]) -> Corpus:
-    """Every tenth document is held out; a single document gives its last tenth."""
-    if len(documents) == 1:
-        cut = len(documents[0]) * 9 // 10
-        parts = documents[0][:cut], documents[0][cut:]
+    """Every tenth document is held out; fewer than ten give the last tenth of their bytes."""
+    if len(documents) < 10:
+        whole = b"".join(documents)
+        cut = len(whole) * 9 // 10
+        parts = whole[:cut], whole[cut:]
     else:
         parts = b"".join(d for n, d in enumerate(documents) if n % 10 != 9), b"".join(documents[9::10])
     train, valid = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)

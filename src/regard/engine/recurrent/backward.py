@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..exported import holds
 from .chunk import SAFE, faded, in_chunks, one_a_head, steps_in, strong_decay, totals, within
 from .parallel import decay_matrix
 from .pose import Scan
@@ -92,7 +93,7 @@ def pairs_back(q: Tensor, k: Tensor, total: Maybe, d: Tensor, weights: Tensor) -
         p, moved = d * decay_matrix(total), d * weights
         return p @ k, p.mT @ q, moved.sum(-1, keepdim=True) - moved.sum(-2).unsqueeze(-1)
     end = total[..., -1:, :]
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = total - end / 2
         up, down = torch.exp(middle), torch.exp(-middle)
         dq, dk = (d @ (k * down)) * up, (d.mT @ (q * up)) * down

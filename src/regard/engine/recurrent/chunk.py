@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from ..exported import holds
 from .parallel import decay_matrix, later, pairs, sooner
 from .pose import Lift, Scan
 
@@ -141,7 +142,7 @@ def within(q: Tensor, k: Tensor, total: Tensor | None, lift: Lift | None = None)
     into, out_of = wide_q * torch.exp(total), wide_k * torch.exp(end - total)
     if total.shape[-1] == 1:
         return pairs(q, k, lift) * decay_matrix(total), into, out_of, fade
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = total - end / 2
         return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril(), into, out_of, fade
     return strong_decay(q, k, total), into, out_of, fade
@@ -172,7 +173,7 @@ def strong_decay(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
 def near_weights(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     """Weights inside sub-chunks from sums of log decays since each one's start: split in two factors where that is safe."""
     end = total[..., -1:, :]
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = (total - end / 2).to(q.dtype)
         return ((q * torch.exp(middle)) @ (k * torch.exp(-middle)).transpose(-1, -2)).tril()
     past = torch.ones(total.shape[-2], total.shape[-2], dtype=torch.bool, device=q.device).tril()[..., None]

@@ -18,6 +18,7 @@ from ...algebra.part import Function, Input, Sizes, bind, call
 from ...algebra.snapshot import remembered
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
+from ..exported import holds
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import repeat_heads
 
@@ -269,7 +270,7 @@ def log_decays(
         raise RegardError(f"input 'log_decay' has {decay.shape[-1]} channels; expected {features}, one for each feature of k")
     if real is not None and declared["log_decay"].shape != "h":  # nothing fades while padding passes, whatever stands there
         decay = torch.where(real, decay, 0.0)
-    if bool((decay > 0).any()):
+    if not holds(~(decay > 0), True):
         raise RegardError(f"input 'log_decay' has entries up to {float(decay.max()):.3g}; expected logs of decays, all <= 0")
     decay = decay.clamp_min(CLAMP)
     if decay.shape[-2] != 1 or mechanism.decay == "channel":

@@ -16,6 +16,7 @@ from ...algebra.position import Rope
 from ...algebra.states import Slots
 from ...algebra.token_mask import Padding
 from ...errors import RegardError
+from ..exported import holds
 from ..inner import attend_with_stats
 from ..problem import check_names, fill_inputs, sizes_of
 from ..reference import Stats, repeat_heads
@@ -45,7 +46,7 @@ class SlotState:
 def fading_values(weights: Tensor, s: Tensor, total: Tensor) -> Tensor:
     """out_im = sum_{j <= i} weights_ij s_jm exp(total_im - total_jm), no exponent above zero where decay is strong."""
     end = total[..., -1:, :]
-    if bool((end > -SAFE).all()):
+    if holds(end > -SAFE, False):
         middle = total - end / 2
         return torch.exp(middle) * (weights.tril() @ (s * torch.exp(-middle)))
     total, size, rows = total.double(), s.shape[-2], []
@@ -122,7 +123,7 @@ def prepared(
         return q, k, v, decay, write if real is None else write * real, last
     decay = found["log_forget"].to(wide)
     decay = decay if real is None else torch.where(real, decay, 0.0)
-    if bool((decay > 0).any()):
+    if not holds(~(decay > 0), True):
         raise RegardError(f"input 'log_forget' has entries up to {float(decay.max()):.3g}; expected logs of gates, all <= 0")
     write = -torch.expm1(decay) if write is None else write
     decay, write = decay.clamp_min(CLAMP).expand(*shape, -1), write.expand(*shape, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ class Program:
         names = {id(e): str(e.args[0]) for e in order if e.op == "var"}
         full = {id(var(name)) for name in owned} | ({id(var("s"))} if "s" in self.names else set())
         free = {id(var(name)) for name in owned}
+        whole = integers(order) if "s" in self.names else set()
         lines = []
         for at, e in enumerate(steps):
             target = next((names[id(a)] for a in e.args if id(a) in free and last[id(a)] == at), None)
             names[id(e)] = f"t{at}"
-            lines.append(f"    t{at} = {python_call(e, names, target)}")
+            lines.append(f"    t{at} = {python_call(e, names, target, whole)}")
             if any(id(a) in full for a in e.args):
                 full.add(id(e))
                 if OPS[e.op].grad is not None:
@@ -67,10 +68,27 @@ PYTHON_OUT = {
 }
 
 
-def python_call(e: Expr, names: Mapping[int, str], target: str | None) -> str:
-    """One PyTorch call; `target` is a buffer it may write to."""
+INDICES = ("b", "h", "i", "j", "n")
+CLOSED = ("add", "sub", "mul", "neg", "abs", "maximum", "minimum", "floordiv", "mod", "relu", "sign")
+
+
+def integers(order: Sequence[Expr]) -> set[int]:
+    """Those of some nodes, operands first, that are whole numbers: indices, and what is made of them without a division."""
+    found: set[int] = set()
+    for e in order:
+        index = e.op == "var" and e.args[0] in INDICES
+        number = e.op == "const" and isinstance(e.args[0], int) and not isinstance(e.args[0], bool)
+        if index or number or (e.op in CLOSED and all(id(a) in found for a in e.args)):
+            found.add(id(e))
+    return found
+
+
+def python_call(e: Expr, names: Mapping[int, str], target: str | None, whole: Set[int]) -> str:
+    """One PyTorch call; `target` is a buffer it may write to, `whole` the nodes of whole numbers, which PyTorch would divide in float32."""
     text = [names[id(a)] if id(a) in names else repr(a.args[0]) for a in e.args]
     number = [is_const(a) for a in e.args]
+    if OPS[e.op].grad is not None and id(e) not in whole and not any(id(a) not in whole and not is_const(a) for a in e.args):
+        text = [t if is_number else f"{t}.to(s.dtype)" for t, is_number in zip(text, number, strict=True)]
     out = f", out={target}" if target else ""
     if e.op == "detach":  # a buffer of its own: the operand's may be overwritten
         return f"{text[0]}.clone()"

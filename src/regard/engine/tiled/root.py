@@ -10,6 +10,7 @@ from torch import Tensor
 from ...algebra.normalizer import RowLocal
 from ...algebra.part import call
 from ...algebra.rows import packed
+from ..exported import holds
 from ..problem import Problem
 from .stage import Opaque, Traced, hide
 
@@ -75,6 +76,6 @@ def newton(work: Rooted, s: Tensor, low: Tensor, high: Tensor, env: dict[str, An
         new = torch.where(inside, step, (low + high) / 2)
         moved = ((new - c).abs() > near) & (high - low > near)
         c = new
-        if not bool(moved.any()):
+        if holds(~moved, False):
             break
     return c

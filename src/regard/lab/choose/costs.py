@@ -16,7 +16,7 @@ from ..memory import peak_bytes
 from .needs import Needs
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-STEEPEST = 2.0  # no cost of attention grows faster than the square of the length
+PROMPT, TOKEN = (1.0, 2.0), (0.0, 1.0)  # the powers of the length between which costs of a prompt and of a token after it grow
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,24 @@ class Cost:
         return self.kept + self.work
 
 
-def drawn_out(points: dict[int, float], context: int) -> float:
-    """A power law through the last two lengths, at the context; flat where the cost fell."""
-    (a, low), (b, high) = sorted(points.items())[-2:] if len(points) > 1 else [*points.items()] * 2
+def ends(points: dict[int, float]) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The last length and one a little before it, far enough away for noise not to tilt what is drawn through both."""
+    found = sorted(points.items())
+    return found[max(0, len(found) - 3)], found[-1]
+
+
+def drawn_out(points: dict[int, float], context: int, powers: tuple[float, float]) -> float:
+    """A power law through the longest lengths, at the context; its power lies between the two given."""
+    (a, low), (b, high) = ends(points)
     if context == b or a == b or low <= 0:
         return high
-    slope = min(STEEPEST, max(0.0, math.log(high / low) / math.log(b / a)))
+    slope = min(powers[1], max(powers[0], math.log(high / low) / math.log(b / a)))
     return float(high * (context / b) ** slope)
 
 
 def line_out(points: dict[int, float], context: int) -> float:
-    """A line through the last two lengths, at the context: what caches and states are."""
-    (a, low), (b, high) = sorted(points.items())[-2:] if len(points) > 1 else [*points.items()] * 2
+    """A line through the longest lengths, at the context: what caches and states are."""
+    (a, low), (b, high) = ends(points)
     return high if a == b else max(high, high + (high - low) / (b - a) * (context - b))
 
 
@@ -65,7 +71,7 @@ def cost(spec: str, needs: Needs, seconds: float) -> Cost:
     token: dict[int, float] = {}
     kept: dict[int, float] = {}
     work: dict[int, float] = {}
-    lengths = [n for n in LENGTHS if n < needs.context][: len(LENGTHS)] + [needs.context] * (needs.context <= LENGTHS[-1])
+    lengths = [n for n in LENGTHS if n < needs.context] + [needs.context] * (needs.context <= LENGTHS[-1])
     start = time.perf_counter()
     layer(torch.randn(needs.batch, min(64, needs.context), needs.dim, device=needs.device))  # what is met for the first time
     for count, length in enumerate(lengths):
@@ -84,11 +90,13 @@ def cost(spec: str, needs: Needs, seconds: float) -> Cost:
         now = time.perf_counter()
         if count and now - start + 3 * (now - began) > seconds:
             break
+    stays = line_out(kept, needs.context)
     return Cost(
-        needs.layers * drawn_out(prompt, needs.context),
-        needs.layers * drawn_out(token, needs.context),
-        needs.layers * line_out(kept, needs.context),
-        drawn_out(work, needs.context),
+        needs.layers * drawn_out(prompt, needs.context, PROMPT),
+        needs.layers
+        * min(drawn_out(token, needs.context, TOKEN), token[max(token)] * stays / kept[max(kept)]),  # a token reads what is kept
+        needs.layers * stays,
+        drawn_out(work, needs.context, PROMPT),
         max(prompt),
     )
 

@@ -17,13 +17,14 @@ from .needs import Needs
 
 @dataclass(frozen=True)
 class Row:
-    """A mechanism: its quality in the study, its cost here (None: could not be measured), and why it stands where it stands."""
+    """A mechanism: its quality in the study, its cost here, where it stands in a word, and why."""
 
     spec: str
     quality: Estimate
-    cost: Cost | None
+    cost: Cost
     fits: bool
     equal: bool
+    standing: str
     why: str
 
     @property
@@ -33,7 +34,7 @@ class Row:
 
     def request(self, needs: Needs) -> float:
         """Seconds of a prompt and its answer."""
-        return float("inf") if self.cost is None else self.cost.seconds + needs.answer * self.cost.token
+        return self.cost.seconds + needs.answer * self.cost.token
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Choice:
     @property
     def verdict(self) -> str:
         first = next((row for row in self.rows if row.fits), None)
-        if first is None or first.cost is None:
+        if first is None:
             return f"Nothing that was measured fits into {size(self.needs.memory or 0)}; the least needs {size(self.least)}."
         what = MEASURES[self.needs.task][2]
         same = [row.name for row in self.rows if row.equal and row.fits and row is not first]
@@ -57,13 +58,13 @@ class Choice:
         left = f" {len(out)} do not fit, {', '.join(out[:4])} among them." if out else ""
         return (
             f"{first.name}: {told(first.quality, self.needs.task)} {what} in the study{beside}. On this machine a prompt of "
-            f"{self.needs.context:,} tokens and {self.needs.answer} tokens after it take {first.request(self.needs):.3g} s and "
+            f"{self.needs.context:,} tokens and {self.needs.answer} tokens after it take {short(first.request(self.needs))} s and "
             f"{size(first.cost.bytes)}.{left}"
         )
 
     @property
     def least(self) -> float:
-        return min((row.cost.bytes for row in self.rows if row.cost is not None), default=0.0)
+        return min((row.cost.bytes for row in self.rows), default=0.0)
 
     def as_dict(self) -> dict[str, Any]:
         rows = [
@@ -75,7 +76,8 @@ class Choice:
                 "seeds": row.quality.count,
                 "fits": row.fits,
                 "told_apart_from_best": not row.equal,
-                "cost": None if row.cost is None else {**vars(row.cost), "request_seconds": row.request(self.needs)},
+                "cost": {**vars(row.cost), "request_seconds": row.request(self.needs)},
+                "standing": row.standing,
                 "why": row.why,
             }
             for row in self.rows
@@ -93,10 +95,15 @@ def told(found: Estimate, task: str) -> str:
     return found.text(".3f" if MEASURES[task][1] else ".0%")
 
 
+def short(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:.3g}" if x < 100 else f"{x:,.0f}"
+
+
 def size(n: float) -> str:
     for letter, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= unit:
-            return f"{n / unit:.3g} {letter}"
+            return f"{short(n / unit)} {letter}"
     return f"{n:.0f} bytes"
 
 
@@ -122,11 +129,11 @@ def choose(needs: Needs, study: Study | None = None, tick: Callable[[float, str]
             left_out |= {parsed(one)[0]: "the minutes were over" for one in order[at:]}
             break
         try:
-            found: Cost | None = cost(name, needs, max(0.5, (budget - gone) / (len(order) - at)))
+            found = cost(name, needs, max(0.5, (budget - gone) / (len(order) - at)))
         except Exception as why:  # a shape that this mechanism does not take, or memory that ran out
             left_out[name] = f"{type(why).__name__}: {why}".splitlines()[0]
             continue
-        rows.append(Row(spec, quality[spec], found, needs.memory is None or found is None or found.bytes <= needs.memory, False, ""))
+        rows.append(Row(spec, quality[spec], found, needs.memory is None or found.bytes <= needs.memory, False, "", ""))
     return Choice(needs, study, ranked(rows, needs), left_out)
 
 
@@ -141,20 +148,17 @@ def ranked(rows: list[Row], needs: Needs) -> list[Row]:
     out = [row for row in rows if not row.fits]
     return (
         [
-            replace(row, equal=True, why=reason(row, needs, "not told apart from the best" if row is not best else "the best mean"))
+            stood(row, needs, "best" if row is best else "as good", "the best mean" if row is best else "not told apart from the best")
             for row in first
         ]
-        + [replace(row, why=reason(row, needs, "behind the best")) for row in behind]
-        + [
-            replace(row, why=reason(row, needs, f"needs {size(row.cost.bytes)} of {size(needs.memory or 0)}" if row.cost else ""))
-            for row in out
-        ]
+        + [stood(row, needs, "behind", "behind the best") for row in behind]
+        + [stood(row, needs, "too large", f"needs {size(row.cost.bytes)} of {size(needs.memory or 0)}") for row in out]
     )
 
 
-def reason(row: Row, needs: Needs, standing: str) -> str:
-    if row.cost is None:
-        return standing
+def stood(row: Row, needs: Needs, standing: str, why: str) -> Row:
+    """The row with its standing and its reasons."""
     far = "" if row.cost.measured >= needs.context else f", drawn out from {row.cost.measured:,} tokens"
     cut = "" if row.spec == row.name else f"; studied with {row.spec.partition(':')[2]}"
-    return f"{standing}; {row.request(needs):.3g} s a request{far}{cut}"
+    why = f"{why}; {short(row.request(needs))} s a request{far}{cut}"
+    return replace(row, equal=standing in ("best", "as good"), standing=standing, why=why)

@@ -10,9 +10,9 @@ from ...plots import scatter
 from ..compare.report import page, sortable
 from ..compare.study import MEASURES
 from ..files import write_text
-from .rank import Choice, size, told
+from .rank import Choice, short, size, told
 
-HEADS = ("mechanism", "quality", "prompt s", "token ms", "kept", "working", "fits", "why")
+HEADS = ("mechanism", "quality", "prompt s", "token ms", "kept", "working", "standing")
 
 
 def cells(choice: Choice) -> list[list[tuple[str, float | str]]]:
@@ -20,12 +20,9 @@ def cells(choice: Choice) -> list[list[tuple[str, float | str]]]:
     found: list[list[tuple[str, float | str]]] = []
     for row in choice.rows:
         c = row.cost
-        costs: list[tuple[str, float | str]] = [("-", "")] * 4
-        if c is not None:
-            costs = [(f"{c.seconds:.3g}", c.seconds), (f"{1e3 * c.token:.3g}", c.token), (size(c.kept), c.kept), (size(c.work), c.work)]
-        name = (row.name, row.name)
-        found.append([name, (told(row.quality, choice.needs.task), row.quality.mean), *costs, ("yes", 1) if row.fits else ("no", 0)])
-        found[-1].append((row.why, row.why))
+        costs = [(short(c.seconds), c.seconds), (short(1e3 * c.token), c.token), (size(c.kept), c.kept), (size(c.work), c.work)]
+        quality = (told(row.quality, choice.needs.task), row.quality.mean)
+        found.append([(row.name, row.name), quality, *costs, (row.standing, row.standing)])
     return found
 
 
@@ -33,7 +30,7 @@ def table(choice: Choice, most: int = 15) -> Table:
     """The first rows, for the terminal."""
     made = Table(title=f"for {choice.needs.context:,} tokens, by {MEASURES[choice.needs.task][2]}")
     for head in HEADS:
-        made.add_column(head, justify="left" if head in ("mechanism", "why") else "right", overflow="fold")
+        made.add_column(head, justify="left" if head in ("mechanism", "standing") else "right", overflow="fold")
     for row in cells(choice)[:most]:
         made.add_row(*(text for text, _ in row))
     return made
@@ -66,7 +63,7 @@ def write_report(choice: Choice, path: Path) -> None:
     memory = "" if needs.memory is None else f" in {size(needs.memory)}"
     shape = f"{needs.layers} layers of {needs.dim} channels, {needs.heads} heads, batch {needs.batch}"
     line = f"{needs.context:,} tokens and {needs.answer} after them{memory} on {needs.device}; {shape}"
-    heads = list(HEADS)
+    rows = [[*told, (row.why, row.why)] for told, row in zip(cells(choice), choice.rows, strict=True)]
     write_text(
         path,
         page(
@@ -74,7 +71,7 @@ def write_report(choice: Choice, path: Path) -> None:
             [row.name for row in choice.rows[:3]],
             line,
             choice.verdict,
-            sortable(heads, cells(choice)),
+            sortable([*HEADS, "why"], rows),
             caveat(choice),
             figures,
         ),
@@ -83,5 +80,5 @@ def write_report(choice: Choice, path: Path) -> None:
 
 def by_bytes(choice: Choice, groups: dict[str, dict[str, tuple[float, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
     """The same groups, along bytes."""
-    cost = {row.name: row.cost.bytes for row in choice.rows if row.cost is not None}
-    return {group: {name: (cost[name], y) for name, (_, y) in found.items() if name in cost} for group, found in groups.items()}
+    cost = {row.name: row.cost.bytes for row in choice.rows}
+    return {group: {name: (cost[name], y) for name, (_, y) in found.items()} for group, found in groups.items()}

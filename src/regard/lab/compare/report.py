@@ -21,7 +21,7 @@ h1{margin-bottom:0}p.sub{color:var(--quiet);margin-top:.2rem}p.verdict{backgroun
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:1.2rem}figure{margin:0;break-inside:avoid}
 figure svg{width:100%;height:auto}figcaption{color:var(--quiet);font-size:.9rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.35rem .6rem;text-align:right;
-border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,td:first-child{text-align:left}th{cursor:pointer}th:hover{color:var(--mark)}
+border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,.words{text-align:left}td.words:not(:first-child){white-space:normal}td.words:last-child{min-width:18rem}th{cursor:pointer}th:hover{color:var(--mark)}
 th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
 @media print{body{max-width:none;color:#000;background:#fff}th{cursor:auto}}
 """
@@ -173,11 +173,16 @@ def table(report: dict[str, Any]) -> str:
 
 
 def sortable(heads: list[str], rows: list[list[tuple[str, float | str]]]) -> str:
-    """A table of (text, what to sort by)."""
+    """A table of (text, what to sort by); what is sorted by its own letters is words, and may take several lines."""
+    words = ' class="words"'
     lines = [
-        "<tr>" + "".join(f'<td data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in row) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(f'<td{words * bool(key == text)} data-sort="{html.escape(str(key))}">{html.escape(text)}</td>' for text, key in row)
+        + "</tr>"
+        for row in rows
     ]
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    worded = [text == key for text, key in rows[0]] if rows else [False] * len(heads)
+    head = "".join(f'<th{words * of_words} scope="col">{html.escape(text)}</th>' for text, of_words in zip(heads, worded, strict=True))
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 

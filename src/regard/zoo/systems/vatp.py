@@ -25,6 +25,8 @@ class VATP(Policy):
     it divides by, however many there are. values=False is the base itself, without values and sinks. Query heads of a key head add up.
     """
 
+    looks = True
+
     def __init__(
         self,
         base: str = "h2o",
@@ -57,7 +59,7 @@ class VATP(Policy):
 
     def sizes(self, view: View) -> tuple[Tensor, Tensor]:
         """Newest and other entries of each row, (B,)."""
-        length = view.part.notes["prompt"][:, 0, 0].double()
+        length = view.memory["prompt"].double()
         heavy = (length * self.heavy).floor().long()
         if self.base == "scissorhands":
             return torch.full_like(heavy, 10), (2 * heavy - 10).clamp_min(0)

@@ -100,9 +100,7 @@ def planted(weights: Tensor, values: Tensor) -> View:
     m = weights.shape[1]
     key = torch.eye(m, dtype=F64)[None, None]
     part = Part(torch.arange(1), key, values[None, None], torch.arange(m)[None, None], torch.ones(1, 1, m, dtype=torch.bool))
-    view = View(0, 1, True, m, part, weights.log()[None, None, None], 1.0, None)
-    part.notes["prompt"] = torch.full((1, 1, m), float(m))
-    return view
+    return View(0, 1, True, m, part, weights.log()[None, None, None], 1.0, None, {"prompt": torch.tensor([m])})
 
 
 def dropped(policy: VATP, a: Tensor, v: Tensor) -> tuple[Tensor, float]:
