@@ -11,7 +11,7 @@ SAMPLE ?= 12
 SEED ?= 0
 
 # What pyproject.toml names as the least.
-OLDEST ?= "torch==2.11.0" "transformers==5.0.0" "peft==0.17.0" "timm==1.0.0"
+OLDEST ?= "torch==2.11.0" "transformers==5.0.0" "peft==0.18.0" "timm==1.0.0"
 
 .PHONY: demo test test-slow test-min mutants lint bench docs verify clean
 

@@ -14,11 +14,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import inside_scores
 import torch
 import torch.nn.functional as F
 
 from regard import taps
 from regard.interpret import ablated, activation_patch, importance, logit_difference
+from regard.interpret.views import head_views, induction
 from regard.lab.files import write_text
 from regard.lab.look import Look, best, look, needles
 from regard.lab.sweep.reader import model_and_reader
@@ -94,6 +96,21 @@ def studied(name: str, tokens: int) -> dict[str, Any]:
     return out
 
 
+def scores(name: str, tokens: int = 64) -> dict[str, Any]:
+    """The scores' part alone."""
+    start = time.perf_counter()
+    model, reader = model_and_reader(name)
+    first = [] if reader.begin is None else [reader.begin]
+    text = torch.tensor([first + reader.tokens(TEXT.read_bytes())[500 : 500 + tokens - len(first)]])
+    half = torch.randint(100, 120 if name == "tiny" else 30_000, (1, 24), generator=torch.Generator().manual_seed(3))
+    twice = torch.cat((torch.tensor([first]).long(), half, half), 1)
+    table = induction(model, torch.arange(100, 120 if name == "tiny" else 30_000), 24, begin=reader.begin)
+    previous = head_views(model, text).previous
+    known = {at: float(previous.scores[at]) for at in previous.heads}
+    found = inside_scores.decomposed(model, text, twice, table.top(1)[0], known)
+    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+
+
 def line(title: str, what: str, one: dict[str, float] | None) -> str:
     if one is None:
         return f"| {title} | | {what} | not found | | |"
@@ -132,15 +149,12 @@ def page(found: dict[str, dict[str, Any]]) -> str:
             "| bits a token | " + " | ".join(f"{bits:.2f}" for _, bits in one["pruning"]) + " |",
             "",
         ]
+        lines += inside_scores.told(one["scores"]) if "scores" in one else []
         if "patching" in one:
             lines += [
                 f'Patching "... John gave a drink to" with a run in which Tom gives it, at the last token: {one["patching"]} move the logit of Mary over John most.',
                 "",
             ]
-    lines += [
-        "Not here: the sparse decomposition of scores (`interpret.trace`). It takes scores as plain products of projections, and both models turn queries and keys by"
-    ]
-    lines += ["rotary positions, which it refuses.", ""]
     return "\n".join(lines)
 
 
@@ -148,13 +162,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="*", default=["tiny", "smollm2-135m"])
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--scores", action="store_true", help="measure the scores' part alone; the rest is the file's at --json")
     parser.add_argument("--out", type=Path, default=Path("docs/results/inside.md"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/inside.json"))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
+    if asked.scores:
+        found = json.loads(asked.json.read_text())
     for name in asked.models:
-        found[name] = studied(name, asked.tokens)
+        found[name] = {**(found[name] if asked.scores else studied(name, asked.tokens)), "scores": scores(name)}
         print(name, json.dumps(found[name], indent=1), flush=True)
         write_text(asked.json, json.dumps(found, indent=1))
         write_text(asked.out, page(found))

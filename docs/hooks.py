@@ -48,7 +48,7 @@ PACKAGES = {
     ],
     "models": ["regard.models", "regard.models.causal_lm"],
     "taps": ["regard.taps", "regard.taps.points", "regard.taps.session", "regard.taps.reductions"],
-    "cache": ["regard.cache", "regard.cache.policy", "regard.cache.policies"],
+    "cache": ["regard.cache", "regard.cache.policy", "regard.cache.policies", "regard.cache.kivi", "regard.cache.prompt"],
     "generate": ["regard.generate", "regard.generate.strategies"],
     "interpret": ["regard.interpret", "regard.interpret.heads", "regard.interpret.surgery", "regard.interpret.patching"],
     "compare": ["regard.lab.compare", "regard.lab.choose", "regard.lab.choose.needs", "regard.lab.choose.rank", "regard.lab.verification"],

@@ -3,12 +3,13 @@
 import torch
 
 from regard import models
-from regard.cache import H2O, Full, KeyNorm, Random, SnapKV, StreamingLLM
+from regard.cache import H2O, KIVI, Full, KeyNorm, Random, SnapKV, StreamingLLM
 
 model = models.load("tiny")
 text = "def add(a, b):\n    return a + b\n\n" * 12
 ids = models.encode(text)
-for policy in (Full(), StreamingLLM(128), H2O(128), SnapKV(128), KeyNorm(128), Random(128, generator=torch.Generator().manual_seed(0))):
+chance = Random(128, generator=torch.Generator().manual_seed(0))
+for policy in (Full(), StreamingLLM(128), H2O(128), SnapKV(128), KeyNorm(128), KIVI(4), KIVI(2, recent=32, base=SnapKV(128)), chance):
     with policy(model) as session:
         out = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
     said = models.decode(out[0, ids.shape[1] :])

@@ -35,12 +35,21 @@ def start(context: typer.Context) -> None:
 def list_rows(
     family: Family = None,
     status: Annotated[str | None, typer.Option(help="works or planned")] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="of the attentive survey: sequences=co, positions=hard, ...; working ones alone")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all fields, as a JSON list")] = False,
 ) -> None:
     """The systems of the catalogue."""
     from .catalog import records
 
     found = records(family, status)
+    if axis:
+        from .catalog.axes import with_axes
+
+        asked = {name: value for name, _, value in (one.partition("=") for one in axis)}
+        fitting = set(with_axes(None, asked))
+        found = [record for record in found if record.slug in fitting]
     if as_json:
         say(json.dumps([record.as_dict() for record in found]))
         return
@@ -195,9 +204,12 @@ def choose(
     from .lab.choose import choose as run
     from .lab.choose.needs import amount
     from .lab.choose.report import caveat, table
+    from .lab.files import prepare
 
     kept = None if memory is None else amount(memory, "--memory")
     asked = amount(context, "--context")
+    if file is not None:
+        prepare(file.parent, f"--report {file}")
     needs = Needs(asked, task, kept, device, answer, dim, layers, heads, batch, minutes, among=tuple(among or ()))
     with Console(stderr=True).status("measuring") as status:
         choice = run(needs, tick=lambda share, name: status.update(f"measuring {name} ({share:.0%} of the time)"))

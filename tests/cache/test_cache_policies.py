@@ -8,6 +8,7 @@ from regard import RegardError
 from regard.cache import H2O, TOVA, Ada, Full, KeyNorm, Planned, Pyramid, Random, SnapKV, StreamingLLM, read_prompt
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.duoattention import DuoAttention
+from regard.zoo.systems.recycled_attention import RecycledAttention
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,6 +128,7 @@ ALL = {
     "ada": lambda: Ada(SnapKV(8, 2, 3)),
     "fraction": lambda: H2O(0.5),
     "full": Full,
+    "recycled": lambda: RecycledAttention(3, 4),
 }
 
 
@@ -188,8 +190,17 @@ def test_ada_keeps_the_best_of_a_layer(given):
 
 def test_pyramids_by_hand(given):
     model, ids, _ = given
-    sizes = [parts[0][1].shape[2] for parts in left(Pyramid(SnapKV(8, 2, 3), beta=4), model, ids)]
-    assert sizes == [14, 8, 2]
+    for budget, beta, truth in (
+        (8, 4, [13, 8, 3]),
+        (12, 20, [22, 12, 2]),
+        (13, 4, [22, 13, 4]),
+        (13, 20, [23, 13, 3]),
+        (15, 4, [15, 15, 15]),
+        (2, 4, [2, 2, 2]),
+    ):
+        sizes = [parts[0][1].shape[2] for parts in left(Pyramid(SnapKV(budget, 2, 3), beta=beta), model, ids)]
+        assert sizes == truth, budget
+    assert [parts[0][1].shape[2] for parts in left(Pyramid(KeyNorm(10), 4), model, ids)] == [18, 10, 2]
 
 
 def test_policies_by_layer(given):

@@ -155,7 +155,7 @@ def test_bytes_are_really_fewer():
         sizes[name] = layer.bytes
         if name != "full":
             part = layer.parts[0]
-            tensors = [*part.pages, *part.codes, part.rest, part.window, part.where, part.count]
+            tensors = [*part.pages, *part.codes, part.rest, part.window, part.where, part.count, *layer.memory.values()]
             assert sum(x.untyped_storage().nbytes() for x in tensors) == layer.held < layer.bytes * 1.3
     # 2 heads of 32 channels: n - 32 values and n keys in codes, with a scale and a minimum for each 32 of them; 32 values as they came
     assert sizes["full"] == 2 * 2 * 512 * 32 * 4

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from regard.cli import main
 from regard.errors import RegardError
 from regard.lab.choose import Needs, Study, choose, read, write_report
 from regard.lab.choose.costs import Cost, cost, drawn_out, line_out
@@ -143,3 +144,25 @@ def test_bad_amounts_names_and_files(tmp_path):
         (tmp_path / "study.json").write_text(content)
         with pytest.raises(RegardError, match="expected a JSON file made by"):
             read(tmp_path / "study.json")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """A table, JSON and a page; what is wrong is said before anything is measured."""
+    monkeypatch.setattr("regard.lab.choose.rank.read", lambda: STUDY)
+    shape = ["--context", "128", "--dim", "32", "--layers", "2", "--heads", "2"]
+
+    def said(*arguments):
+        monkeypatch.setattr("sys.argv", ["regard", "choose", *shape, *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, wrong = capsys.readouterr()
+        return end.value.code or 0, out, wrong
+
+    code, out, _ = said("--task", "recall", "--report", str(tmp_path / "deep" / "page.html"))
+    assert code == 0 and out.startswith("softmax: ") and "standing" in out and (tmp_path / "deep" / "page.html").exists()
+    code, out, _ = said("--json", "--among", "gla")
+    assert code == 0 and [row["mechanism"] for row in json.loads(out)["rows"]] == ["gla"]
+    (tmp_path / "file").write_text("")
+    for wrong in (("--memory", "much"), ("--context", "0"), ("--task", "poems"), ("--report", str(tmp_path / "file" / "page.html"))):
+        code, _, message = said(*wrong)
+        assert code == 2 and wrong[0] in message, message

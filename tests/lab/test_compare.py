@@ -180,6 +180,11 @@ def bad_inputs(tmp_path):
         (["softmax", "--backend", "mpi"], "--backend mpi"),
         (["moba:block=3"], "Did you mean block_size"),
         (["moba:block_size"], "is not key=value"),
+        (["softmax", "--heads", "3"], "--heads 3"),
+        (["softmax", "--batch", "0"], "--batch 0"),
+        (["softmax", "--launch", "slurm"], "--launch slurm"),
+        (["softmax", "--launch", "torchrun", "--processes", "3"], "cannot be shared equally"),
+        (["ela", "--task", "digits", "--dim", "32"], "are of the task text"),
     ]
 
 

@@ -94,3 +94,19 @@ def test_routing_layer_trains_and_moves_its_centroids():
     y, loss = layer(torch.randn(2, 20, 16))
     (y.square().mean() + loss).backward()
     assert all(p.grad is not None for p in layer.parameters()) and not torch.equal(layer.centroids, before)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gla", "ssmax", "lssar"])
+def test_layers_are_made_where_and_as_asked(name):
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    plain = nn.Attention(16, 2, name)
+    torch.manual_seed(0)
+    wide = nn.Attention(16, 2, name, dtype=torch.float64)
+    assert {x.dtype for x in wide.parameters()} == {torch.float64} and torch.get_default_dtype() == before
+    assert wide.state_dict().keys() == plain.state_dict().keys() and wide(torch.randn(1, 5, 16).double()).dtype == torch.float64
+    for layer in (nn.Attention(16, 2, name, device="meta"), nn.Decoder(name, dim=16, heads=2, device="meta")):
+        assert {x.device.type for x in layer.parameters()} == {"meta"}
+    with pytest.raises(regard.RegardError, match="floating dtype"):
+        nn.Attention(16, 2, name, dtype=torch.int64)
+    assert torch.get_default_dtype() == before

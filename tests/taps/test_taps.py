@@ -22,6 +22,9 @@ KINDS = {
     "llama": GROUPED,
     "gemma3_text": {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma2": {**GROUPED, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "mistral": {**GROUPED, "sliding_window": None},
+    "qwen3": GROUPED,
+    "phi": {**BASE, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "gpt_neox": BASE,
     "opt": {**BASE, "ffn_dim": 32, "word_embed_proj_dim": 32},
     "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
@@ -29,9 +32,10 @@ KINDS = {
     "vit": IMAGE,
     "bart": SEQUENCE,
     "mbart": SEQUENCE,
+    "t5": {"vocab_size": 97, "d_model": 32, "num_layers": 1, "d_ff": 64, "num_heads": 4, "d_kv": 8, "dropout_rate": 0.0},
 }
-DECODERS = ("llama", "gemma3_text", "gemma2", "gpt_neox", "opt", "gpt2")
-BOTH = ("bart", "mbart")
+DECODERS = ("llama", "gemma3_text", "gemma2", "mistral", "qwen3", "phi", "gpt_neox", "opt", "gpt2")
+BOTH = ("bart", "mbart", "t5")
 EVERY = list(taps.POINTS)
 
 
@@ -56,7 +60,9 @@ def batch(kind):
 
 
 def points(kind):
-    return [x for x in EVERY if not (kind == "gpt_neox" and x == "residual_mid")]  # its branches are parallel
+    """gpt_neox's branches are parallel; not all have rotary positions."""
+    turned = kind in ("llama", "gemma3_text", "gemma2", "gpt_neox", "mistral", "qwen3", "phi")
+    return [x for x in EVERY if not (kind in ("gpt_neox", "phi") and x == "residual_mid") and (turned or "rotary" not in x)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +107,7 @@ def test_weights_are_those_of_plain_attention(kind):
         torch.testing.assert_close(seen["logits", layer].softmax(-1)[seeing], w[seeing])
         v = seen["v", layer].repeat_interleave(4 // seen["v", layer].shape[1], 1)
         torch.testing.assert_close((w @ v)[seeing], seen["heads", layer][seeing], rtol=1e-4, atol=1e-4)
-        if kind not in ("gemma2", "opt"):  # a softcap; scaled queries
+        if kind not in ("gemma2", "opt", "t5"):  # a softcap; scaled queries; a bias, and no scale
             k = seen["k", layer].repeat_interleave(4 // seen["k", layer].shape[1], 1)
             s = seen["q", layer] @ k.mT * 8**-0.5
             shown = seen["logits", layer].isfinite()
@@ -110,12 +116,14 @@ def test_weights_are_those_of_plain_attention(kind):
 
 def projection(model, kind, layer):
     names = {"llama": "model.layers.{}.self_attn.o_proj", "gpt2": "transformer.h.{}.attn.c_proj"}
-    names |= {"gemma3_text": names["llama"], "gemma2": names["llama"], "bert": "encoder.layer.{}.attention.output.dense"}
+    names |= {**dict.fromkeys(("gemma3_text", "gemma2", "mistral", "qwen3"), names["llama"]), "phi": "model.layers.{}.self_attn.dense"}
+    names |= {"bert": "encoder.layer.{}.attention.output.dense"}
     names |= {"gpt_neox": "gpt_neox.layers.{}.attention.dense", "opt": "model.decoder.layers.{}.self_attn.out_proj"}
     names |= {
         "vit": "layers.{}.attention.o_proj",
         "bart": "encoder.layers.{}.self_attn.out_proj",
         "mbart": "encoder.layers.{}.self_attn.out_proj",
+        "t5": "encoder.block.{}.layer.0.SelfAttention.o",
     }
     return model.get_submodule(names[kind].format(layer))
 
@@ -137,7 +145,7 @@ def test_heads_are_ablated_as_their_columns_of_the_projection(kind):
     assert bool((seen["heads", layer][:, 1] == 0).all()) and bool((seen["heads", layer][:, [0, 2, 3]] != 0).any())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gpt_neox", *BOTH)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gpt_neox", "phi", *BOTH)])
 @torch.no_grad()
 def test_the_stream_is_the_model_s(kind):
     """in + attention = mid (pre-norm); out of a layer is in of the next; an edit of each point acts as the same edit one point later."""
@@ -148,7 +156,7 @@ def test_the_stream_is_the_model_s(kind):
         assert torch.equal(seen["residual_in", layer], hidden[layer])
         if layer < 2:
             assert torch.equal(seen["residual_out", layer], hidden[layer + 1])
-        if kind in ("llama", "opt", "gpt2", "vit"):
+        if kind in ("llama", "mistral", "qwen3", "opt", "gpt2", "vit"):
             torch.testing.assert_close(seen["residual_mid", layer], seen["residual_in", layer] + seen["out", layer])
             torch.testing.assert_close(seen["residual_out", layer], seen["residual_mid", layer] + seen["mlp", layer], rtol=1e-4, atol=1e-4)
 
@@ -158,7 +166,7 @@ def test_the_stream_is_the_model_s(kind):
 
     torch.testing.assert_close(outcome("residual_out", 0), outcome("residual_in", 1))
     shift = torch.randn(32)
-    if kind in ("llama", "opt", "gpt2", "vit"):
+    if kind in ("llama", "mistral", "qwen3", "opt", "gpt2", "vit"):
         with taps.edit(model, {"out": lambda x: x + shift}, layers=[1]):
             by_out = model(**inputs)[0]
         with taps.edit(model, {"residual_mid": lambda x: x + shift}, layers=[1]):
@@ -166,7 +174,7 @@ def test_the_stream_is_the_model_s(kind):
     with taps.edit(model, {"residual_mid": lambda x: 0 * x}, layers=[2]), taps(model, ["residual_mid", "mlp", "residual_out"]) as seen:
         model(**inputs)
     assert float(seen["residual_mid", 2].abs().max()) < 1e-4
-    if kind in ("llama", "opt", "gpt2", "vit"):
+    if kind in ("llama", "mistral", "qwen3", "opt", "gpt2", "vit"):
         torch.testing.assert_close(seen["residual_out", 2], seen["mlp", 2], rtol=1e-3, atol=1e-4)
 
 
@@ -353,13 +361,49 @@ def test_mechanisms_named_by_the_config_are_what_is_seen():
 
 
 @torch.no_grad()
+def test_a_vision_language_model():
+    """A ViT's layers first, then the decoder's; generation with an image."""
+    torch.manual_seed(0)
+    vision = {**IMAGE, "num_hidden_layers": 2, "model_type": "clip_vision_model", "projection_dim": 32}
+    text = {**GROUPED, "num_hidden_layers": 2, "model_type": "llama", "vocab_size": 99}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16), "input_ids": torch.tensor([[3, *[98] * 16, 5, 7, 9]])}
+    own = model(**inputs).logits
+    with taps(model, ["q", "weights", "heads", "v"]) as seen, taps(model, ["k_pre_rotary", "residual_mid"], layers=[2, 3]) as more:
+        assert torch.equal(model(**inputs).logits, own)
+    assert [tuple(seen["weights", at].shape) for at in range(4)] == [(1, 4, 17, 17)] * 2 + [(1, 4, 20, 20)] * 2
+    assert more["k_pre_rotary", 3].shape == (1, 2, 20, 8)
+    for layer in range(4):
+        v = seen["v", layer].repeat_interleave(4 // seen["v", layer].shape[1], 1)
+        torch.testing.assert_close(seen["weights", layer] @ v, seen["heads", layer], rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    plain = model.generate(**inputs, **options)
+    with taps(model, "weights", layers=[0, 3], keep="all") as steps:
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    assert len(steps.all("weights", 0)) == 1 and [w.shape[2:] for w in steps.all("weights", 3)] == [(20, 20), (1, 21), (1, 22)]
+    for layer, module in ((0, "vision_tower"), (2, "language_model")):
+        with taps.edit(model, {"heads": torch.zeros_like}, layers=[layer], heads=[1]):
+            cut = model(**inputs).logits
+        other = copy.deepcopy(model)
+        name = next(
+            n for n, _ in other.named_modules() if module in n and n.endswith(("layers.0.self_attn.out_proj", "layers.0.self_attn.o_proj"))
+        )
+        other.get_submodule(name).weight[:, 8:16] = 0
+        torch.testing.assert_close(other(**inputs).logits, cut, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(cut, own)
+    with pytest.raises(regard.RegardError, match="no rotary"), taps(model, "q_pre_rotary"):
+        pass
+
+
+@torch.no_grad()
 def test_timm_vision_transformers():
     timm = load("timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=2, init_values=0.5).eval()
     x = torch.randn(2, 3, 32, 32)
     own = model(x)
-    with taps(model, EVERY) as seen:
+    with taps(model, [x for x in EVERY if "rotary" not in x]) as seen:
         assert torch.equal(model(x), own)
     w, attn = seen["weights", 1], model.blocks[1].attn
     q, k, v = attn.qkv(model.blocks[1].norm1(seen["residual_in", 1])).view(2, 5, 3, 3, 64).permute(2, 0, 3, 1, 4)
@@ -386,7 +430,7 @@ def test_regard_s_own_models(name):
         torch.randint(30, (2, 7)),
     )
     own = model(ids)
-    every = [x for x in EVERY if x != "logits" or name == "softmax"]
+    every = [x for x in EVERY if (x != "logits" or name == "softmax") and ("rotary" not in x or taps.sites(model)[0].unturned is None)]
     with taps(model, every) as seen:
         assert torch.equal(model(ids), own)
     v = seen["v", 1].repeat_interleave(4 // seen["v", 1].shape[1], 1)

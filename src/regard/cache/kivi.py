@@ -59,7 +59,7 @@ class KIVI(Policy):
 
     def reading(self, view: View) -> Part:
         part = view.part
-        return part.whole() if isinstance(part, Packed) else part
+        return part.numbers() if isinstance(part, Packed) else part
 
     def scores(self, view: View) -> Tensor:
         return self.base.scores(view)

@@ -17,6 +17,9 @@ except ImportError as missing:
     raise MissingDependency("regard.cache needs transformers: pip install 'regard[hf]'") from missing
 
 
+SPARE = 32  # entries that a part which grows step by step has room for
+
+
 @dataclass
 class Part:
     """Key heads that remember equally many tokens. heads (h,): their numbers; keys, values (B, h, n, D); places (B, h, n): the numbers of
@@ -28,17 +31,42 @@ class Part:
     places: Tensor
     alive: Tensor
     notes: dict[str, Tensor] = field(default_factory=dict)
+    whole: bool | None = None  # whether all entries are there; None: not looked at yet
+    room: tuple[Tensor, ...] | None = None  # longer tensors, of which keys, values, places and alive are the first entries
 
-    def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor) -> Part:
-        """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n)."""
-        whole = len(self.heads) == keys.shape[1]  # heads of a part are in order
-        k, v = (keys, values) if whole else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
-        places = torch.arange(start, start + k.shape[2], device=k.device).expand(*k.shape[:3])
+    def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor | None) -> Part:
+        """With new tokens behind: keys, values (B, Hkv, n, D), numbers from `start` on, there (B, n): which are no padding (None: all)."""
+        every = len(self.heads) == keys.shape[1]  # heads of a part are in order
+        k, v = (keys, values) if every else (keys.index_select(1, self.heads), values.index_select(1, self.heads))
         notes = {name: torch.cat((note, note.new_zeros(*k.shape[:3])), 2) for name, note in self.notes.items()}
-        alive = there[:, None].expand(*k.shape[:3])
-        pairs = (self.keys, k), (self.values, v), (self.places, places), (self.alive, alive)
-        k, v, places, alive = (torch.cat(both, 2) for both in pairs)
-        return Part(self.heads, k, v, places, alive, notes)
+        whole = self.everything() if there is None else None
+        n, m = self.places.shape[2], k.shape[2]
+        if not self.room or self.room[0].shape[2] < n + m or (torch.is_grad_enabled() and (k.requires_grad or self.keys.requires_grad)):
+            more = m if self.room is None else m + SPARE  # what grows a second time will again
+            shape = (*k.shape[:2], more)
+            places = torch.arange(start, start + more, device=k.device).expand(shape)
+            alive = torch.ones(shape, dtype=torch.bool, device=k.device)
+            if there is not None:
+                alive[:, :, :m] = there[:, None]
+            rp, ra = torch.cat((self.places, places), 2), torch.cat((self.alive, alive), 2)
+            if self.room is None or torch.is_grad_enabled():
+                k, v = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+                return Part(self.heads, k, v, rp[:, :, : n + m], ra[:, :, : n + m], notes, whole, ())
+            rk, rv = (torch.cat((x, y, y.new_empty(*y.shape[:2], SPARE, y.shape[3])), 2) for x, y in ((self.keys, k), (self.values, v)))
+        else:
+            rk, rv, rp, ra = self.room
+            rk.narrow(2, n, m).copy_(k)
+            rv.narrow(2, n, m).copy_(v)
+            if there is not None:
+                ra.narrow(2, n, m).copy_(there[:, None].expand(*k.shape[:3]))
+        k, v, places, alive = rk[:, :, : n + m], rv[:, :, : n + m], rp[:, :, : n + m], ra[:, :, : n + m]
+        return Part(self.heads, k, v, places, alive, notes, whole, (rk, rv, rp, ra))
+
+    def everything(self) -> bool:
+        """Whether all entries are there."""
+        if self.whole is None:
+            self.whole = bool(self.alive.all())
+        return self.whole
 
     def mapped(self, change: Callable[[Tensor], Tensor], heads: Tensor | None = None) -> Part:
         """Every tensor (B, h, n, ...) changed alike."""
@@ -60,8 +88,9 @@ class Part:
 
     @property
     def held(self) -> int:
-        """Of everything, places and notes too."""
-        return self.bytes + sum(x.numel() * x.element_size() for x in (self.places, self.alive, *self.notes.values()))
+        """Of everything, places and notes too, and room to grow."""
+        own = self.room or (self.keys, self.values, self.places, self.alive)
+        return sum(x.numel() * x.element_size() for x in (*own, *self.notes.values()))
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
@@ -88,8 +117,8 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
         self.fresh = key_states, value_states
         return key_states, value_states
 
-    def take(self, there: Tensor) -> None:
-        """The waiting tokens behind those remembered; there (B, n) bool: which are no padding."""
+    def take(self, there: Tensor | None) -> None:
+        """The waiting tokens behind those remembered; there (B, n) bool: which are no padding (None: all)."""
         assert self.fresh is not None
         k, v = self.fresh
         if not self.parts:
@@ -122,7 +151,7 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]
             places = own.places.gather(2, index).masked_fill(~living, -1)  # what is dead stands first
             turn = places.argsort(dim=2, stable=True)
             kept = own.kept(index.gather(2, turn))
-            kept.alive = living.gather(2, turn)
+            kept.alive, kept.whole = living.gather(2, turn), None
             made.append(kept)
         self.parts[number : number + 1] = made
 

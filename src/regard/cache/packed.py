@@ -75,6 +75,7 @@ class Packed(Part):
         (B, h, n, groups, group); window: the other values; fresh: the call's tokens, not yet stored."""
         self.form, self.heads, self.count, self.where, self.notes = form, heads, count, where, {}
         self.pages, self.rest, self.codes, self.window, self.fresh = pages, rest, codes, window, fresh
+        self.whole, self.room = None, None
 
     @classmethod
     def stored(cls, part: Part, form: Form) -> Packed:
@@ -121,12 +122,12 @@ class Packed(Part):
         where = behind(self.where, self.count, fresh.places.int(), new)[:, :, : int(count.max())]
         return Packed(form, self.heads, count, where, pages, rest, codes, window, nothing(fresh))
 
-    def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor) -> Packed:
+    def grown(self, keys: Tensor, values: Tensor, start: int, there: Tensor | None) -> Packed:
         made = self.mapped(lambda x: x)
         made.fresh = self.fresh.grown(keys, values, start, there)
         return made
 
-    def whole(self) -> Part:
+    def numbers(self) -> Part:
         """All entries as numbers."""
         return Part(self.heads, self.keys, self.values, self.places, self.alive)
 

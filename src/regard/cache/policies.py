@@ -59,7 +59,7 @@ class H2O(Policy):
         super().__init__(budget, decode)
 
     def observe(self, view: View) -> None:
-        note(view, "mass", sum(p.sum((2, 3)) for p, _ in view.rows()))
+        note(view, "mass", view.mass())
 
     def scores(self, view: View) -> Tensor:
         mass: Tensor = view.part.notes["mass"]
@@ -134,8 +134,11 @@ class Wrapped(Policy):
 
 
 class Pyramid(Wrapped):
-    """Budgets that fall evenly from the first layer to the last, the same in all (PyramidKV; Cai et al., 2024): the last layer keeps
-    budget / beta, the first what is left of 2 budgets, and none less than the window of the base."""
+    """Budgets that fall evenly from the first layer to the last (PyramidKV; Cai et al., 2024), of r = budget - window of the base (0 without one):
+
+    window + r // beta in the last layer, window + 2 r - r // beta in the first, or all of a prompt that is shorter, and the last layer gets what is
+    left; steps between layers are rounded down. Prompts shorter than 2 r keep the budget in all layers.
+    """
 
     def __init__(self, base: Policy, beta: float = 20.0):
         super().__init__(base)
@@ -144,12 +147,14 @@ class Pyramid(Wrapped):
         self.beta = beta
 
     def counts(self, view: View, scores: Tensor) -> Tensor:
-        own = self.base.counts(view, scores).double()
-        low = own / self.beta
-        step = 2 * (own - low) / max(1, view.layers - 1)
-        if view.layers == 1:
-            return own.long()
-        return (2 * own - low - step * view.layer).round().long().clamp_min(getattr(self.base, "window", 1))
+        own, length = self.base.counts(view, scores), view.memory["prompt"][:, None]
+        window = int(getattr(self.base, "window", 0))
+        rest = (own - window).clamp_min(0)
+        low = (rest / self.beta).floor().long()
+        high = torch.minimum(2 * rest - low, length - window)
+        low = torch.where(high == length - window, 2 * rest - high, low)
+        found = high - (high - low) // max(1, view.layers - 1) * view.layer + window
+        return torch.where((length < 2 * rest) | (view.layers == 1), own, found)
 
 
 class Ada(Wrapped):

@@ -88,8 +88,11 @@ def newest(view: View, count: Tensor | int) -> Tensor:
 
 def oldest(view: View, count: int) -> Tensor:
     """(B, h, length) bool: the tokens of the text's first `count` places behind its padding, as far as they are remembered."""
-    if "first" not in view.part.notes:
-        begin = torch.where(view.part.alive, view.part.places, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
-        view.part.notes["first"] = begin.expand(*view.part.alive.shape).clone()
-    begin = view.part.notes["first"][..., :1]
-    return view.part.alive & (view.part.places < begin + count)
+    return view.part.alive & (view.part.places < begin(view)[:, None, None] + count)
+
+
+def begin(view: View) -> Tensor:
+    """(B,): the place of each row's first token, which is known from the first time on that it is asked for."""
+    if "first" not in view.memory:
+        view.memory["first"] = torch.where(view.part.alive, view.part.places, torch.iinfo(torch.long).max).amin((1, 2))
+    return view.memory["first"]

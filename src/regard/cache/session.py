@@ -63,6 +63,8 @@ class Session:
         policy.begin(len(self.modules), config.num_key_value_heads)
         self.name = cache_argument(model)
         self.cache: Any = None
+        self.mask: Tensor | None = None
+        self.there: Tensor | None = None
 
     def __enter__(self) -> Session:
         if any(module in _sessions for module in self.modules):
@@ -98,7 +100,7 @@ class Session:
             if type(cache) is not DynamicCache or cache.get_seq_length():
                 raise RegardError(f"cache {type(cache).__name__} of {cache.get_seq_length()} tokens: expected none, or a new DynamicCache")
             cache.layers = fresh_cache(len(self.modules)).layers
-        self.cache = cache
+        self.cache, self.mask = cache, None
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise RegardError(f"attention_mask {tuple(mask.shape)}: expected (B, tokens so far) of ones and zeros")
@@ -116,9 +118,11 @@ class Session:
                 raise RegardError(f"{type(module).__name__} gives its attention {name}, which policies do not know; expected plain softmax")
         layer: KeptLayer = self.cache.layers[module.layer_idx]
         n = query.shape[2]
-        there = torch.ones(len(query), n, dtype=torch.bool, device=query.device) if mask is None else mask[:, -n:].bool()
+        if mask is not self.mask or mask is None:  # all layers get the same one
+            there = None if mask is None else mask[:, -n:].bool()
+            self.mask, self.there = mask, None if there is None or bool(there.all()) else there
         first = layer.seen == 0
-        layer.take(there)
+        layer.take(self.there)
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         window = options.get("sliding_window") or getattr(module, "sliding_window", None)
         grouped = query.unflatten(1, (self.config.num_key_value_heads, -1))

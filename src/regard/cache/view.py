@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +40,35 @@ class View:
 
     def rows(self, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights (B, h, group, r, length) in float32 of the last queries (None: all), some at a time, and their places (r,)."""
+        for p, places in self.blocks(last):
+            yield F.pad(p, (0, self.length - p.shape[-1])) if p.shape[-1] < self.length else p, places
+
+    def mass(self, last: int | None = None) -> Tensor:
+        """(B, h, length): the weights that entries get, summed over the last queries (None: all) and the heads of a group."""
+        total: Any = 0.0
+        for p, _ in self.blocks(last):
+            total = p.sum((2, 3)) + (F.pad(total, (0, p.shape[-1] - total.shape[-1])) if isinstance(total, Tensor) else total)
+        return F.pad(total, (0, self.length - total.shape[-1]))
+
+    def blocks(self, last: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `rows`, without entries that all stand behind a block's queries."""
         n = self.query.shape[3]
         if n == 1 and self.step is not None:
             yield self.step, self.part.places[0, 0, -1:]
             return
+        keys, plain = self.part.keys.float(), self.part.everything() and self.window is None
         end = int(self.part.places.max()) + 1 if self.length else 0
-        start = 0 if last is None else max(0, n - last)
-        for at in range(start, n, ROWS):
+        for at in range(0 if last is None else max(0, n - last), n, ROWS):
             q = self.query[:, :, :, at : at + ROWS].float()
             places = torch.arange(end - n + at, end - n + at + q.shape[3], device=q.device)
-            s = torch.einsum("bhgnd,bhmd->bhgnm", q, self.part.keys.float()) * self.scale
+            if plain and self.length == n:  # a prompt: entry j is token j
+                stop = at + q.shape[3]
+                s = torch.einsum("bhgnd,bhmd->bhgnm", q * self.scale, keys[:, :, :stop])
+                hidden = torch.ones(q.shape[3], q.shape[3], dtype=torch.bool, device=q.device).triu(1)
+                s[..., at:].masked_fill_(hidden, -torch.inf)
+                yield s.softmax(-1), places
+                continue
+            s = torch.einsum("bhgnd,bhmd->bhgnm", q, keys) * self.scale
             shown = visible(self.part, places, self.window)
             p = s.masked_fill(~shown[:, :, None], torch.finfo(s.dtype).min).softmax(-1)
             yield torch.where(shown[:, :, None] & self.real(places)[:, None, None, :, None], p, 0.0), places
@@ -80,8 +99,8 @@ def visible(part: Part, places: Tensor, window: int | None) -> Tensor:
 def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None, only: Tensor | None = None) -> Tensor:
     """Attention of q (B, h, group, n, D) over a part, (B, h, group, n, Dv); only (B, h, n, m) bool: of what is visible, these."""
     n, m, group = q.shape[3], part.places.shape[2], q.shape[2]
-    k, v, alive = part.keys, part.values, part.alive
-    whole = only is None and (window is None or int(places[-1]) < window) and bool(alive.all())
+    k, v = part.keys, part.values
+    whole = only is None and (window is None or int(places[-1]) < window) and part.everything()
     if n == 1:  # the query heads of a key head as its queries: keys are read once
         shown = None
         if not whole:

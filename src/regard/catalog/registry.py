@@ -96,9 +96,17 @@ def entries() -> dict[str, Entry]:
     return {**index(), **_added}
 
 
-def names(kind: str | None = "mechanism") -> list[str]:
-    """Names that `attend` and `regard.nn.Attention` take; kind="module" for the others, None for all."""
-    return sorted(name for name, entry in entries().items() if kind in (None, entry.kind))
+def names(kind: str | None = "", **axes: str) -> list[str]:
+    """Names that `attend` and `regard.nn.Attention` take; kind="module" (or "policy", ...) for the others, None for all.
+
+    axes: of the attentive survey, names(sequences="co", positions="hard"); then of every kind, unless one is given. See `regard.catalog.axes`.
+    """
+    if axes:
+        from .axes import with_axes
+
+        return with_axes(kind or None, axes)
+    wanted = "mechanism" if kind == "" else kind
+    return sorted(name for name, entry in entries().items() if wanted in (None, entry.kind))
 
 
 def entry(name: str) -> Entry:

@@ -6,6 +6,7 @@ from ..lazy import listed, load
 from .direct import direct_effects
 from .heads import ablated, gated, head_counts, importance, removable
 from .patching import activation_patch, logit_difference, path_patch
+from .rotary import turns_of
 from .surgery import prune
 from .tables import HeadTable
 from .weights import HeadWeights, head_weights, written
@@ -67,6 +68,7 @@ __all__ = [
     "path_patch",
     "prune",
     "removable",
+    "turns_of",
     "written",
     *ROWS,
 ]

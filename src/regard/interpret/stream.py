@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import taps
 from ..errors import RegardError
 from ..taps.stream import first_child
+from .rotary import turns_of
 from .weights import HeadWeights, head_weights, written
 
 NORMS = ("input_layernorm", "ln_1", "norm1", "layernorm_before", "layer_norm1", "self_attn_layer_norm", "attn_norm")
@@ -18,7 +19,8 @@ NORMS = ("input_layernorm", "ln_1", "norm1", "layernorm_before", "layer_norm1", 
 @dataclass(frozen=True)
 class Part:
     """One layer on a row of L tokens. stream (L, D) before it; x (L, D): what its projections read; written (H, L, D): what heads add;
-    mlp (L, D) or None; pattern, logits (H, L, L). group: query heads a key head."""
+    mlp (L, D) or None; pattern, logits (H, L, L). group: query heads a key head. turns (L, d, d): what rotary positions make of a token's
+    query or key, or None."""
 
     layer: int
     stream: Tensor
@@ -30,6 +32,7 @@ class Part:
     weights: HeadWeights
     group: int
     norm: nn.Module | None
+    turns: Tensor | None = None
 
     def behind(self, out: Tensor, token: int) -> Tensor:
         """A summand (D,) of the stream at a token as it comes through the norm, whose scale is the whole stream's."""
@@ -51,8 +54,8 @@ def share(norm: nn.Module | None, out: Tensor, whole: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parts_of(model: nn.Module, ids: Tensor) -> list[Part]:
-    """ids (1, L) -> each attention layer's part. RegardError for blocks without a norm in front of attention that is known by name (or any
+def parts_of(model: nn.Module, ids: Tensor, turned: bool = False) -> list[Part]:
+    """ids (1, L) -> each attention layer's part. turned: with what rotary positions make of queries and keys, which takes one more pass. RegardError for blocks without a norm in front of attention that is known by name (or any
     at all), and for norms that are neither LayerNorm nor RMSNorm."""
     if ids.shape[0] != 1:
         raise RegardError(f"ids has {ids.shape[0]} rows; expected one")
@@ -65,7 +68,7 @@ def parts_of(model: nn.Module, ids: Tensor) -> list[Part]:
                 model(ids)
         else:
             model(ids)
-    out = []
+    out, turns = [], turns_of(model, ids) if turned else {}
     for site in found:
         block = site.stream.block
         norm = None if block is None else first_child(block, NORMS)
@@ -79,5 +82,5 @@ def parts_of(model: nn.Module, ids: Tensor) -> list[Part]:
         part = written(site, seen["heads", site.layer])[0]
         pattern, logits = seen["weights", site.layer][0], seen["logits", site.layer][0]
         group = site.heads // site.kv_heads
-        out.append(Part(site.layer, stream, x, part, mlp, pattern, logits, head_weights(site), group, norm))
+        out.append(Part(site.layer, stream, x, part, mlp, pattern, logits, head_weights(site), group, norm, turns.get(site.layer)))
     return out

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from ..errors import RegardError
+
+
+def prepare(folder: Path, what: str) -> None:
+    """Make a folder that will be written in; RegardError, which names `what` asked for it, if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as why:
+        raise RegardError(f"{what}: cannot write there ({why.strerror})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from ..engine.door import attend
 from ..engine.given import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, takes, whole
+from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, placed, takes, whole
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -52,11 +52,12 @@ class Attention(Momentary):
     mechanism: a name or a description. kv_heads: key and value heads (None: the mechanism's, else heads). head_dim: channels a head
     (None: dim / heads). causal: run under Causal(); policies for prompts, whose choice looks ahead, take causal=False and read the past
     alone all the same (`mechanism.past_alone`). rope: rotary positions, where the mechanism has none of its own. context_len: the length
-    that length-dependent initial values assume. dropout: the share of weights dropped in training (`attend`'s dropout_p). The mechanism's recipe decides convolutions, activations, norms and gates.
+    that length-dependent initial values assume. dropout: the share of weights dropped in training (`attend`'s dropout_p). device, dtype: of the parameters. The mechanism's recipe decides convolutions, activations, norms and gates.
     """
 
     watcher: Any = None  # of `regard.taps`: attends in the mechanism's place
 
+    @placed
     def __init__(
         self,
         dim: int,
@@ -70,6 +71,8 @@ class Attention(Momentary):
         bias: bool = False,
         context_len: int = 1024,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.mechanism = get(mechanism) if isinstance(mechanism, str) else mechanism
@@ -143,6 +146,8 @@ class Attention(Momentary):
         q, k = self.q_norm(act(self.feature(q))), self.k_norm(act(self.feature(k)))
         v = activation_of(self.recipe.value_activation)(v)
         if self.rope is not None:
+            if self.watcher is not None:
+                q, k = self.watcher.before_rotary(q, k, position if isinstance(position, int) else int(position[0]))
             for_q, for_k = (
                 position if isinstance(position, Tensor) else torch.arange(position, position + y.shape[-2], device=y.device)
                 for y in (q, k)

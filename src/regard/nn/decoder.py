@@ -13,7 +13,7 @@ from ..algebra import Mechanism, Padding
 from ..errors import RegardError
 from .attention import LayerState
 from .mixers import mixer
-from .parts import GatedMLP, LayerScale, head_norm, whole
+from .parts import GatedMLP, LayerScale, head_norm, placed, whole
 
 
 class Block(nn.Module):
@@ -52,9 +52,10 @@ class Decoder(nn.Module):
 
     mechanism: one for all layers, or a sequence with one a layer (names, also of layers such as "mega", descriptions, or ready modules). rope: rotary positions where
     the mechanism has none. hidden: width of the MLP (None: 8/3 dim, rounded to 16). norm: of `head_norm`; mlp: "swiglu", or "sglu"
-    without activation. Embedding and output share weights.
+    without activation. Embedding and output share weights. device, dtype: of the parameters.
     """
 
+    @placed
     def __init__(
         self,
         mechanism: str | Mechanism | Sequence[str | Mechanism | nn.Module] = "softmax",
@@ -70,6 +71,8 @@ class Decoder(nn.Module):
         layer_scale: float | None = None,
         norm: str = "rms",
         mlp: str = "swiglu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         one_for_all = isinstance(mechanism, (str, Mechanism))

@@ -39,10 +39,10 @@ class Inputs(nn.Module):
             if item.shape == "h" and value.dim() == 0:
                 value = value.repeat(sizes.heads)
             if item.layer.trainable:
-                self.learned[item.name] = nn.Parameter(value.float())
+                self.learned[item.name] = nn.Parameter(value.to(torch.get_default_dtype()))
             else:
                 self.exact[f"fixed_{item.name}"] = value
-                self.register_buffer(f"fixed_{item.name}", value.float())
+                self.register_buffer(f"fixed_{item.name}", value.to(torch.get_default_dtype()))
         elif isinstance(item.layer, Headwise):
             owners, width = {
                 "q": (sizes.heads, sizes.head_dim),

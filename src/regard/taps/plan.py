@@ -13,7 +13,7 @@ from ..nn.attention import Attention
 from .points import MAPS, STREAM
 from .reductions import ColumnMass, Pooled, Reduction, Top
 from .session import Point, Taps, read
-from .sites import Site
+from .site import Site
 from .station import CHUNK, Tap
 
 
@@ -98,6 +98,7 @@ def plan(
         kv = site.kv_heads if tap.key_heads is None else len(tap.key_heads)
         rows = len(tap.places.rows(length, 0))
         entries = {"q": count * rows * d, "k": kv * rows * d, "v": kv * rows * dv, "heads": count * rows * dv}
+        entries |= {"q_pre_rotary": entries["q"], "k_pre_rotary": entries["k"]}
         entries |= dict.fromkeys(STREAM, rows * dim) | dict.fromkeys(MAPS, count * rows * length)
         scores = 2 * batch * count * rows * length * d
         first = next((p for p in (*tap.reads, *tap.reductions) if isinstance(p, Reduction) or p in MAPS), None)

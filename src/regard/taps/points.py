@@ -13,7 +13,23 @@ from torch import Tensor
 from ..errors import RegardError, nearest
 
 # In the order in which a block computes them.
-POINTS = ("residual_in", "q", "k", "v", "logits", "weights", "heads", "out", "residual_mid", "mlp", "residual_out")
+POINTS = (
+    "residual_in",
+    "q_pre_rotary",
+    "k_pre_rotary",
+    "q",
+    "k",
+    "v",
+    "logits",
+    "weights",
+    "heads",
+    "out",
+    "residual_mid",
+    "mlp",
+    "residual_out",
+)
+UNTURNED = ("q_pre_rotary", "k_pre_rotary")
+KEYS = ("k_pre_rotary", "k", "v")  # of key heads
 MAPS = ("logits", "weights")
 STREAM = ("residual_in", "out", "residual_mid", "mlp", "residual_out")  # (B, L, dim), of no head
 

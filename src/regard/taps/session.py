@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapt.patch import chosen
 from ..errors import RegardError
-from .points import POINTS, STREAM, Edit, Places, check_points
+from .points import KEYS, POINTS, STREAM, UNTURNED, Edit, Places, check_points
 from .reductions import Reduction
 from .seen import Seen
 from .sites import Site, sites
@@ -31,7 +31,9 @@ def read(
     """`with taps(model, points) as seen: model(...)`, then `seen[point, layer]`.
 
     points, of every attention layer (B rows, L tokens of the call, Lk keys with those in the cache):
-    "q" (B, h, L, D), "k", "v" (B, hkv, Lk, D): as attention takes them, behind rotary positions and norms. "logits": what softmax takes,
+    "q" (B, h, L, D), "k", "v" (B, hkv, Lk, D): as attention takes them, behind rotary positions and norms. "q_pre_rotary" (B, h, L, D),
+    "k_pre_rotary" (B, hkv, L, D): what rotary positions turn, behind norms, of the call's own tokens (an edit is turned, and reaches the
+    cache); only the channels that the model gives its rotary function; refused where there are none, for q and k are the same there. "logits": what softmax takes,
     (B, h, L, Lk), scaled, with the model's bias and softcap, -inf where nothing is seen. "weights": after softmax, before dropout; rows
     that see nothing are zero. "heads": (B, h, L, Dv), each head's output before the projection. "out": behind the projection, (B, L, dim).
     "residual_in", "residual_mid", "residual_out": the stream before attention, between attention and MLP, and behind the block; "mlp":
@@ -103,7 +105,7 @@ class Taps:
         self.taps: list[Tap] = []
         for site in self.sites:
             own = None if wanted is None else list(dict.fromkeys(chosen("heads", wanted, site.heads)))
-            kv = None if own is None else key_heads(site, own, [point for point in edits if point in "kv"])
+            kv = None if own is None else key_heads(site, own, [point for point in edits if point in KEYS])
             self.taps.append(Tap(edits, reads, reductions, own, kv, places, graph, seen))
             for point in (*edits, *reads):
                 if point in STREAM and site.stream.missing(point):
@@ -111,6 +113,8 @@ class Taps:
                         f"{type(site.module).__name__} in layer {site.layer} stands in a block in which {point!r} is not known by name; "
                         "expected other points"
                     )
+                if point in UNTURNED and site.unturned is not None:
+                    raise RegardError(f"{type(site.module).__name__} in layer {site.layer} has no point {point!r}: {site.unturned}")
         self.stations: list[Station] = []
 
     def __enter__(self) -> Seen:

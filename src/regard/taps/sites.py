@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,61 +22,9 @@ from ..engine.door import attend
 from ..errors import MissingDependency, RegardError
 from ..nn.attention import Attention
 from .attending import Attending, Given, Softmax, Terms
-from .stream import Hook, Stream, names_of, stream_of
-
-Run = Callable[[Attending], tuple[Tensor, Any]]
-
-
-@dataclass
-class Clock:
-    """Of the latest call of a stack of layers. start: tokens before it in the cache. real (B, tokens so far) bool, or None."""
-
-    start: int = 0
-    real: Tensor | None = None
-    handle: Any = None
-    users: int = 0
-
-
-class Site(ABC):
-    """One attention layer. run: what its calls pass through while it is watched."""
-
-    def __init__(self, model: nn.Module, module: nn.Module, name: str, layer: int, heads: int, kv_heads: int):
-        self.module, self.layer, self.heads, self.kv_heads = module, layer, heads, kv_heads
-        self.stream: Stream = stream_of(model, name)
-        self.run: Run | None = None
-        self.clock = Clock()
-
-    @abstractmethod
-    def watch(self, run: Run) -> None: ...
-
-    @abstractmethod
-    def leave(self) -> None: ...
-
-
-_clocks: weakref.WeakKeyDictionary[nn.Module, Clock] = weakref.WeakKeyDictionary()
-
-
-def cached(bound: dict[str, Any]) -> int:
-    """Tokens in the cache that came with a call."""
-    more = bound.get("kwargs") or {}
-    for name in ("past_key_values", "cache"):
-        length = getattr(bound.get(name, more.get(name)), "get_seq_length", None)
-        if length is not None:
-            return int(length())
-    return 0
-
-
-def told(owner: nn.Module, clock: Clock) -> Any:
-    """A hook that reads the cache and the padding of each call of `owner`."""
-    known = inspect.signature(owner.forward)
-
-    def run(args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        bound = known.bind_partial(*args, **options).arguments
-        mask = bound.get("attention_mask")
-        clock.start = cached(bound)
-        clock.real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    return owner.register_forward_pre_hook(Hook(owner, run), with_kwargs=True)
+from .site import Run, Site, clock_of, leave_clock
+from .stream import names_of
+from .turning import Through, Turning, rotary_names
 
 
 class TransformersSite(Site):
@@ -93,18 +38,20 @@ class TransformersSite(Site):
         interface(forward)
         self.run = run
         if self.owner is not None:
-            self.clock = _clocks.setdefault(self.owner, Clock())
-            self.clock.users += 1
-            if self.clock.handle is None:
-                self.clock.handle = told(self.owner, self.clock)
+            self.clock = clock_of(self.owner)
         watch(self.module, self)
 
     def leave(self) -> None:
         watch(self.module, None)
-        self.clock.users -= 1
-        if self.owner is not None and self.clock.users == 0:
-            self.clock.handle.remove()
-            del _clocks[self.owner]
+        if self.owner is not None:
+            leave_clock(self.owner)
+
+    @property
+    def unturned(self) -> str | None:
+        return None if rotary_names(type(self.module)) else "it has no rotary positions; expected the points q and k"
+
+    def turning(self, through: Through) -> Turning:
+        return Turning(self.module, self.heads, self.kv_heads, through)
 
     def attend(self, call: Call, patches: Sequence[Patch]) -> tuple[Tensor, Any]:
         """What transformers' call gives with taps on it: (B, Lq, H, Dv), and weights or None."""
@@ -203,12 +150,32 @@ class OwnSite(Site):
 
     module: Attention
 
+    through: Through | None = None
+
     def watch(self, run: Run) -> None:
         self.run = run
         self.module.watcher = self
 
     def leave(self) -> None:
         self.module.watcher = None
+
+    @property
+    def unturned(self) -> str | None:
+        if self.module.rope is not None:
+            return None
+        return "it has no rotary positions before its mechanism; expected the points q and k, which stand before those of a mechanism"
+
+    def turning(self, through: Through) -> OwnSite:
+        self.through = through
+        return self
+
+    def remove(self) -> None:
+        self.through = None
+
+    def before_rotary(self, q: Tensor, k: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys of tokens from `position` on, past the taps before they are turned."""
+        self.clock.start = position
+        return (q, k) if self.through is None else (self.through("q_pre_rotary", q), self.through("k_pre_rotary", k))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mechanism: Any, mask: Any, dropout: float, position: int, step: Any, made: dict[str, Any]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from .attending import Attending
-from .points import MAPS, STREAM, At, Edit, Places, edited, put, take
+from .points import KEYS, MAPS, STREAM, UNTURNED, At, Edit, Places, edited, put, take
 from .reductions import Gathered, Reduction, Rows
 from .seen import Seen
-from .sites import Site
+from .site import Site
 
 CHUNK = 2**20  # entries of a map that reductions look at together
 
@@ -67,7 +67,11 @@ class Station:
         if not self.taps:
             self.site.watch(self.run)
         self.taps.append(tap)
-        self.rehook()
+        try:
+            self.rehook()
+        except BaseException:
+            self.remove(tap)
+            raise
 
     def remove(self, tap: Tap) -> None:
         self.taps.remove(tap)
@@ -79,18 +83,21 @@ class Station:
     def rehook(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        points = [point for point in STREAM if any(tap.wants(point) for tap in self.taps)]
-        self.hooks = [hook for point in points for hook in self.site.stream.hook(point, self.through)]
+        self.hooks = []
+        for point in STREAM:
+            if any(tap.wants(point) for tap in self.taps):
+                self.hooks += self.site.stream.hook(point, self.through)
+        if any(tap.wants(point) for tap in self.taps for point in UNTURNED):
+            self.hooks.append(self.site.turning(self.through))
 
     def axes(self, tap: Tap, point: str, x: Tensor) -> Axes:
         """The part of a point's tensor that a tap takes."""
         start = self.site.clock.start
         if point in STREAM:
             return {1: tap.places.rows(x.shape[1], start)} if tap.places.positions is not None else {}
-        kv = point in ("k", "v")
-        chosen = tap.key_heads if kv else tap.heads
+        chosen = tap.key_heads if point in KEYS else tap.heads
         heads = list(range(x.shape[1])) if chosen is None else chosen
-        return {1: heads, 2: tap.places.rows(x.shape[2], 0 if kv else start)}
+        return {1: heads, 2: tap.places.rows(x.shape[2], 0 if point in ("k", "v") else start)}
 
     def through(self, point: str, x: Tensor) -> Tensor:
         """A point's whole tensor past all taps."""
@@ -111,7 +118,7 @@ class Station:
         return x
 
     def at(self, tap: Tap, point: str) -> At:
-        heads, clock = tap.key_heads if point in ("k", "v") else tap.heads, self.site.clock
+        heads, clock = tap.key_heads if point in KEYS else tap.heads, self.site.clock
         chosen = None if heads is None or point in STREAM else tuple(heads)
         return At(self.site.layer, point, chosen, tap.places.positions, clock.start, clock.real)
 

@@ -38,25 +38,50 @@ def test_gpt2_is_traced_to_its_first_layer():
     used = found.edges[0].used
     with torch.no_grad(), regard.taps(model, "logits", layers=[2]) as before:
         model(ids)
-    with torch.no_grad(), removed(model, ids, 2, head, used, "dst", dst), regard.taps(model, "logits", layers=[2]) as after:
+    with torch.no_grad(), removed(model, ids, 2, head, used, "dst", dst, src), regard.taps(model, "logits", layers=[2]) as after:
         model(ids)
     assert float(after["logits", 2][0, head, dst, src]) < 0.5 * float(before["logits", 2][0, head, dst, src])
     others = [h for h in range(4) if h != head]
     assert torch.equal(after["logits", 2][0, others], before["logits", 2][0, others])
 
 
+def rotary(kind, **more):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 40, "head_dim": 8}
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, "num_key_value_heads": 2, "pad_token_id": 0, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=3.0 if "q_norm" in name else 0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "regard"])
+def test_rotary_models_are_traced(kind):
+    model, ids = rotary(kind) if kind != "regard" else None, torch.randint(40, (1, 10))
+    if model is None:
+        model = regard.nn.Decoder(vocab=40, dim=32, heads=4, kv_heads=2).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+    head, dst, src = firing(model, ids, 1)
+    found = trace(model, ids, 1, head, dst, src)
+    assert found.edges and all(e.weight > 0 for e in found.edges)
+    with torch.no_grad(), regard.taps(model, "logits", layers=[1]) as before:
+        model(ids)
+    used = next(e.used for e in found.edges if e.receiver == (1, head))
+    for side in ("dst", "src"):
+        with torch.no_grad(), removed(model, ids, 1, head, used, side, dst, src), regard.taps(model, "logits", layers=[1]) as after:
+            model(ids)
+        assert float(after["logits", 1][0, head, dst, src]) < 0.5 * float(before["logits", 1][0, head, dst, src])
+
+
 def test_what_cannot_be_traced_is_refused():
     model, ids = gpt2(), torch.randint(40, (1, 10))
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=40)
-    ).eval()
-    for p in llama.parameters():
-        torch.nn.init.normal_(p, std=0.5)
+    qwen = rotary("qwen3")
     for args, message in (
         ((model, ids, 3, 0, 5, 2), "layer=3"),
         ((model, ids, 1, 0, 2, 5), "src=5"),
         ((model, ids.repeat(2, 1), 1, 0, 5, 2), "rows"),
-        ((llama, ids, 1, *firing(llama, ids, 1)), "rotary"),
+        ((qwen, ids, 1, *firing(qwen, ids, 1)), "norms of queries"),
     ):
         with pytest.raises(regard.RegardError, match=message):
             trace(*args)
@@ -64,6 +89,6 @@ def test_what_cannot_be_traced_is_refused():
     with pytest.raises(regard.RegardError, match="firing"):
         trace(model, ids, 2, head, dst, src, firing=1.1)
     with pytest.raises(regard.RegardError, match="side"):
-        removed(model, ids, 2, 0, [0], "key", 3)
+        removed(model, ids, 2, 0, [0], "key", 5, 3)
     with pytest.raises(regard.RegardError, match="terms"):
         sparse_set(torch.zeros(0))

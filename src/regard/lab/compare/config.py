@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from ...catalog import get
 from ...errors import RegardError
 from ...nn.mixers import mixer, mixer_names, parsed
+from ..files import prepare
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 BASELINE = "softmax"
@@ -86,12 +86,7 @@ class Config:
 
     def prepare_out(self) -> None:
         """Make the output directory; RegardError if nothing can be written there."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.out):
-                pass
-        except OSError as why:
-            raise RegardError(f"--out {self.out}: cannot write there ({why.strerror})") from None
+        prepare(self.out, f"--out {self.out}")
 
     def as_dict(self) -> dict[str, Any]:
         shown = asdict(self)

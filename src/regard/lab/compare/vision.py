@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import RegardError
 from ...plots import figure
-from ..files import write_text
+from ..files import prepare, write_text
 from .config import BACKENDS
 from .jobs import Job, results, workers_of
 from .pictures import TASKS
@@ -228,10 +228,7 @@ def compare_layers(config: VisionConfig, resume: bool = False, console: Console 
     kept = {key: value for key, value in config.as_dict().items() if key not in free}
     mark, path = json.dumps(kept, sort_keys=True), config.out / "report.json"
     old = resumed(path, mark) if resume else {}
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise RegardError(f"--out {config.out}: cannot write there ({why.strerror})") from None
+    prepare(config.out, f"--out {config.out}")
     ones = {spec: {**size(config, spec), **old.get("mechanisms", {}).get(spec, {})} for spec in config.specs}
     report: dict[str, Any] = {
         "fingerprint": mark,

@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import RegardError
 from ...plots import figure
-from ..files import write_text
+from ..files import prepare, write_text
 from .cache import CachePoint, CacheSweep
 
 
@@ -93,10 +92,7 @@ def cache_plots(result: CacheSweep) -> dict[str, str]:
 
 def write_cache_points(result: CacheSweep, out: Path) -> None:
     """report.json in `out`: what has been measured so far."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise RegardError(f"--out {out}: cannot write there ({why.strerror})") from None
+    prepare(out, f"--out {out}")
     write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")
 
 

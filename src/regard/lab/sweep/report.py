@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...errors import RegardError
 from ...plots import figure
-from ..files import write_text
+from ..files import prepare, write_text
 from .measure import Point, Sweep
 
 
@@ -46,10 +45,7 @@ def plots(result: Sweep) -> dict[str, str]:
 
 def write_points(result: Sweep, out: Path) -> None:
     """report.json in `out`: what has been measured so far."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as why:
-        raise RegardError(f"--out {out}: cannot write there ({why.strerror})") from None
+    prepare(out, f"--out {out}")
     write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")
 
 

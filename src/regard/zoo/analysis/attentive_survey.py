@@ -2,7 +2,8 @@
 
 e_ij = a(k_j, q_i);  alpha = p(e);  c_i = sum_j alpha_ij v_j.   local: centre i, or T sigmoid(v^T tanh(W q)), times exp(-(j - p_i)^2 / (2 (D/2)^2))
 axes: sequences (distinctive, co, self), abstraction (single, multi), positions (soft, hard, local), representations (single, multi,
-multi-dimensional).   Not built: REINFORCE for hard positions (the straight-through estimator is); axes of the other rows' mechanisms.
+multi-dimensional).   Other rows by these axes: `regard.names(sequences="self", positions="local")`. Not built: REINFORCE for hard
+positions (the straight-through estimator is).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.catalog.axes import AXES, Axes
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn import alignments
@@ -27,12 +29,6 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "entmax": entmax_weights,
     "sigmoid": torch.sigmoid,
 }
-AXES = {
-    "sequences": ("distinctive", "co", "self"),
-    "abstraction": ("single", "multi"),
-    "positions": ("soft", "hard", "local"),
-    "representations": ("single", "multi", "multi-dimensional"),
-}
 
 
 @register("attentive-survey", kind="module")
@@ -43,6 +39,8 @@ class SurveyAttention(nn.Module):
     place a query, drawn in training (with gradients straight through) and the likeliest in evaluation; "local-m", keys within `width` of the
     query's own place; "local-p", those near a predicted centre, width being D. dim: of queries and keys.
     """
+
+    axes: Axes  # what the row's forms have, for `regard.names`
 
     def __init__(
         self,
@@ -260,6 +258,7 @@ FORMS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "multi-representational": (MultiRepresentation, tags("self", representations="multi")),
     "multi-dimensional": (MultiDimensional, tags("distinctive", representations="multi-dimensional")),
 }
+SurveyAttention.axes = {axis: frozenset(own[axis] for _, own in FORMS.values()) for axis in AXES}
 INTERPRETABILITY = (
     "regard.interpret.rollout",
     "regard.interpret.ablated",

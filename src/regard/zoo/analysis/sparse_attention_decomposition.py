@@ -5,8 +5,9 @@ Omega = [[W_Q W_K^T, W_Q b_K], [b_Q W_K^T, b_Q.b_K]] = U S V^T on x~ = [x; 1];  
 sparse set: the largest terms whose sum first exceeds `frac` of the score;   an earlier head's part, o~ = [its output behind the norm; 1]:
 at the source sum_k sign(x~_i.u_k) sqrt(s_k) v_k.o~, at the destination sum_k sign(x~_i.u_k) sqrt(s_k) u_k.o~
 
-Not built: projections of the whole stream (`removed` acts on one head's queries or keys, in all of its input or in one head's part of it).
-Rotary models are refused: their Omega turns with the distance.
+Rotary positions: Omega turns with the distance, [W_Q; b_Q] R_i R_j^T [W_K; b_K]^T, and has triplets of its own at each (the paper's models
+have none). Not built: projections of the whole stream (`removed` acts on one head's queries or keys, in all of its input or in one
+head's part of it).
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat((x, torch.ones_like(x[..., :1])), -1)
 
 
-def omega_svd(weights: HeadWeights, head: int) -> Directions:
-    """The first d singular triplets of a head's Omega, without scores' scale: `head_weights(site)`, then this."""
+def omega_svd(weights: HeadWeights, head: int, turns: tuple[Tensor, Tensor] | None = None) -> Directions:
+    """The first d singular triplets of a head's Omega, without scores' scale: `head_weights(site)`, then this. turns (d, d): what rotary
+    positions make of queries at the destination and of keys at the source (`regard.interpret.turns_of`); only the distance matters."""
     left, right = (torch.cat((w[head], b[head, None])) for w, b in ((weights.wq, weights.bq), (weights.wk, weights.bk)))
+    if turns is not None:
+        left, right = left @ turns[0].to(left), right @ turns[1].to(right)
     # Of the product of two thin matrices: their QR factors keep it small.
     (q1, r1), (q2, r2) = torch.linalg.qr(left), torch.linalg.qr(right)
     u, s, vt = torch.linalg.svd(r1 @ r2.T)
@@ -95,13 +99,17 @@ class Trace:
         return graph
 
 
+def turns(part: Part, dst: int, src: int) -> tuple[Tensor, Tensor] | None:
+    return None if part.turns is None else (part.turns[dst], part.turns[src])
+
+
 def signals(part: Part, head: int, dst: int, src: int, frac: float) -> tuple[Tensor, Tensor, Tensor]:
     """(numbers used, destination's (D + 1,) and source's signal direction), the signs those of x~_i.u_k."""
-    directions = omega_svd(part.weights, head)
+    directions = omega_svd(part.weights, head, turns(part, dst, src))
     terms = score_components(directions, part.x[dst], part.x[src])
     if not torch.allclose(terms.sum() * part.weights.scale, part.logits[head, dst, src].to(terms), rtol=1e-3, atol=1e-3):
         raise RegardError(
-            f"the score of head {head} in layer {part.layer} is not its queries' product with its keys as projected (rotary positions, norms or "
+            f"the score of head {head} in layer {part.layer} is not its queries' product with its keys as projected (norms of queries and keys, or "
             "biases of scores); expected plain dot products"
         )
     used = sparse_set(terms, frac)
@@ -127,9 +135,9 @@ def trace(
 
     frac: of the score that the directions used must exceed. share: senders are kept, the greatest first, until they have that share of all
     positive parts. A sending head is followed to each place it looks at with a weight of `firing` or more, if that is not the first token
-    and the score is positive, for `depth` levels (None: down to the first layer). RegardError for a pair that does not fire, rotary
-    models, and blocks whose parts are not known."""
-    parts = parts_of(model, ids)
+    and the score is positive, for `depth` levels (None: down to the first layer). RegardError for a pair that does not fire, norms
+    of queries and keys, and blocks whose parts are not known."""
+    parts = parts_of(model, ids, turned=True)
     if not 0 <= layer < len(parts) or not 0 <= src <= dst < ids.shape[1]:
         raise RegardError(f"layer={layer}, dst={dst}, src={src}: expected a layer below {len(parts)} and 0 <= src <= dst < {ids.shape[1]}")
     if float(parts[layer].pattern[head, dst, src]) < firing:
@@ -170,20 +178,22 @@ def senders(parts: Sequence[Part], layer: int, token: int) -> list[tuple[Head | 
 
 
 def removed(
-    model: nn.Module, ids: Tensor, layer: int, head: int, used: Sequence[int], side: str, position: int, sender: Head | None = None
+    model: nn.Module, ids: Tensor, layer: int, head: int, used: Sequence[int], side: str, dst: int, src: int, sender: Head | None = None
 ) -> AbstractContextManager[Any]:
-    """A `with` block in which the head's input at `position` lacks its part along the directions `used`: x~ - P x~ with P = U_S U_S^T
-    for side "dst" (its query), V_S V_S^T for "src" (its key). sender: only this head's part of the input lacks it (one edge). Made for
-    the row ids (1, L), on which the block must be run."""
+    """A `with` block in which the head's input at dst or src lacks its part along the directions `used` (of this pair): x~ - P x~ with
+    P = U_S U_S^T for side "dst" (its query), V_S V_S^T for "src" (its key). sender: only this head's part of the input lacks it (one edge).
+    Made for the row ids (1, L), on which the block must be run."""
     if side not in ("dst", "src"):
         raise RegardError(f"side={side!r}; expected dst or src")
-    parts = parts_of(model, ids)
-    part, directions = parts[layer], omega_svd(parts[layer].weights, head)
+    parts, position = parts_of(model, ids, turned=True), dst if side == "dst" else src
+    part = parts[layer]
+    directions = omega_svd(part.weights, head, turns(part, dst, src))
     basis = (directions.u if side == "dst" else directions.v)[:, list(used)]
     x = part.x[position] if sender is None else part.behind(parts[sender[0]].written[sender[1], position], position)
     lost = basis @ (basis.T @ with_one(x))
     matrix, bias = (part.weights.wq, part.weights.bq) if side == "dst" else (part.weights.wk, part.weights.bk)
     change = lost @ torch.cat((matrix[head], bias[head, None]))
+    change = change if part.turns is None else change @ part.turns[position].to(change)
     group = part.group if side == "src" else 1
 
     def without(q: Tensor) -> Tensor:

@@ -56,7 +56,6 @@ class RecycledAttention(Policy):
 
     def reading(self, view: View) -> Part:
         if view.first or view.query.shape[3] > 1:
-            self.since[view.layer] = 0
             return view.part
         notes, whole = view.part.notes, self.full(view)
         notes["recycled"][..., -1] = 1
@@ -80,6 +79,8 @@ class RecycledAttention(Policy):
         rows = (
             torch.ones(len(view.query), dtype=torch.bool, device=view.query.device) if n > 1 or view.first else notes["whole"][:, 0, 0] > 0
         )
+        if n > 1 or view.first:
+            self.since[view.layer] = 0
         if not bool(rows.any()):
             return
         a = next(view.rows(1))[0][:, :, :, 0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regard.algebra import Causal, Chosen, Input, Selection, Weighted, bind
 from regard.algebra.select import View as Sight
-from regard.cache.policy import Policy, oldest
+from regard.cache.policy import Policy, begin
 from regard.cache.view import View, read
 from regard.catalog.registry import register
 from regard.engine.door import attend, attend_with_stats
@@ -149,7 +149,7 @@ class S2Cache(Policy):
 
     def shown(self, table: Tensor, view: View, places: Tensor) -> Tensor:
         """(B, h, n, m): what a table (heads, blocks, blocks) says of tokens at places (n,) and of the remembered ones."""
-        first = begin(view)
+        first = begin(view)[:, None, None]
         rows, columns = ((at - first).clamp_min(0) // self.block for at in (places, view.part.places))
         if int(rows.max()) >= table.shape[1]:
             raise RegardError(
@@ -176,15 +176,6 @@ class S2Cache(Policy):
         after = (view.part.places.max() + 1)[None]
         last = begin(view).max() + len(self.layout[0]) * self.block - 1  # behind the layout's end nothing can come
         return self.shown(self.needed, view, after.minimum(last))[:, :, 0]
-
-
-def begin(view: View) -> Tensor:
-    """(B, 1, 1): the place of each row's first token, known to the entries that came later too."""
-    oldest(view, 1)
-    note = view.part.notes["first"]
-    first = note.amax((1, 2), keepdim=True)
-    view.part.notes["first"] = first.expand_as(note).clone()
-    return first
 
 
 __all__ = ["S2Cache", "csr", "kv_efficient", "s2_attention", "s2_block_mask"]

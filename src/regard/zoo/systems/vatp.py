@@ -54,7 +54,7 @@ class VATP(Policy):
 
     def observe(self, view: View) -> None:
         last = self.window if self.base == "scissorhands" and view.first else None
-        mass = torch.stack([p.sum((2, 3)) for p, _ in view.rows(last)]).sum(0)
+        mass = view.mass(last)
         note(view, "mass", mass / self.window if last else mass)
 
     def sizes(self, view: View) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.cache.policies import Full
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import rotary_heads
 from regard.lab.checks.shared.decoding import llama
 from regard.lab.verification import check
 from regard.tasks.passkeys import passkeys
@@ -29,9 +30,7 @@ def masked(model: Any, ids: Tensor, gates: Tensor, sink: int, recent: int, mix: 
         own, outs = layer.self_attn, list[list[Tensor]]()
         for number, stream in enumerate((teacher, x)):
             y, heads = layer.input_layernorm(stream), []
-            q, k, v = (proj(y).view(*ids.shape, -1, own.head_dim).transpose(1, 2) for proj in (own.q_proj, own.k_proj, own.v_proj))
-            half = own.head_dim // 2
-            q, k = (t * cos[:, None] + torch.cat((-t[..., half:], t[..., :half]), -1) * sin[:, None] for t in (q, k))
+            q, k, v = rotary_heads(own, y, cos, sin)
             for h in range(q.shape[1]):
                 g = h // (q.shape[1] // k.shape[1])
                 s = q[:, h] @ k[:, g].transpose(1, 2) * own.head_dim**-0.5

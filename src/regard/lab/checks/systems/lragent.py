@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import half_turned
 from regard.lab.checks.shared.decoding import llama, taught
 from regard.lab.checks.shared.gaps import gaps
 from regard.lab.verification import check
@@ -45,8 +46,7 @@ def by_hand(model: Any, ids: Tensor, mine: Adapter, owners: list[Adapter] | None
         rows = [mine] * ids.shape[1] if owners is None or not finished else owners
         v = v + torch.stack([one.scale * y[:, t] @ one.a_v[at].T @ one.b_v[at].T for t, one in enumerate(rows)], 1)
         q, k, v = (t.view(*ids.shape, -1, own.head_dim).transpose(1, 2) for t in (q, k, v))
-        half = own.head_dim // 2
-        q, k = (t * cos[:, None] + torch.cat((-t[..., half:], t[..., :half]), -1) * sin[:, None] for t in (q, k))
+        q, k = (half_turned(t, cos, sin) for t in (q, k))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         s = (q @ k.mT * own.head_dim**-0.5).masked_fill(~torch.ones(ids.shape[1], ids.shape[1]).tril().bool(), -torch.inf)
         x = x + own.o_proj((s.softmax(-1) @ v).transpose(1, 2).flatten(2))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import rotary_heads
 from regard.lab.checks.shared.decoding import llama
 from regard.lab.checks.shared.gaps import gaps
 from regard.lab.verification import check
@@ -105,9 +106,7 @@ def logits(model: object, ids: Tensor, layout: Tensor, block: int) -> Tensor:
     cos, sin = host.rotary_emb(x, torch.arange(ids.shape[1])[None])
     for layer in host.layers:
         own, y = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (proj(y).view(*ids.shape, -1, own.head_dim).transpose(1, 2) for proj in (own.q_proj, own.k_proj, own.v_proj))
-        half = own.head_dim // 2
-        q, k = (t * cos[:, None] + torch.cat((-t[..., half:], t[..., :half]), -1) * sin[:, None] for t in (q, k))
+        q, k, v = rotary_heads(own, y, cos, sin)
         x = x + own.o_proj(dense(q, k, v, layout, block)[0].transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(host.norm(x))  # type: ignore[attr-defined, no-any-return]

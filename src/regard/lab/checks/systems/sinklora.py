@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.lab import naive
+from regard.lab.checks.shared.byhand import rotary_heads
 from regard.lab.checks.shared.decoding import llama
 from regard.lab.checks.shared.gaps import gaps
 from regard.lab.verification import check
@@ -133,8 +134,7 @@ def _() -> tuple[float, float]:
 
     for layer in host.layers:
         own, y = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (through(proj, y).view(2, 64, -1, 8).transpose(1, 2) for proj in (own.q_proj, own.k_proj, own.v_proj))
-        q, k = (t * cos + torch.cat((-t[..., 4:], t[..., :4]), -1) * sin for t in (q, k))
+        q, k, v = rotary_heads(own, y, cos, sin, through)
         x = x + through(own.o_proj, closed(q, k, v, 16, 2, [0, 0, 8, 8]).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     truth = base.lm_head(host.norm(x))

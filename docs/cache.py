@@ -1,0 +1,197 @@
+"""Writes docs/results/cache.md and its plots from reports of `regard sweep --cache` and the benchmarks' JSON.
+
+python docs/cache.py benchmarks/results/cache_tiny.json benchmarks/results/cache_smollm2-135m.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from regard.lab.sweep import CacheSweep, cache_table
+from regard.lab.sweep.cache_report import cache_plots, depth_table
+
+HOME = Path("docs/results")
+RESULTS = Path("benchmarks/results")
+
+READING = """## What is seen
+
+- *Bits, tokens and facts are three questions.* With a quarter of the entries, the first and the newest tokens alone (`streaming`) cost the large model next to nothing in bits per byte, as much as
+  policies that look at attention; but they say another token at one step in eight, and lose the facts. `random` costs 0.28 bits and more, and its long generations are elsewhere.
+- *Fewer bits beat fewer entries* on the small model: `kivi` with 4 bits keeps 31% of the bytes (a scale and a minimum in float32 for each 32 numbers are counted) and all of what can be measured here; with 2 bits
+  facts begin to go. Both together keep less still: what a policy lets stay loses nothing by being stored in 4 bits.
+- *Policies that choose by the prompt's end know the question* where it stands there: facts that are asked for after the prompt are found less often by `snapkv` and hardly by `tova`. What is gone is gone.
+  `duoattention`, whose retrieving heads keep everything, finds what the full cache finds (its gates here are the ranks of heads by how much they copy, not trained ones).
+- `keynorm` is worse than chance on the small model, and `pyramidkv` worse than the same budget in all layers on both.
+- *with notes*: places (8 bytes) and a flag an entry and head, in room for 32 more. `adakv`'s heads keep different numbers; rows of a batch lie in tensors as long as the longest of them, which is
+  why a batch keeps more than its budget.
+
+What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies on smollm2-135m, prompts of 512 tokens. An order of methods here is no order of the papers."""
+
+KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the text behind the prompt.
+The keys that stay are the same where both follow one paper, and so are the bits. `H2O` is beside kvpress's ObservedAttentionPress, which divides by how many queries see a key and reads attention
+by the eager implementation; `KeyNorm` of regard keeps the newest entry always. kvpress's AdaKVPress masks what it drops and keeps its bytes. Times are processor seconds on a machine that did much other work meanwhile, with two
+runs a side: a difference of less than a fifth is noise. A step under a policy is slower than kvpress's, which leaves transformers' own cache behind and cannot drop at later steps: regard's
+layers know places, rows and heads; what is left of it at long context is under Speed."""
+
+SPEED = """Processor seconds, the least of several runs that take turns, on a machine that did much other work: ratios within a tenth are noise. A tree of 64 nodes is not free on one processor: its products take 64 times the
+operations of one step, which is bound by reading the weights once (540 MB in float32), and the processor is done with those of about four nodes meanwhile; the target of 1.3 times a step holds where products are
+free beside the weights, as on a GPU, not here. For the same reason Token Recycling's 80 nodes lose on one core."""
+
+
+def called(name: str) -> str:
+    return Path(name).name.replace("-", "_").replace(".", "_")
+
+
+def section(result: CacheSweep) -> str:
+    c = result.config
+    name = called(result.model)
+    for key, svg in cache_plots(result).items():
+        (HOME / f"cache_{name}_{key}").write_text(svg, encoding="utf-8")
+    given: dict[str, list[str]] = {}
+    for p in result.points[1:]:
+        given.setdefault(p.name, []).append(p.settings)
+    methods = " ".join(f"{n}:{s}" for n, settings in given.items() for s in settings)
+    return f"""## {result.model}
+
+{c.length} tokens a prompt, {c.steps} behind it; {c.windows} texts for bits per byte, {c.windows} others that the model continues, and {c.needles} facts at each of {len(c.depths)} depths, each asked
+for at the end of the prompt and once more after it.
+
+```
+regard sweep --cache {result.model} --seq-len {c.length} --windows {c.windows} --steps {c.steps} --needles {c.needles} --out runs/cache_{name} \\
+  {methods}
+```
+
+![bits per byte against kept bytes](cache_{name}_bits.svg)
+
+![facts found against kept bytes](cache_{name}_needles.svg)
+
+![facts found, asked later, against kept bytes](cache_{name}_later.svg)
+
+![divergence of long generations against kept bytes](cache_{name}_generation.svg)
+
+{cache_table(result)}
+
+Facts found by depth, the question in the prompt / after it:
+
+{depth_table(result)}
+"""
+
+
+def peers(found: dict[str, Any]) -> str:
+    """regard beside kvpress."""
+    out = []
+    for model, own in found.items():
+        s = own["settings"]
+        told = (
+            f"{s['texts']} texts of {s['length']} tokens and {s['steps']} steps behind each, {5 * s['facts']} facts"
+            if s["facts"]
+            else f"{s['texts']} texts of {s['length']} tokens and {s['steps']} steps behind each"
+        )
+        out.append(f"\n{model}: {told}; transformers {s['transformers']}, torch {s['torch']}, one thread, {s['processor']}.\n")
+        head = [
+            "policy and budget",
+            "bits a byte",
+            "kvpress",
+            "facts",
+            "kvpress",
+            "bytes, regard / kvpress",
+            "prompt time, regard / kvpress",
+            "step time, regard / kvpress",
+        ]
+        out.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        for key, one in own["results"].items():
+            a, b = one["regard"], one["kvpress"]
+            cells = [
+                key,
+                f"{a['bits']:.3f}",
+                f"{b['bits']:.3f}",
+                f"{a['facts']:.2f}" if s["facts"] else "",
+                f"{b['facts']:.2f}" if s["facts"] else "",
+            ]
+            cells += [f"{a[name] / b[name]:.2f}" for name in ("bytes", "prompt", "step")]
+            out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def ratios(title: str, values: dict[str, float]) -> str:
+    return f"| {title} | ratio |\n|---|---|\n" + "\n".join(f"| {name} | {x:.2f} |" for name, x in values.items())
+
+
+def serving(found: dict[str, Any]) -> str:
+    out = []
+    for model, own in found.items():
+        out.append(f"\n{model}, torch {own['torch']}, one thread, {own['processor']}.\n")
+        if "overhead" in own:
+            out.append(
+                ratios(
+                    f"a step at {own['overhead']['context']} tokens, budget never reached, over the plain model",
+                    own["overhead"]["over plain"],
+                )
+                + "\n"
+            )
+        if "long" in own:
+            out.append(
+                ratios(f"a step at {own['long']['context']} tokens: times as fast as the plain model", own["long"]["faster than plain"])
+                + "\n"
+            )
+        if "tree" in own:
+            out.append(
+                ratios(
+                    f"a pass over a tree of so many nodes at {own['tree']['context']} tokens, over one node", own["tree"]["over one node"]
+                )
+                + "\n"
+            )
+        if "recycling" in own:
+            one = own["recycling"]
+            out.append(f"| code, {one['tokens']} tokens behind each of 3 prompts | times as fast as plain | tokens a pass |\n|---|---|---|")
+            out += [f"| {name} | {x:.2f} | {one['tokens a pass'][name]:.2f} |" for name, x in one["faster than plain"].items()]
+            out.append("")
+        if "greedy" in own:
+            one = own["greedy"]
+            out.append(
+                f"| greedy, {one['tokens']} tokens | prompts wholly the same | tokens a pass | largest gap where they differ (logits) |\n|---|---|---|---|"
+            )
+            for name, x in one["strategies"].items():
+                out.append(f"| {name} | {x['equal']} of {x['prompts']} | {x['tokens a pass']:.2f} | {max(x['gaps'], default=0):.1e} |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    results = [CacheSweep.read(Path(name)) for name in sys.argv[1:]]
+    bench, served = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("cache.json", "serving.json"))
+    text = f"""# What a cache remembers
+
+Policies that drop entries of a pretrained model's cache, or store them in fewer bits, against the bytes that are kept: the two controls are the full cache and entries
+dropped by lot (`random`). *kept*: bytes of keys and values when the last token was read, over those of the full cache; *with notes*: with places, flags and what a
+policy notes of its entries. *same token*, *KL*, *first other*: along the model's own greedy continuation, the share of steps at which the policy would say the same token, the divergence from
+the full cache's distribution, and how many tokens would be the same before the first other one. *facts*: of those hidden in the prompt, the share whose value is said digit by digit.
+
+{READING}
+
+{"".join(section(one) for one in results)}
+## Beside kvpress
+
+{KVPRESS}
+
+```
+python benchmarks/cache.py --kvpress FOLDER --model tiny
+```
+{peers(bench)}
+
+## Speed, and greedy output token for token
+
+{SPEED}
+
+```
+python benchmarks/serving.py
+```
+{serving(served)}
+"""
+    (HOME / "cache.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
