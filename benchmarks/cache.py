@@ -99,7 +99,7 @@ def read(
 def main() -> None:
     asked = arguments()
     sys.path.insert(0, str(asked.kvpress))
-    from regard.nn.timm_host import operators
+    from regard.nn.images.timm_host import operators
 
     operators()
     import transformers

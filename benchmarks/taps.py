@@ -24,7 +24,7 @@ import torch
 
 from regard import models, taps
 from regard.lab.files import write_text
-from regard.nn.timm_host import operators
+from regard.nn.images.timm_host import operators
 from regard.taps import ColumnMass
 
 

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard.adapt.replace import after, replace
 from regard.lab.compare.slots import Fitted, fitted, made
 from regard.lab.files import write_text
-from regard.nn import timm_host
+from regard.nn.images import timm_host
 
 GATES = ("cbam", "ela", "ulsam", "polarized-attention", "little-attention-block", "van-lka")
 MIXERS = ("ninformer:tokens=197", "activator", "litv2-hilo", "mossformer:group=64,qk_dim=64")

@@ -66,7 +66,7 @@ def main(path: str) -> None:
 ## Learned on digits
 
 scikit-learn's handwritten digits, up-sampled to {config["side"]} x {config["side"]} pixels, each shifted, scaled and turned at random; a small convolutional net
-(`regard.nn.slot_net.SlotNet`, blocks of {" and ".join(map(str, config["widths"]))} channels) with the layer behind the last norm of each block's branch, trained for
+(`regard.nn.images.slot_net.SlotNet`, blocks of {" and ".join(map(str, config["widths"]))} channels) with the layer behind the last norm of each block's branch, trained for
 {report["steps"]} steps of {config["batch"]} by AdamW, the same images, rate and steps for all; accuracy on {1000} draws of 360 digits that no net was trained on.
 `none` is the net with nothing in its slots. Time of a training step is over that of `none`, both taken in turns. Made by
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regard.lab.compare.train import optimise, thinned
 from regard.models import vision
-from regard.nn import timm_host
+from regard.nn.images import timm_host
 from regard.tasks.digits import digits, photo_patches, rotated
 
 STEPS = {"digits-resnet": 900, "digits-vit": 1000}

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from regard.nn.timm_host import operators
+from regard.nn.images.timm_host import operators
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 operators()  # before any test imports transformers, which reads torchvision where it is installed

@@ -58,7 +58,7 @@ def minimax(**options: Any) -> nn.Module:
 
 
 def vit(depth: int = 2, classes: int = 3) -> nn.Module:
-    from regard.nn import timm_host
+    from regard.nn.images import timm_host
 
     made = timm_host.load("timm").models.vision_transformer.VisionTransformer
     return made(img_size=8, patch_size=4, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2.0, num_classes=classes)  # type: ignore[no-any-return]

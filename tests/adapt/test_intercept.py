@@ -9,7 +9,7 @@ import torch
 
 from regard import RegardError
 from regard.adapt import patch
-from regard.nn.timm_host import load
+from regard.nn.images.timm_host import load
 
 
 def vit(**options):

@@ -8,7 +8,7 @@ from torch import nn
 
 from regard import RegardError
 from regard.adapt import after, replace
-from regard.nn import timm_host
+from regard.nn.images import timm_host
 from regard.zoo.vision.cbam import CBAM
 from regard.zoo.vision.ela import ELA
 from regard.zoo.vision.little_attention_block import LiteAttention

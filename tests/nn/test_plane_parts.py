@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regard.nn.planes import Dilated, max_around
+from regard.nn.images.planes import Dilated, max_around
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 5), (13, 9)])

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 import regard  # noqa: E402
 from regard import adapt, taps  # noqa: E402
-from regard.nn.timm_host import load  # noqa: E402
+from regard.nn.images.timm_host import load  # noqa: E402
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 BASE |= {"max_position_embeddings": 64, "pad_token_id": 0}

@@ -3,7 +3,7 @@
 import importlib
 from importlib.util import find_spec
 
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 from .conversion import Conversion, convert
 from .linearise import distil
 from .named import register

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependency, RegardError
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 from .checkpoint import Place, fingerprint, put, read, write
 from .conversion import Batch, Conversion
 from .stages import Distil, Lora, Stage, Transfer, Tune, distance, next_token_loss

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..lazy import listed, load
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 
 operators()  # transformers reads torchvision where it is installed
 

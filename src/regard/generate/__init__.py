@@ -1,6 +1,6 @@
 """Several tokens a pass: drafts of what comes next, verified by the model at once; the output is that of plain decoding."""
 
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 from .accept import Greedy, Sampled, Typical
 from .beams import Beam, beam_search
 from .host import Host, Seen

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cache.rows import cache_argument, keep_rows
 from ..errors import MissingDependency, RegardError
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 from .tree import Draft
 
 MASKED = ("sdpa", "eager")  # implementations of attention that read a mask of all pairs

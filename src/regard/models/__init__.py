@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependency, RegardError, nearest
-from ..nn.timm_host import operators
+from ..nn.images.timm_host import operators
 from . import smollm2, vision
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..errors import RegardError
-from ..nn import timm_host
+from ..nn.images import timm_host
 
 SHAPES: dict[str, dict[str, Any]] = {
     "digits-vit": {

@@ -9,7 +9,7 @@ from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
 from .ema import MultiHeadEMA
 from .functional import scaled_dot_product_attention
-from .grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
+from .images.grid import Dress, GridAttention, GridBlock, GridNet, LocalConcentration, WindowAttention
 from .mixers import mixer, mixer_names
 from .multihead import MultiheadAttention
 from .parts import LayerScale, ShortConv, SwiGLU

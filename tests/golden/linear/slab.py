@@ -6,7 +6,7 @@ import torch
 from golden.vectors import Vectors, case
 
 import regard
-from regard.nn.grid import Dress
+from regard.nn.images.grid import Dress
 
 
 @case("c0", "c1", "c2")

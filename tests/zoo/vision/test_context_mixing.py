@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.nn.dynamic_kernels import DynamicKernels, window_bias, window_starts
-from regard.nn.large_kernels import ChannelScale, DilatedReparam, Residual, SqueezeExcite, merged
+from regard.nn.images.dynamic_kernels import DynamicKernels, window_bias, window_starts
+from regard.nn.images.large_kernels import ChannelScale, DilatedReparam, Residual, SqueezeExcite, merged
 from regard.zoo.vision.contmix import ContMix, OverLoCK, overlock
 
 SMALL = {

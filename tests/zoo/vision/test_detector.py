@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.nn.detection import Detect, Found, detection_loss, detections, overlap
+from regard.nn.images.detection import Detect, Found, detection_loss, detections, overlap
 from regard.nn.selective_scan import SelectiveScan, selective_scan
 from regard.tasks.images import scenes
 from regard.zoo.vision.mamba_yolo import SS2D, MambaYOLO, MambaYOLOMini, VisionClueMerge, VSSBlock, mamba_yolo

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from regard import RegardError, models
-from regard.nn import part_maps, timm_host
-from regard.nn.part_discovery import PartDiscovery
-from regard.nn.vit_host import masked_tokens
+from regard.nn.images import part_maps, timm_host
+from regard.nn.images.part_discovery import PartDiscovery
+from regard.nn.images.vit_host import masked_tokens
 from regard.zoo.vision.ifam import WEIGHTS, TwoStageFaithful, faithfulness_test, ifam_losses
 
 

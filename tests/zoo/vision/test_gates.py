@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from regard import RegardError
-from regard.nn.plane_gates import ChannelGate, SpatialGate
+from regard.nn.images.plane_gates import ChannelGate, SpatialGate
 from regard.zoo.vision.cbam import CBAM
 from regard.zoo.vision.ela import ELA, CoordinateAttention
 from regard.zoo.vision.polarized_attention import PolarizedSelfAttention

@@ -6,7 +6,7 @@ import torch
 from layers import LAYERS, MODULES, given, make, tensors
 
 from regard import RegardError, records
-from regard.nn.planes import BatchNorm
+from regard.nn.images.planes import BatchNorm
 
 VISION = {record.slug for record in records("vision", "works")}
 HERE = sorted(name for name in MODULES if name in VISION)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.nn import timm_host
+from regard.nn.images import timm_host
 from regard.zoo.vision.litv2_hilo import DeformableMerging, HiLo, LITv2
 from regard.zoo.vision.twins import GlobalSubsampledAttention, LocallyGroupedAttention, Twins, pair_flops, pcpvt
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.nn.hyper_kernels import GroupedStandard, SlowNet, grid_of, standardised
+from regard.nn.images.hyper_kernels import GroupedStandard, SlowNet, grid_of, standardised
 from regard.zoo.vision.hyperzzw import HyperInteract, HyperZZWLocal, SFNEBlock, Terminator, hyperzzw_global, slow_loss
 
 SMALL = {"kernels": (3, 1, 5, 3), "hidden": (4, 4, 4, 4, 4), "groups": 2, "omega": 1.0}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from regard import RegardError
-from regard.nn.patch_net import DropPath, depth_rates, fan_out_values, small_values
+from regard.nn.images.patch_net import DropPath, depth_rates, fan_out_values, small_values
 from regard.nn.selective_scan import SelectiveScan
 from regard.zoo.vision.activator import ActivatorUnit, ActivatorViT
 from regard.zoo.vision.convit import GPSA, ConViT, conv_to_gpsa

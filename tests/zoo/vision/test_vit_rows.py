@@ -6,8 +6,8 @@ from layers import vit
 from torch import nn
 
 from regard import RegardError
-from regard.nn import timm_host
-from regard.nn.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
+from regard.nn.images import timm_host
+from regard.nn.images.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
 from regard.zoo.vision.dcal import DCAL, chosen, rollout
 from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
 from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, layer_entropy, select_layers, transfer_entropy

@@ -13,9 +13,9 @@ from ...catalog import records
 from ...catalog.registry import entry
 from ...errors import RegardError
 from ...nn import Attention
-from ...nn.grid import DRESSES, GridAttention
+from ...nn.images.grid import DRESSES, GridAttention
+from ...nn.images.slot_net import SlotNet
 from ...nn.mixers import parsed
-from ...nn.slot_net import SlotNet
 
 PLAIN = "none"  # the net without anything in its slot
 HEADS = 4

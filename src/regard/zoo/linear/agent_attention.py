@@ -18,7 +18,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.planes import StridedTokens, grid_of, query_and_rest, sequence_of
+from regard.nn.images.planes import StridedTokens, grid_of, query_and_rest, sequence_of
 
 
 def biased(s: Tensor, bias: Tensor) -> Tensor:

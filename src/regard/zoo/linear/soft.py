@@ -13,7 +13,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.nn.planes import grid_of, sequence_of
+from regard.nn.images.planes import grid_of, sequence_of
 
 
 @register("soft")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.windows import from_windows, to_windows
 from regard.nn.parts import takes
-from regard.nn.windows import from_windows, to_windows
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, chunk: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regard.cache.rows import cache_argument
 from regard.catalog.registry import register
 from regard.errors import MissingDependency, RegardError
-from regard.nn.timm_host import operators
+from regard.nn.images.timm_host import operators
 
 
 def neox(vocab: int, dim: int, layers: int, heads: int, hidden: int, rotary: float, positions: int, eps: float) -> Any:

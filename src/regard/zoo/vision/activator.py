@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalog.registry import register
+from regard.nn.images.patch_net import FeedForward, PatchNet
 from regard.nn.parts import takes
-from regard.nn.patch_net import FeedForward, PatchNet
 
 
 @register("activator", kind="module")

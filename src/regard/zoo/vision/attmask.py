@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.vit_host import embedded, host_of, weights_of
+from regard.nn.images.vit_host import embedded, host_of, weights_of
 
 MODES = ("high", "hint", "low", "random", "block")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.plane_gates import ChannelGate, PlaneGate, SpatialGate
+from regard.nn.images.plane_gates import ChannelGate, PlaneGate, SpatialGate
 
 ORDERS = ("channel-first", "spatial-first", "parallel")
 

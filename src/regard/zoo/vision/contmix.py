@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.dynamic_kernels import DynamicKernels
-from regard.nn.grid import ChannelNorm
-from regard.nn.large_kernels import (
+from regard.nn.images.dynamic_kernels import DynamicKernels
+from regard.nn.images.grid import ChannelNorm
+from regard.nn.images.large_kernels import (
     ChannelScale,
     DilatedReparam,
     RepConvBlock,
@@ -29,9 +29,9 @@ from regard.nn.large_kernels import (
     SqueezeExcite,
     response_mlp,
 )
+from regard.nn.images.patch_net import depth_rates, small_values
+from regard.nn.images.planes import BatchNorm
 from regard.nn.parts import takes
-from regard.nn.patch_net import depth_rates, small_values
-from regard.nn.planes import BatchNorm
 
 
 def normed(inner: int, outer: int, size: int = 1, stride: int = 1) -> list[nn.Module]:

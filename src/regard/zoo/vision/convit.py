@@ -16,10 +16,10 @@ from regard.algebra import Bias, Weighted
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.images.patch_net import DropPath, FeedForward, depth_rates, small_values
+from regard.nn.images.planes import Patches
+from regard.nn.images.token_attention import TokenAttention, known_grid
 from regard.nn.parts import takes
-from regard.nn.patch_net import DropPath, FeedForward, depth_rates, small_values
-from regard.nn.planes import Patches
-from regard.nn.token_attention import TokenAttention, known_grid
 
 BIASED = Weighted(position=Bias())
 

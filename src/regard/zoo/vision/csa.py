@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.plane_gates import narrowed
 from regard.nn.parts import takes
-from regard.nn.plane_gates import narrowed
 
 
 @register("csa", kind="module")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.images.vit_host import after_attention, attention, closed, embedded, heads_of, host_of, weights_of
 from regard.nn.parts import takes
 from regard.nn.retrieval import triplet_batch_hard
-from regard.nn.vit_host import after_attention, attention, closed, embedded, heads_of, host_of, weights_of
 
 
 def rollout(weights: Sequence[Tensor]) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.patch_net import DropPath, FeedForward, depth_rates, small_values
+from regard.nn.images.planes import Patches
 from regard.nn.parts import LayerScale, takes
-from regard.nn.patch_net import DropPath, FeedForward, depth_rates, small_values
-from regard.nn.planes import Patches
 
 
 @register("dependencyvit", kind="module")

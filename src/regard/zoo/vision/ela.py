@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.plane_gates import StripGate
-from regard.nn.planes import BatchNorm
+from regard.nn.images.plane_gates import StripGate
+from regard.nn.images.planes import BatchNorm
 
 VARIANTS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}  # kernel, channels a group, groups of the norm
 

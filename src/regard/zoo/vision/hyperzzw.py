@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.hyper_kernels import GroupedStandard, RecursiveGate, SlowNet, standardised
+from regard.nn.images.hyper_kernels import GroupedStandard, RecursiveGate, SlowNet, standardised
 from regard.nn.parts import takes
 
 

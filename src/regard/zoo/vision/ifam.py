@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn import part_maps
-from regard.nn.part_discovery import PartDiscovery, Parts
-from regard.nn.vit_host import embedded, host_of, masked_tokens
+from regard.nn.images import part_maps
+from regard.nn.images.part_discovery import PartDiscovery, Parts
+from regard.nn.images.vit_host import embedded, host_of, masked_tokens
 
 
 class Faithful(NamedTuple):

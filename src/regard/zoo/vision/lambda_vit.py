@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.vit_host import attention, host_of
+from regard.nn.images.vit_host import attention, host_of
 
 
 @register("lambda-vit", kind="function")

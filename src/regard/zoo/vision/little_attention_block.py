@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.plane_gates import PlaneGate, narrowed
-from regard.nn.planes import BatchNorm
+from regard.nn.images.plane_gates import PlaneGate, narrowed
+from regard.nn.images.planes import BatchNorm
 
 
 @register("little-attention-block", kind="module")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.grid import ChannelNorm
+from regard.nn.images.grid import ChannelNorm
+from regard.nn.images.patch_net import ConvMLP, DropPath, depth_rates, fan_out_values
+from regard.nn.images.planes import BatchNorm, Patches
+from regard.nn.images.token_attention import TokenAttention, known_grid
+from regard.nn.images.windows import filled_up, from_windows, to_windows
 from regard.nn.parts import takes
-from regard.nn.patch_net import ConvMLP, DropPath, depth_rates, fan_out_values
-from regard.nn.planes import BatchNorm, Patches
-from regard.nn.token_attention import TokenAttention, known_grid
-from regard.nn.windows import filled_up, from_windows, to_windows
 
 
 @register("litv2-hilo", kind="module")

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.detection import Detect, Found, PooledPyramid, convolved
-from regard.nn.grid import ChannelNorm
+from regard.nn.images.detection import Detect, Found, PooledPyramid, convolved
+from regard.nn.images.grid import ChannelNorm
+from regard.nn.images.patch_net import DropPath
+from regard.nn.images.planes import BatchNorm
 from regard.nn.parts import takes
-from regard.nn.patch_net import DropPath
-from regard.nn.planes import BatchNorm
 from regard.nn.selective_scan import SelectiveScan, cross_merge, cross_scan
 
 

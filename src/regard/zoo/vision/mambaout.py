@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.patch_net import DropPath, depth_rates, small_values
 from regard.nn.parts import takes
-from regard.nn.patch_net import DropPath, depth_rates, small_values
 from regard.nn.selective_scan import SelectiveScan
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.vit_host import attention, frozen
 from regard.nn.parts import takes
-from regard.nn.vit_host import attention, frozen
 
 PAIRS = ("near", "half", "all")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from regard.catalog.registry import register
+from regard.nn.images.patch_net import FeedForward, PatchNet
 from regard.nn.parts import takes
-from regard.nn.patch_net import FeedForward, PatchNet
 
 
 class MLPMixer(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.plane_gates import PlaneGate, narrowed
+from regard.nn.images.plane_gates import PlaneGate, narrowed
 
 
 @register("polarized-attention", kind="module")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.planes import BatchNorm
 from regard.nn.parts import takes
-from regard.nn.planes import BatchNorm
 
 
 @register("sentence-attention-block", kind="module")

@@ -19,10 +19,10 @@ from regard.algebra import Segments
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.images.patch_net import FeedForward
+from regard.nn.images.planes import Patches
+from regard.nn.images.windows import from_windows, to_windows
 from regard.nn.parts import takes
-from regard.nn.patch_net import FeedForward
-from regard.nn.planes import Patches
-from regard.nn.windows import from_windows, to_windows
 
 
 class SelectGate(nn.Module):

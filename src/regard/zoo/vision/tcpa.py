@@ -15,8 +15,8 @@ from regard.algebra import Explicit
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.images.vit_host import after_attention, closed, embedded, frozen, heads_of
 from regard.nn.parts import takes
-from regard.nn.vit_host import after_attention, closed, embedded, frozen, heads_of
 
 MASKS = ("after", "before", "none")
 

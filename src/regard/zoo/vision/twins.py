@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.patch_net import DropPath, FeedForward, depth_rates, fan_out_values
+from regard.nn.images.planes import Patches
+from regard.nn.images.token_attention import TokenAttention, known_grid
+from regard.nn.images.windows import filled_up, from_windows, to_windows
 from regard.nn.parts import takes
-from regard.nn.patch_net import DropPath, FeedForward, depth_rates, fan_out_values
-from regard.nn.planes import Patches
-from regard.nn.token_attention import TokenAttention, known_grid
-from regard.nn.windows import filled_up, from_windows, to_windows
 
 Shape = tuple[int, int]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.planes import BatchNorm, max_around
 from regard.nn.parts import takes
-from regard.nn.planes import BatchNorm, max_around
 
 
 @register("ulsam", kind="module")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.grid import ChannelNorm
+from regard.nn.images.grid import ChannelNorm
+from regard.nn.images.patch_net import ConvMLP, DropPath, depth_rates, fan_out_values
+from regard.nn.images.plane_gates import PlaneGate
+from regard.nn.images.planes import BatchNorm, Dilated
 from regard.nn.parts import takes
-from regard.nn.patch_net import ConvMLP, DropPath, depth_rates, fan_out_values
-from regard.nn.plane_gates import PlaneGate
-from regard.nn.planes import BatchNorm, Dilated
 
 
 @register("van-lka", kind="module")

@@ -20,7 +20,7 @@ from regard.lab.checks.shared.grids import elu
 from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.nn.grid import GridAttention
+from regard.nn.images.grid import GridAttention
 from regard.zoo.linear.inline_attention import injectivity
 
 

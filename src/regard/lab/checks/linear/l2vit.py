@@ -17,7 +17,7 @@ from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
 from regard.nn.attention import Attention
-from regard.nn.grid import GridAttention, GridBlock, GridMLP, GridNet, LocalConcentration, WindowAttention
+from regard.nn.images.grid import GridAttention, GridBlock, GridMLP, GridNet, LocalConcentration, WindowAttention
 from regard.tasks.statistics import concentration
 
 

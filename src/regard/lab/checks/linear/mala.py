@@ -17,7 +17,7 @@ from regard.lab.checks.shared.grids import around, elu, turned
 from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.nn.grid import GridAttention
+from regard.nn.images.grid import GridAttention
 from regard.zoo.linear.mala import magnitude_aware, scaled_elu
 
 

@@ -19,7 +19,7 @@ from regard.lab.checks.shared.grids import around, turned
 from regard.lab.checks.shared.layers import drawn, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.nn.grid import GridAttention
+from regard.nn.images.grid import GridAttention
 
 
 def norm_aware_weights(q: Tensor, k: Tensor, power: float | None = None, source: str = "q") -> Tensor:

@@ -16,7 +16,7 @@ from regard.lab.checks.shared.grids import around, elu, turned
 from regard.lab.checks.shared.layers import drawn, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.nn.grid import Dress, GridAttention
+from regard.nn.images.grid import Dress, GridAttention
 
 
 @check("rala", "linear path with gradients == phi(q).alpha phi(k) over its row sums", below=1e-10, control="every token equally relevant")

@@ -15,7 +15,7 @@ from regard.lab.checks.shared.grids import around
 from regard.lab.checks.shared.layers import drawn, misshapen, split
 from regard.lab.checks.shared.weighted import qkv
 from regard.lab.verification import check
-from regard.nn.grid import GridAttention
+from regard.nn.images.grid import GridAttention
 from regard.zoo.linear.slab import PRepBN
 
 

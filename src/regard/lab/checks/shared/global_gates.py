@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regard.lab.checks.shared.training import accuracy, middle, trained
-from regard.nn.slot_net import Slot, SlotNet
+from regard.nn.images.slot_net import Slot, SlotNet
 from regard.tasks.images import distant_signs
 
 

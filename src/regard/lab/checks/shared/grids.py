@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.nn.grid import GridAttention
+from regard.nn.images.grid import GridAttention
 
 
 def elu(x: Tensor) -> Tensor:

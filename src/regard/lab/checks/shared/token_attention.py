@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regard.lab.checks.shared.layers import joined, split
-from regard.nn.token_attention import TokenAttention
+from regard.nn.images.token_attention import TokenAttention
 
 
 def attended(layer: TokenAttention, x: Tensor, source: Tensor | None = None, visible: Tensor | None = None) -> Tensor:

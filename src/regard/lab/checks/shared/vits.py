@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.checks.shared.planes import gelu, layer_norm
-from regard.nn import timm_host
+from regard.nn.images import timm_host
 
 
 def small_vit(depth: int = 3, dim: int = 16, heads: int = 2, side: int = 16, patch: int = 4, spread: float = 0.15, **options: Any) -> Any:

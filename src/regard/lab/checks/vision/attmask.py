@@ -14,7 +14,7 @@ from regard.lab.checks.shared.planes import gelu, layer_norm
 from regard.lab.checks.shared.shipped_vit import inked, shipped, unseen
 from regard.lab.checks.shared.vits import block_by_hand, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
-from regard.nn.vit_host import embedded, weights_of
+from regard.nn.images.vit_host import embedded, weights_of
 from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, Views, attmask
 
 

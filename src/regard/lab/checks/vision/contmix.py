@@ -14,8 +14,8 @@ from regard.lab.checks.shared.layers import silu
 from regard.lab.checks.shared.planes import batch_norm, depthwise, gelu, image, layer_norm, pointwise, settled
 from regard.lab.checks.shared.training import accuracy, trained
 from regard.lab.verification import check
-from regard.nn.dynamic_kernels import DynamicKernels
-from regard.nn.large_kernels import DilatedReparam, RepConvBlock, Residual, SqueezeExcite, merged
+from regard.nn.images.dynamic_kernels import DynamicKernels
+from regard.nn.images.large_kernels import DilatedReparam, RepConvBlock, Residual, SqueezeExcite, merged
 from regard.tasks.images import scenes
 from regard.zoo.vision.contmix import ContMix, OverLoCK, overlock
 

@@ -14,7 +14,7 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn, joined, split
 from regard.lab.checks.shared.planes import gelu, image, layer_norm
 from regard.lab.verification import check
-from regard.nn.token_attention import TokenAttention
+from regard.nn.images.token_attention import TokenAttention
 from regard.zoo.vision.convit import GPSA, ConViT, conv_to_gpsa
 
 

@@ -10,9 +10,9 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.planes import image, layer_norm
 from regard.lab.checks.shared.vits import block_by_hand, mlp_of, out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
-from regard.nn import timm_host
+from regard.nn.images import timm_host
+from regard.nn.images.vit_host import attention
 from regard.nn.retrieval import retrieval_scores
-from regard.nn.vit_host import attention
 from regard.tasks.identities import patterns, tracks
 from regard.zoo.vision.dcal import DCAL, DCALOutput, chosen, glca, pairwise_cross_attention, rollout
 

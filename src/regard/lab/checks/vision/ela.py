@@ -65,7 +65,7 @@ def _() -> tuple[float, float]:
 
 @check("ela", "second over first singular value of a channel's gains", below=1e-10, control="a gate of pixels")
 def _() -> tuple[float, float]:
-    from regard.nn.plane_gates import SpatialGate
+    from regard.nn.images.plane_gates import SpatialGate
 
     x = image(2, 16, 7, 10)
     return second_singular(settled(ELA(16)), x), second_singular(settled(SpatialGate()), x)

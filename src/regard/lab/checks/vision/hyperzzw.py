@@ -13,7 +13,7 @@ from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.planes import depthwise, gelu, image, pointwise
 from regard.lab.checks.shared.training import accuracy, trained
 from regard.lab.verification import check
-from regard.nn.hyper_kernels import GroupedStandard, RecursiveGate, SlowNet, grid_of
+from regard.nn.images.hyper_kernels import GroupedStandard, RecursiveGate, SlowNet, grid_of
 from regard.tasks.images import scenes
 from regard.zoo.vision.hyperzzw import (
     HyperChannel,

@@ -15,9 +15,9 @@ from regard.lab.checks.shared.planes import gelu, layer_norm
 from regard.lab.checks.shared.shipped_vit import accuracy, inked, shipped, unseen
 from regard.lab.checks.shared.vits import out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
-from regard.nn.part_discovery import PartDiscovery
-from regard.nn.part_maps import turned
-from regard.nn.vit_host import embedded, masked_tokens
+from regard.nn.images.part_discovery import PartDiscovery
+from regard.nn.images.part_maps import turned
+from regard.nn.images.vit_host import embedded, masked_tokens
 from regard.zoo.vision.ifam import WEIGHTS, TwoStageFaithful, faithfulness_test, ifam_losses
 
 

@@ -120,7 +120,7 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     torch.manual_seed(0)
-    from regard.nn import timm_host
+    from regard.nn.images import timm_host
 
     vit = timm_host.load("timm").models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=4, in_chans=2, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0, num_classes=2

@@ -14,8 +14,8 @@ from regard.lab.checks.shared.comparing import flops, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.planes import depthwise, image
 from regard.lab.verification import check
+from regard.nn.images.slot_net import SlotNet
 from regard.nn.retrieval import retrieval_scores, triplet_batch_hard
-from regard.nn.slot_net import SlotNet
 from regard.tasks.identities import patterns, tracks
 from regard.zoo.vision.little_attention_block import LiteAttention, NonLocal, latency_overhead, placement_search
 

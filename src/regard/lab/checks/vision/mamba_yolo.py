@@ -15,7 +15,7 @@ from regard.lab.checks.shared.layers import silu
 from regard.lab.checks.shared.planes import batch_norm, depthwise, gelu, image, layer_norm, pointwise, settled
 from regard.lab.checks.shared.scans import dense_scan, scanned, scanned_map
 from regard.lab.verification import check
-from regard.nn.detection import Found, assigned, detection_loss, detections
+from regard.nn.images.detection import Found, assigned, detection_loss, detections
 from regard.nn.selective_scan import SelectiveScan, cross_merge, cross_scan, selective_scan
 from regard.tasks.images import scenes
 from regard.zoo.vision.mamba_yolo import SS2D, LSBlock, MambaYOLO, MambaYOLOMini, RGBlock, VSSBlock, mamba_yolo

@@ -14,7 +14,7 @@ from regard.lab.checks.shared.planes import image, layer_norm, pointwise, settle
 from regard.lab.checks.shared.training import error, middle, trained
 from regard.lab.memory import largest_tensor
 from regard.lab.verification import check
-from regard.nn.slot_net import Slot, SlotNet
+from regard.nn.images.slot_net import Slot, SlotNet
 from regard.tasks.images import cued_bumps
 from regard.zoo.vision.polarized_attention import PolarizedSelfAttention
 

@@ -12,7 +12,7 @@ from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.checks.shared.global_gates import sign_accuracy
 from regard.lab.checks.shared.planes import batch_norm, depthwise, gelu, image, layer_norm, pointwise, settled
 from regard.lab.verification import check
-from regard.nn.patch_net import ConvMLP
+from regard.nn.images.patch_net import ConvMLP
 from regard.zoo.vision.van_lka import LKA, VAN, LKAAttention, VANBlock
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from ..errors import MissingDependency
+from ...errors import MissingDependency
 
 UNGUARDED = ("nms", "qnms")  # operators that torchvision's Python part describes whether or not its binary was loaded
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RegardError
+from ...errors import RegardError
 
 DRAWS = ("always", "training")
 

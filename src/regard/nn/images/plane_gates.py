@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RegardError
-from .parts import takes
+from ...errors import RegardError
+from ..parts import takes
 from .planes import BatchNorm
 
 POOLS = ("avg", "max", "lp", "lse")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import RegardError
-from .parts import takes
+from ...errors import RegardError
+from ..parts import takes
 from .planes import Patches
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.door import attend
-from ..errors import RegardError
+from ...engine.door import attend
+from ...errors import RegardError
 
 NEEDED = ("patch_embed", "blocks", "norm", "num_prefix_tokens", "embed_dim")
 OF_BLOCK = ("norm1", "attn", "norm2", "mlp")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RegardError
+from ...errors import RegardError
 
 
 def grid_of(x: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from ..engine.door import attend
-from ..errors import RegardError
+from ...engine.door import attend
+from ...errors import RegardError
 
 
 class TokenAttention(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RegardError
+from ...errors import RegardError
 from .grid import ChannelNorm
 from .patch_net import DropPath
 from .planes import BatchNorm

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RegardError
+from ...errors import RegardError
 
 
 def standardised(x: Tensor, batch: bool = False, eps: float = 1e-5) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra import Sizes
-from ..catalog import get
-from ..catalog.registry import entry
-from ..engine.door import attend
-from ..errors import RegardError
-from .attention import Attention
-from .inputs import Inputs
+from ...algebra import Sizes
+from ...catalog import get
+from ...catalog.registry import entry
+from ...engine.door import attend
+from ...errors import RegardError
+from ..attention import Attention
+from ..inputs import Inputs
 from .planes import BatchNorm, StridedTokens, query_and_rest
 
 

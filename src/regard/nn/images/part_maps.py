@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RegardError
+from ...errors import RegardError
 from . import timm_host
 
 
