@@ -144,7 +144,7 @@ SIZES = {"T": (0.33, 0.25, 1024), "B": (0.33, 0.5, 1024), "L": (0.67, 0.75, 768)
 
 
 class MambaYOLO(nn.Module):
-    """Images (B, channels, H, W), sides multiples of 32 -> `Found` at strides 8, 16 and 32; boxes, losses and picks are nn/detection.py's.
+    """Images (B, channels, H, W), sides multiples of 32 -> `Found` at strides 8, 16 and 32; boxes, losses and picks are nn/images/detection.py's.
 
     dims, depths: of the stages at strides 4, 8, 16 and 32; neck: scans in each block of the neck. eps, momentum: of every BatchNorm.
     """
