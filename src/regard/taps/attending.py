@@ -104,13 +104,9 @@ class Softmax(Attending):
     def logits(self, heads: Tensor, rows: Tensor) -> Tensor:
         terms = self.terms()
         with torch.autocast(self.query.device.type, enabled=False):
-            q = (
-                self.query
-                if len(heads) == self.heads and len(rows) == self.q_len
-                else self.query.index_select(1, heads).index_select(2, rows)
-            )
-            k = self.key[:, :, : terms.k_len]
-            k = k if len(heads) == self.key.shape[1] == self.heads else k.index_select(1, self.shared(heads))
+            whole = every(heads, self.heads) and every(rows, self.q_len)
+            q = self.query if whole else self.query.index_select(1, heads).index_select(2, rows)
+            k = self.key[:, :, : terms.k_len].index_select(1, self.shared(heads))
             wide = torch.promote_types(q.dtype, torch.float32)
             s = (q.to(wide) * terms.scale) @ k.to(wide).transpose(-1, -2)
             if terms.softcap is not None:
