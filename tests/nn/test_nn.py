@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import regard
 from regard import nn
+from regard.nn.mixers import mixer, mixer_names
 from regard.zoo.systems.mqa import pool_heads
 
 
@@ -110,3 +113,18 @@ def test_layers_are_made_where_and_as_asked(name):
     with pytest.raises(regard.RegardError, match="floating dtype"):
         nn.Attention(16, 2, name, dtype=torch.int64)
     assert torch.get_default_dtype() == before
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_every_layer_of_its_own_trains_in_a_decoder(name):
+    """A layer that gives a cost beside its output leaves it in its block; copies carry none."""
+    torch.manual_seed(0)
+    length = 140  # beyond the chunks of those that carry something from one to the next
+    layer = mixer(name, 16, 2, **({"length": length} if name == "super-attention" else {}))
+    model = nn.Decoder([layer], dim=16, layers=1, vocab=11).train()
+    logits = model(torch.randint(11, (2, length)))
+    cost = model.blocks[0].cost
+    assert logits.shape == (2, length, 11) and (cost is not None) == (name == "nats")
+    (logits.square().mean() + (0 if cost is None else cost)).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters() if x.requires_grad)
+    assert copy.deepcopy(model).blocks[0].cost is None

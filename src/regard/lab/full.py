@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -70,9 +71,8 @@ def rank(small: int | None) -> Lines:
 def recall(small: int | None) -> Lines:
     for state in (32, 128):
         for length, pairs in ((64, 4), (128, 8)):
-            right = recall_accuracy(
-                lambda state=state: NormalizedAttention(64, key_dim=state), length=length, pairs=pairs, **some("steps", small)
-            )  # type: ignore[misc]
+            layer = functools.partial(NormalizedAttention, 64, key_dim=state)
+            right = recall_accuracy(layer, length=length, pairs=pairs, **some("steps", small))
             yield f"state expansion {state}, length {length}, {pairs} pairs: recall", right
 
 

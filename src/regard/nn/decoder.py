@@ -13,12 +13,14 @@ from ..algebra import Mechanism, Padding
 from ..errors import RegardError
 from .attention import LayerState
 from .mixers import mixer
-from .parts import GatedMLP, LayerScale, head_norm, placed, whole
+from .parts import GatedMLP, LayerScale, Momentary, head_norm, placed, whole
 
 
-class Block(nn.Module):
+class Block(Momentary):
     """x + attention(norm(x)), then x + mlp(norm(x)). `mixer` may be any module with forward(x) and step(x, state); one that says
-    `residual = True` brings its own norm and residual."""
+    `residual = True` brings its own norm and residual; one that gives (y, cost) leaves the cost of its last pass in `cost`."""
+
+    cost: Tensor | None = None
 
     def __init__(self, dim: int, mixer: nn.Module, hidden: int, layer_scale: float | None = None, norm: str = "rms", mlp: str = "swiglu"):
         super().__init__()
@@ -31,7 +33,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **given: Any) -> Tensor:
         """given: for the mixer, such as mask=Padding(), keep=..."""
         self.check(given)
-        x = self.mixer(x, **given) if self.whole else x + self.scale1(self.mixer(self.norm1(x), **given))
+        y = self.mixer(x if self.whole else self.norm1(x), **given)
+        y, self.cost = y if isinstance(y, tuple) else (y, None)
+        x = y if self.whole else x + self.scale1(y)
         return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
     def check(self, given: Mapping[str, Any]) -> None:

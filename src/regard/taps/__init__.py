@@ -9,7 +9,8 @@ from .points import POINTS, At
 from .reductions import Behind, ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
 from .seen import Seen
 from .session import Taps, edit, read
-from .sites import Site, sites
+from .site import Site
+from .sites import sites
 
 __all__ = [
     "POINTS",

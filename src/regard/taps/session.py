@@ -12,7 +12,8 @@ from ..errors import RegardError
 from .points import KEYS, POINTS, STREAM, UNTURNED, Edit, Places, check_points
 from .reductions import Reduction
 from .seen import Seen
-from .sites import Site, sites
+from .site import Site
+from .sites import sites
 from .station import Station, Tap, station_of
 
 Point = str | Reduction
