@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,17 @@ from ..algebra.select import Selection
 from ..errors import RegardError
 from .pairs import indices, visible
 from .problem import Problem, divisor, reciprocal
+
+
+@contextmanager
+def numbers_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, PyTorch makes new floating tensors, and quotients and multiples of integers, in this dtype (None: as before)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Stats(NamedTuple):
@@ -62,7 +74,8 @@ def check_whole(problem: Problem, seen: Tensor) -> None:
 
 def scores(problem: Problem, q: Tensor, k: Tensor) -> Tensor:
     env = problem.env()
-    return modify(problem.mechanism.position, problem.mechanism.score.pair(q, k, env), env)  # type: ignore[union-attr, arg-type]
+    with numbers_in(torch.float64 if q.dtype == torch.float64 else None):  # laws of indices, which are integers, as exact as the scores
+        return modify(problem.mechanism.position, problem.mechanism.score.pair(q, k, env), env)  # type: ignore[union-attr, arg-type]
 
 
 def shift_of(normalizer: RowLocal, s: Tensor, seen: Tensor) -> Tensor:

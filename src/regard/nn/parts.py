@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..algebra import Causal, Explicit, Full, Padding, Segments
 from ..algebra.mask import conjuncts
+from ..engine.reference import numbers_in
 from ..errors import RegardError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -95,13 +96,8 @@ def placed(init: Callable[P, None]) -> Callable[P, None]:
         device, dtype = given.get("device"), given.get("dtype")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise RegardError(f"dtype={dtype}; expected a floating dtype such as torch.float32 or torch.bfloat16")
-        before = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(dtype or before)
-            with nullcontext() if device is None else torch.device(device):  # type: ignore[call-overload]
-                init(*args, **given)
-        finally:
-            torch.set_default_dtype(before)
+        with numbers_in(dtype), nullcontext() if device is None else torch.device(device):  # type: ignore[call-overload]
+            init(*args, **given)
 
     return run
 
