@@ -17,9 +17,9 @@ from regard.errors import RegardError
 from regard.lab.compare import Config, compare, jobs, run
 from regard.lab.compare.launched import launch
 from regard.lab.compare.optimizer import Muon
-from regard.lab.compare.statistics import estimate
+from regard.lab.compare.statistics import Estimate, estimate
 from regard.lab.compare.train import TASKS
-from regard.lab.compare.verdict import verdict
+from regard.lab.compare.verdict import told, verdict
 from regard.tasks import copying, python_text, recall
 
 TINY = {"minutes": 0.02, "seq_len": 32, "dim": 16, "lengths": (64, 128), "batch": 2, "parallel": 1}
@@ -324,3 +324,8 @@ def test_muon_is_pytorch_s(shape):
         theirs.step()
     moved = own.detach() - torch.linspace(-1, 1, shape[0] * shape[1]).reshape(shape).sin()
     assert (own - other).norm() < 0.03 * moved.norm()
+
+
+def test_a_difference_that_is_not_shown_names_no_winner():
+    found = {"a": Estimate(0.9999, 0.0, 3), "b": Estimate(0.9991, 0.0, 3), "c": Estimate(0.4, 0.1, 3)}
+    assert told("Copied", found, False, ".0%") == "Copied: a (with b not told apart from it) is best, 100% ± 0%; behind it c 40% ± 10%."

@@ -19,7 +19,8 @@ def told(what: str, found: dict[str, Estimate], low: bool, form: str) -> str:
     first = order[0]
     if len(order) == 1:
         return f"{what}: {first} {found[first].text(form)}."
-    same = [name for name in order[1:] if not apart(found[first], found[name])]
+    shown = {name: format(found[name].mean, form) for name in order}  # a difference that is not shown is none
+    same = [name for name in order[1:] if shown[name] == shown[first] or not apart(found[first], found[name])]
     worse = [name for name in order[1:] if name not in same]
     if not worse:
         return f"{what}: no difference seen ({first} {found[first].text(form)}, {order[-1]} {found[order[-1]].text(form)})."
