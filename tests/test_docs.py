@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ def test_names_that_docstrings_point_to_exist():
     root = Path(regard.__file__).parent
     for path in root.rglob("*.py"):
         for name in re.findall(r"`regard\.nn\.(\w+)", path.read_text(encoding="utf-8")):
-            assert hasattr(regard.nn, name), f"{path.relative_to(root)} points to regard.nn.{name}"
+            known = hasattr(regard.nn, name) or find_spec(f"regard.nn.{name}") is not None
+            assert known, f"{path.relative_to(root)} points to regard.nn.{name}"
 
 
 def test_how_to_pages_show_examples_that_exist():
