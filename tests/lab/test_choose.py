@@ -13,6 +13,7 @@ from regard.lab.choose import Needs, Study, choose, read, write_report
 from regard.lab.choose.costs import Cost, cost, drawn_out, line_out
 from regard.lab.choose.needs import amount
 from regard.lab.choose.rank import Row, ranked
+from regard.lab.choose.report import caveat
 from regard.lab.compare.statistics import Estimate
 
 SHAPE = {"dim": 32, "layers": 3, "heads": 2, "minutes": 1.0}
@@ -104,6 +105,7 @@ def test_a_choice_as_a_user_makes_it(tmp_path):
 def test_what_fails_or_takes_too_long_is_named():
     odd = study_of(softmax=[(3.0, 0.5)], nowhere=[(2.0, 0.9)])
     assert "nowhere" in choose(Needs(256, **SHAPE), odd).left_out
+    assert "One seed each" in caveat(choose(Needs(256, **SHAPE), odd)) and "95%" in caveat(choose(Needs(256, **SHAPE), STUDY))
     short = choose(Needs(256, **{**SHAPE, "minutes": 1e-9}), STUDY)
     assert len(short.rows) == 1 and set(short.left_out.values()) == {"the minutes were over"}
 

@@ -184,6 +184,9 @@ def bad_inputs(tmp_path):
         (["softmax", "--batch", "0"], "--batch 0"),
         (["softmax", "--launch", "slurm"], "--launch slurm"),
         (["softmax", "--launch", "torchrun", "--processes", "3"], "cannot be shared equally"),
+        (["softmax", "--processes", "2"], "is of --launch"),
+        (["softmax", "--launch", "torchrun", "--parallel", "2"], "expected one of the two ways"),
+        (["softmax", "--launch", "torchrun", "--text", str(tmp_path / "none.txt")], "does not exist"),
         (["ela", "--task", "digits", "--dim", "32"], "are of the task text"),
     ]
 

@@ -28,7 +28,7 @@ def cells(choice: Choice) -> list[list[tuple[str, float | str]]]:
 
 def table(choice: Choice, most: int = 15) -> Table:
     """The first rows, for the terminal."""
-    made = Table(title=f"for {choice.needs.context:,} tokens, by {MEASURES[choice.needs.task][2]}")
+    made = Table(title=f"for {choice.needs.context:,} tokens; quality: {MEASURES[choice.needs.task][2]}")
     for head in HEADS:
         made.add_column(head, justify="left" if head in ("mechanism", "standing") else "right", overflow="fold")
     for row in cells(choice)[:most]:
@@ -38,9 +38,14 @@ def table(choice: Choice, most: int = 15) -> Table:
 
 def caveat(choice: Choice) -> str:
     left = f" Not measured: {', '.join(f'{name} ({why})' for name, why in choice.left_out.items())}." if choice.left_out else ""
+    several = any(row.quality.half is not None for row in choice.rows)
+    sure = (
+        "Intervals are 95% ones, from the spread of seeds pooled over all mechanisms."
+        if several
+        else "One seed each: small differences are chance, and the order follows the means."
+    )
     return (
-        f"Quality is that of small models ({choice.study.told}): an order to start from, not what a large model will do. Intervals are 95% "
-        "ones, from the spread of seeds pooled over all mechanisms. Costs are those of attention layers alone, with each mechanism's own "
+        f"Quality is that of small models ({choice.study.told}): an order to start from, not what a large model will do. {sure} Costs are those of attention layers alone, with each mechanism's own "
         f"settings, measured here.{left}"
     )
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import RegardError
 from .config import Config
-from .jobs import Job, text_work
+from .jobs import Job, corpus_of, text_work
 from .run import compare
 from .train import COUNT, Lesson
 
@@ -34,6 +34,8 @@ def launch(config: Config, processes: int, resume: bool) -> int:
     for name, count in (("--batch", config.batch), ("the synthetic tasks' batch", COUNT)):
         if count % processes:
             raise RegardError(f"{name} of {count} sequences cannot be shared equally by --processes {processes}; expected a divisor")
+    corpus_of(config.text, config.needed_bytes)  # what is wrong with the text or the folder is said once, here
+    config.prepare_out()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps({**config.as_dict(), "resume": resume}), encoding="utf-8")
