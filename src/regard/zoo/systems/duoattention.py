@@ -142,7 +142,7 @@ class DuoAttention(Policy):
             stop = min(start + self.chunk, n)
             old = min(max(edge, m - n + start - self.recent), m - n + stop)
             at = torch.cat((torch.arange(min(edge, m - n + stop)), torch.arange(old, m - n + stop))).to(part.keys.device)
-            piece = own.mapped(lambda x, at=at: x.index_select(2, at))  # type: ignore[misc]
+            piece = own.entries(lambda x, at=at: x.index_select(2, at))  # type: ignore[misc]
             shown = first.index_select(2, at)[:, :, None] | (places[start:stop, None] - piece.places[:, :, None] <= self.recent)
             out[:, near, :, start:stop] = read(
                 view.query[:, near, :, start:stop], piece, places[start:stop], view.scale, view.window, shown
