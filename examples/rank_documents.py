@@ -3,8 +3,8 @@
 import sys
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from regard import models
 from regard.zoo.systems.blockrank import blockrank_aux_loss, blockrank_positions, rank_by_attention, ranking
 
 steps, documents, keys = int(sys.argv[1]) if len(sys.argv) > 1 else 200, 16, 24
@@ -24,7 +24,8 @@ def asked(count, generator):
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=4 + keys + documents, pad_token_id=0, initializer_range=0.1, **sizes))
+llama = models.load("tiny")  # any decoder of transformers will do; this one is made anew, smaller
+model = type(llama)(type(llama.config)(vocab_size=4 + keys + documents, pad_token_id=0, initializer_range=0.1, **sizes))
 optimizer, generator = torch.optim.Adam(model.parameters(), 3e-3), torch.Generator().manual_seed(0)
 
 

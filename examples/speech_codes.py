@@ -29,6 +29,6 @@ voice = InitialStateTuner(model, generator=draw).fit(model, [speech(draw, (3,), 
 with torch.no_grad():
     before, after = float(model.loss(text, tokens)), float(model.loss(text, tokens, voice.states()))
 print(f"a speaker it has not heard: loss {before:.2f}, {after:.2f} with first states of {sum(p.numel() for p in voice.parameters())} numbers")
-said = model.generate(text[:1], most=tokens.shape[1] - 1, states=voice.states(), top=1)
-print("codes said:  ", undelayed(said)[0, 0].tolist())
-print("codes asked: ", undelayed(tokens[:1])[0, 0].tolist())
+said = undelayed(model.generate(text[:1], most=tokens.shape[1] - 1, top=1))[0, 0]  # in one of the two voices it knows
+print("symbols read:", (text[0] - 1).tolist())
+print("codes said:  ", said.tolist())
