@@ -127,10 +127,15 @@ class DuoAttention(Policy):
         if self.retrieves.shape != (layers, heads):
             raise RegardError(f"gates {tuple(self.retrieves.shape)}: expected one for each of {layers} layers and {heads} key heads")
 
+    def all_retrieve(self, view: View) -> bool:
+        """Whether nothing of the part is ever dropped."""
+        kinds = self.retrieves[view.layer].tolist()
+        return all(kinds[head] for head in view.part.heads.tolist())
+
     def compute(self, view: View, places: Tensor) -> Tensor:
-        part, all_heads = view.part, self.retrieves[view.layer].to(view.query.device)[view.part.heads]
-        if len(places) == 1 or bool(all_heads.all()):
+        if len(places) == 1 or self.all_retrieve(view):
             return super().compute(view, places)
+        part, all_heads = view.part, self.retrieves[view.layer].to(view.query.device)[view.part.heads]
         out = view.query.new_zeros(*view.query.shape[:4], part.values.shape[-1])
         full, near = all_heads.nonzero()[:, 0], (~all_heads).nonzero()[:, 0]
         if len(full):
@@ -157,5 +162,7 @@ class DuoAttention(Policy):
         return torch.where(whole, view.length, self.sink + self.recent).expand(len(scores), -1)
 
     def run(self, layer: KeptLayer, number: int, view: View) -> None:
+        if self.all_retrieve(view):
+            return
         oldest(view, self.sink)  # which are the first is known while they are there
         super().run(layer, number, view)
