@@ -21,7 +21,7 @@ def documents(count):
 
 model = LAMAClassifier(vocab=40, classes=4, embedding=16, units=16, heads=4)
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-for step in range(steps):
+for _ in range(steps):
     words, keep, topic, _ = documents(48)
     weights = model.pool(model.encode(words, keep), keep)[1]
     loss = torch.nn.functional.cross_entropy(model(words, keep), topic) + 1e-3 * diversity(weights)

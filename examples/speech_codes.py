@@ -28,7 +28,9 @@ draw = torch.Generator().manual_seed(2)
 voice = InitialStateTuner(model, generator=draw).fit(model, [speech(draw, (3,), 2) for _ in range(2 * steps)])
 with torch.no_grad():
     before, after = float(model.loss(text, tokens)), float(model.loss(text, tokens, voice.states()))
-print(f"a speaker it has not heard: loss {before:.2f}, {after:.2f} with first states of {sum(p.numel() for p in voice.parameters())} numbers")
+print(
+    f"a speaker it has not heard: loss {before:.2f}, {after:.2f} with first states of {sum(p.numel() for p in voice.parameters())} numbers"
+)
 said = undelayed(model.generate(text[:1], most=tokens.shape[1] - 1, top=1))[0, 0]  # in one of the two voices it knows
 print("symbols read:", (text[0] - 1).tolist())
 print("codes said:  ", said.tolist())

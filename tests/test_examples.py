@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {"train": ["gla", "--steps", "12"], "convert": ["8"], "recommend": ["1"]}
-ARGUMENTS |= dict.fromkeys(("speech_codes", "rank_documents", "blocks_of_tokens", "tables", "classify_documents"), ["6"])
+ARGUMENTS |= {name: ["6"] for name in ("speech_codes", "rank_documents", "blocks_of_tokens", "tables", "classify_documents")}
 PROMISED = {
     "train": "bits per byte",
     "swap": "regard:moba?block_size=32&top_k=4",

@@ -113,10 +113,10 @@ class DuoAttention(Policy):
         self, gates: Tensor, sparsity: float = 0.5, threshold: float | None = None, sink: int = 64, recent: int = 256, chunk: int = 512
     ):
         super().__init__(1.0, decode=True)
-        if gates.dim() != 2 or not 0 <= sparsity <= 1 or sink < 0 or recent < 1 or chunk < 1:
+        if gates.dim() != 2 or not bool(gates.isfinite().all()) or not 0 <= sparsity <= 1 or sink < 0 or recent < 1 or chunk < 1:
             raise RegardError(
-                f"gates {tuple(gates.shape)}, sparsity={sparsity}, sink={sink}, recent={recent}, chunk={chunk}: expected (layers, key heads), a "
-                "share, and positive numbers"
+                f"gates {tuple(gates.shape)}, sparsity={sparsity}, sink={sink}, recent={recent}, chunk={chunk}: expected finite (layers, "
+                "key heads), a share, and positive numbers"
             )
         if threshold is None:
             threshold = -1.0 if sparsity == 0 else 2.0 if sparsity == 1 else float(gates.double().flatten().quantile(sparsity))

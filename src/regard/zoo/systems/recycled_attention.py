@@ -65,7 +65,9 @@ class RecycledAttention(Policy):
         elif not bool(full.any()):
             read = near
         else:
-            chosen = torch.zeros_like(part.places).scatter_add(2, near.places, near.alive.long()) > 0  # nothing is dropped: entry n is token n
+            chosen = (
+                torch.zeros_like(part.places).scatter_add(2, near.places, near.alive.long()) > 0
+            )  # nothing is dropped: entry n is token n
             read = replace(part, alive=part.alive & (chosen | full[:, None, None]), whole=None, extract=None)
         self.reads[view.layer].append(read.places.shape[2] if read.everything() else int(read.alive.sum(-1).max()))
         return read
