@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.interpret.tables import HeadTable, table_of
+from regard.interpret.tables import HeadResult, HeadTable, table_of
 from regard.nn.attention import Attention
 from regard.nn.parts import head_norm
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 from regard.taps import edit, read
 from regard.taps.points import At
 from regard.tasks.training import fit
@@ -168,7 +169,7 @@ def train_backcopy(
 
 
 @dataclass(frozen=True)
-class SinkReport:
+class SinkReport(HeadResult):
     """A number a head. dormant, active: mean weight on the first token on dormant and active rows; previous: on the token before, on active
     rows; total: summed weights of dormant rows (1 under softmax); value: |v_first| over the mean of the others; gap: the first token's logit
     minus the mean of the others before it, on dormant rows (None where there are no logits). residual (layers,): |h_first| over the mean."""
@@ -234,7 +235,7 @@ def forced(model: nn.Module, kind: str, layers: list[int] | None = None, heads: 
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Result):
     """times, sink (the logit a), value (the length of b), at each time kept."""
 
     times: tuple[float, ...]
@@ -247,8 +248,8 @@ class Flow:
         half = len(self.times) // 2
         return (self.sink[-1] - self.sink[half]) / (math.log(self.times[-1]) - math.log(self.times[half]))
 
-    def plot(self) -> str:
-        """Sink logit and value over log10 of the time, as SVG."""
+    def plot(self) -> Plot:
+        """Sink logit and value over log10 of the time."""
         at = [math.log10(t) for t in self.times]
         lines = {name: list(zip(at, y, strict=True)) for name, y in (("sink logit", self.sink), ("value", self.value))}
         return figure("Mutual reinforcement", "log10 t", "", lines)

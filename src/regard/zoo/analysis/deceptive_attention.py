@@ -20,6 +20,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 from regard.nn.decoder import Block
+from regard.results import Result
 from regard.taps import read
 
 
@@ -163,7 +164,7 @@ def translation(kind: str, count: int, length: int, vocab: int, generator: torch
 
 
 @dataclass(frozen=True)
-class Deception:
+class Deception(Result):
     """accuracy; mass: mean attention on impermissible tokens; blocked: accuracy where they cannot be seen at all; norms: mean length of their
     embeddings over the others'."""
 

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 from regard.tasks.training import fit
 
 
@@ -135,7 +136,7 @@ def low_rank(model: FilterStore, rank: int) -> None:
 
 
 @dataclass(frozen=True)
-class Acquired:
+class Acquired(Result):
     """pretrain, finetune: losses by step. loss: mean over the statements when pretraining ends. seen, unseen: shares of questions answered, about
     subjects of the fine-tuning and the others. filler, subject, relation: mean attention of a statement's last token on each filler, the subject
     and the relation, by `steps` of pretraining."""
@@ -152,8 +153,8 @@ class Acquired:
     subject: list[float] = field(default_factory=list)
     relation: list[float] = field(default_factory=list)
 
-    def plot(self) -> str:
-        """Attention by step of pretraining, as SVG."""
+    def plot(self) -> Plot:
+        """Attention by step of pretraining."""
         names = ("filler", "subject", "relation")
         lines = {n: [(float(s), v) for s, v in zip(self.steps, getattr(self, n), strict=True)] for n in names}
         return figure("Filter and store", "step", "attention", lines)

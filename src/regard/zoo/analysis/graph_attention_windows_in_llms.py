@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.interpret.tables import HeadTable, heads_of
 from regard.nn.attention import Attention
 from regard.nn.decoder import Block
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Column, Result
 from regard.tasks.training import fit
 
 FAR = torch.iinfo(torch.int64).max
@@ -91,7 +93,7 @@ def graph_window(
 
 
 @dataclass(frozen=True)
-class GraphReport:
+class GraphReport(Result):
     """All (layers, heads): mean mass of text behind the nodes on nodes, of nodes on nodes, of nodes on the first token; correlation of attention
     between different nodes with adjacency (NaN where either is constant). rings (layers, heads, hops + 1): mean attention of the last node on a
     node so far away, over the examples that have one (NaN: none)."""
@@ -102,8 +104,11 @@ class GraphReport:
     correlation: Tensor
     rings: Tensor
 
-    def plot(self) -> str:
-        """Rings by hops, a line a layer (mean over heads), as SVG."""
+    def columns(self) -> dict[str, Column]:
+        return heads_of({name: HeadTable(x) for name, x in vars(self).items() if name != "rings"})
+
+    def plot(self) -> Plot:
+        """Rings by hops, a line a layer (mean over heads)."""
         lines = {f"layer {i}": [(float(h), float(v)) for h, v in enumerate(r.mean(0)) if v == v] for i, r in enumerate(self.rings)}
         return figure("Attention of the last node", "hops", "mean attention", lines)
 
