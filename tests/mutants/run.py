@@ -1,8 +1,9 @@
 """`make mutants`: rows are broken on purpose, one small change at a time, and their checks and tests must notice.
 
 A changed program lives in a fork of this process alone: the import of the row's file is answered with it. Killers, in order: the row's
-checks (`regard verify SLUG`), then every test named after the row (golden vectors, contracts, layers). A mutant that runs three times
-as long as the unchanged row is killed too. Mutants that no caller could tell from the original stand in equivalent.json with the reason.
+checks (`regard verify SLUG`), the quickest first, then every test named after the row (golden vectors, contracts, layers). A mutant that
+runs three times as long as the unchanged row is killed too. Mutants that no caller could tell from the original stand in equivalent.json
+with the reason.
 
 cosmic-ray and mutmut start a process and import torch for each mutant, and cannot be told a row's own killers.
 """
@@ -20,9 +21,11 @@ import pathlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType, ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +37,21 @@ from regard.lab import verification
 
 TESTS = pathlib.Path(__file__).parent.parent
 EQUIVALENT: dict[str, dict[str, str]] = json.loads((TESTS / "mutants" / "equivalent.json").read_text())
-KILLERS = ["golden", "contract", "zoo", "nn"]  # folders of tests whose cases carry the names of rows
+FOLDERS = ["golden", "contract", "zoo", "nn"]  # folders of tests whose cases carry the names of rows
 SLACK = 20.0  # seconds a mutant may take beyond three times the unchanged row
 
 
 @dataclass(frozen=True)
+class Killers:
+    """What the unchanged row showed of its killers: the checks' places, quickest first, and the tests that carry its name."""
+
+    checks: tuple[int, ...]
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant. killer: "checks", "tests", "time"; None: it survived. line 0: the unchanged row, which must survive."""
+    """What became of a mutant. killer: "checks", "tests", "time"; None: it survived."""
 
     slug: str
     line: int
@@ -74,25 +85,57 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, module.__dict__)
 
 
-def killer(slug: str) -> str | None:
-    """What notices that the row is broken; None if nothing does."""
-    for check in verification.checks_of(slug):
-        if not verification.run(check).passed:
-            return "checks"
+class Listing:
+    """Plugin of pytest that remembers the tests it collects."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []  # file's name, test's id
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.found = [(item.path.name, item.nodeid) for item in session.items]
+
+
+def named_after(slug: str, listed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The tests that carry a row's name: in their file's, or in their own."""
     stem = slug.replace("-", "_")
-    own = sorted(TESTS.glob(f"zoo/*/test_{stem}.py"))
-    if own and pytest.main(["-x", "-q", "-p", "no:cacheprovider", *map(str, own)]):
-        return "tests"
-    folders = [str(TESTS / name) for name in KILLERS if (TESTS / name).exists()]
-    # 5: no test carries the row's name
-    return (
-        "tests"
-        if pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", f"({slug} or {stem}) and not compile", *folders]) not in (0, 5)
-        else None
+    own = f"test_{stem}.py"
+    return tuple(
+        found
+        for file, found in listed
+        if file == own or (any(name in found.partition("::")[2] for name in (slug, stem)) and "compile" not in found)
     )
 
 
-def work(slug: str, mutant: Mutant | None, pipe: multiprocessing.connection.Connection) -> None:
+def all_tests() -> list[tuple[str, str]]:
+    plugin = Listing()
+    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in FOLDERS)], plugins=[plugin])
+    return plugin.found
+
+
+def unchanged(slug: str, listed: Sequence[tuple[str, str]]) -> tuple[str | None, Killers]:
+    """Runs all checks and tests of the row as it is: what fails, and what there is."""
+    results = [verification.run(check) for check in verification.checks_of(slug)]
+    quickest = tuple(sorted(range(len(results)), key=lambda at: results[at].seconds))
+    killers = Killers(quickest, named_after(slug, listed))
+    if not all(result.passed for result in results):
+        return "checks", killers
+    return tests_fail(killers), killers
+
+
+def tests_fail(killers: Killers) -> str | None:
+    return "tests" if killers.tests and pytest.main(["-x", "-q", "-p", "no:cacheprovider", *killers.tests]) else None
+
+
+def killer(slug: str, killers: Killers) -> str | None:
+    """What notices that the row is broken; None if nothing does."""
+    checks = verification.checks_of(slug)
+    for at in killers.checks:
+        if not verification.run(checks[at]).passed:
+            return "checks"
+    return tests_fail(killers)
+
+
+def work(slug: str, mutant: Mutant | None, what: Callable[[], object], pipe: multiprocessing.connection.Connection) -> None:
     """The fork: break the row, look who notices, say it."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -103,17 +146,17 @@ def work(slug: str, mutant: Mutant | None, pipe: multiprocessing.connection.Conn
         if mutant is not None:
             module, path = source_of(slug)
             sys.meta_path.insert(0, Changed(module, path, compile(changed(path.read_text(), mutant), str(path), "exec")))
-        pipe.send(killer(slug))
+        pipe.send(what())
     except BaseException:  # a program that cannot even be imported is noticed by everybody
         pipe.send("checks")
     os._exit(0)
 
 
-def outcome(slug: str, mutant: Mutant | None, limit: float) -> Outcome:
-    """Run one mutant in a fork, for `limit` seconds at most."""
+def in_fork(what: Callable[[], object], limit: float, slug: str = "", mutant: Mutant | None = None) -> tuple[Any, float]:
+    """What a function gives in a fork, for `limit` seconds at most ("time" where that is too short), and the seconds it took."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=work, args=(slug, mutant, there))
+    process = context.Process(target=work, args=(slug, mutant, what, there))
     start = time.perf_counter()
     process.start()
     there.close()
@@ -123,7 +166,7 @@ def outcome(slug: str, mutant: Mutant | None, limit: float) -> Outcome:
         found = "checks"
     process.kill()
     process.join()
-    return Outcome(slug, mutant.line if mutant else 0, mutant.key if mutant else "", found, time.perf_counter() - start)
+    return found, time.perf_counter() - start
 
 
 def chosen(slugs: Sequence[str], sample: int | None, seed: int) -> Iterator[tuple[str, list[Mutant]]]:
@@ -151,23 +194,25 @@ def main() -> int:
     slugs = options.slugs or random.Random(options.seed).sample(working, len(working))
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     done: list[Outcome] = []
+    listed, _ = in_fork(all_tests, 600.0)
     for slug, some in chosen(slugs, options.sample, options.seed):
         if time.monotonic() > end:
             break
-        first = outcome(slug, None, 600.0)
-        if first.killer:
-            print(f"{slug}: fails unchanged ({first.killer})", flush=True)
+        found, seconds = in_fork(partial(unchanged, slug, listed), 600.0)
+        if isinstance(found, str) or found[0]:
+            print(f"{slug}: fails unchanged ({found if isinstance(found, str) else found[0]})", flush=True)
             return 1
-        mine = []
+        killers, mine = found[1], []
         for mutant in some:
             if time.monotonic() > end:
                 break
-            mine.append(outcome(slug, mutant, 3 * first.seconds + SLACK))
+            who, took = in_fork(partial(killer, slug, killers), 3 * seconds + SLACK, slug, mutant)
+            mine.append(Outcome(slug, mutant.line, mutant.key, who, took))
             if mine[-1].killer is None:
                 print(f"  {slug}:{mine[-1].line}: survived: {mine[-1].key}", flush=True)
         killed = sum(one.killer is not None for one in mine)
         print(
-            f"{slug}: {killed} of {len(mine)} killed, {len(EQUIVALENT.get(slug, {}))} equivalent, {first.seconds:.1f} s unchanged",
+            f"{slug}: {killed} of {len(mine)} killed, {len(EQUIVALENT.get(slug, {}))} equivalent, {seconds:.1f} s unchanged",
             flush=True,
         )
         done += mine
