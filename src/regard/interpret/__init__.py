@@ -5,6 +5,7 @@ from typing import Any
 from ..lazy import listed, load
 from .direct import direct_effects
 from .heads import ablated, gated, head_counts, importance, removable
+from .maps import AttentionView, attention_view
 from .patching import activation_patch, logit_difference, path_patch
 from .rotary import turns_of
 from .surgery import prune
@@ -55,10 +56,12 @@ ROWS = {
 }
 
 __all__ = [
+    "AttentionView",
     "HeadTable",
     "HeadWeights",
     "ablated",
     "activation_patch",
+    "attention_view",
     "direct_effects",
     "gated",
     "head_counts",
