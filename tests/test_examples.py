@@ -17,7 +17,7 @@ PROMISED = {
     "own_mechanism": "token by token equals the whole pass",
     "cache": "StreamingLLM",
     "convert": "after transfer",
-    "look_inside": "the same by regard.interpret.ablated",
+    "look_inside": "open attention.html",
 }
 
 
