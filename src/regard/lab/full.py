@@ -166,7 +166,7 @@ def universal(small: int | None) -> Lines:
 
 
 def deception(small: int | None) -> Lines:
-    for kind in ("flip", "copy", "reverse"):
+    for kind in ("flip", "copy", "reverse") if small is None else ("flip",):
         for name, lam, attention in (
             ("lam 0", 0.0, "learned"),
             ("lam 0.1", 0.1, "learned"),
