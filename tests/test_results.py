@@ -8,10 +8,11 @@ from rich.console import Console
 
 from regard import MissingDependency, RegardError, plots
 from regard.interpret.direct import Direct
+from regard.interpret.sinks import SinkReport
 from regard.interpret.tables import HeadTable
 from regard.interpret.views import HeadViews
 from regard.zoo.analysis.abrupt_icl import Emergence
-from regard.zoo.analysis.active_dormant_heads import Flow, SinkReport
+from regard.zoo.analysis.active_dormant_heads import Flow
 from regard.zoo.analysis.attention_svm import Margin, Run
 from regard.zoo.analysis.benefits_of_rank import RankTable
 from regard.zoo.analysis.chinchilla_mcq_circuit_analysis import TotalEffects

@@ -8,6 +8,7 @@ from .heads import ablated, gated, head_counts, importance, removable
 from .maps import AttentionView, attention_view
 from .patching import activation_patch, logit_difference, path_patch
 from .rotary import turns_of
+from .sinks import sink_report
 from .surgery import prune
 from .tables import HeadTable
 from .weights import HeadWeights, head_weights, written
@@ -71,6 +72,7 @@ __all__ = [
     "path_patch",
     "prune",
     "removable",
+    "sink_report",
     "turns_of",
     "written",
     *ROWS,

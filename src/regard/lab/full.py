@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from ..errors import RegardError
+from ..interpret.sinks import sink_report
 from ..nn import NormalizedAttention
+from ..tasks.backcopy import backcopy
+from ..tasks.facts import Facts
 from ..tasks.item_labels import item_labels
 from ..zoo.analysis.abrupt_icl import emergence
-from ..zoo.analysis.active_dormant_heads import backcopy, sink_report, train_backcopy
+from ..zoo.analysis.active_dormant_heads import train_backcopy
 from ..zoo.analysis.attention_svm import descend, draw_problem
 from ..zoo.analysis.benefits_of_rank import rank_benefit
 from ..zoo.analysis.deceptive_attention import train_translator
 from ..zoo.analysis.dsf import recall_accuracy
-from ..zoo.analysis.filter_and_store import Facts, acquire
+from ..zoo.analysis.filter_and_store import acquire
 from ..zoo.analysis.fixed_head_size import low_rank_bottleneck
 from ..zoo.analysis.icl_linear_regression import head_pattern, train_regression
 from ..zoo.analysis.icl_softmax_regression import trained_closeness
