@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..engine.reference import numbers_in
 from ..errors import RegardError
 
 P = ParamSpec("P")
+Made = TypeVar("Made", bound=type)
 
 
 def placed(init: Callable[P, None]) -> Callable[P, None]:
@@ -45,9 +46,9 @@ def reset_parameters(self: nn.Module) -> None:
                 x.copy_(new[name])
 
 
-def placeable(layer: type[nn.Module]) -> type[nn.Module]:
-    """Give a class of layers `device=` and `dtype=`, and `reset_parameters()` where it has none; once a class."""
-    if "_placeable" in vars(layer):
+def placeable(layer: Made) -> Made:
+    """Give a class of layers `device=` and `dtype=`, and `reset_parameters()` where it has none; once a class. Other classes stay as they are."""
+    if not issubclass(layer, nn.Module) or "_placeable" in vars(layer):
         return layer
     init = layer.__init__
     named = {"device", "dtype"} & set(inspect.signature(init).parameters)
