@@ -77,7 +77,7 @@ def cache_plots(result: CacheSweep) -> dict[str, str]:
         "later": ("share of facts found, asked later", lambda p: p.found_later),
         "generation": ("KL from the full cache, bits", lambda p: p.divergence),
     }
-    made = {}
+    made: dict[str, str] = {}
     whole = next(p for p in result.points if p.name == "full")
     for key, (label, value) in measures.items():
         lines: dict[str, list[tuple[float, float]]] = {}

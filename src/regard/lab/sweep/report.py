@@ -34,7 +34,7 @@ def plots(result: Sweep) -> dict[str, str]:
         "needles": ("share of needles found", lambda p: p.found),
         "prefill": ("prefill time / softmax", lambda p: p.prefill),
     }
-    made = {}
+    made: dict[str, str] = {}
     for key, (label, value) in measures.items():
         lines: dict[str, list[tuple[float, float]]] = {}
         for p in ordered(result.points):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from regard.catalog.registry import register
 from regard.errors import MissingDependency, RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Column, Result
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def draw_problem(n: int = 3, tokens: int = 4, dim: int = 6, *, self_attention: b
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(Result):
     """w (d, d); margins (m,), of 1 or more where `feasible`; objective: |W|_F or |W|_*."""
 
     w: Tensor
@@ -148,7 +149,7 @@ def margin_of(problem: AttentionProblem, w: Tensor, chosen: Tensor | None, objec
 
 
 @dataclass
-class Run:
+class Run(Result):
     """w: the last weights; correlation: cosine of W_t with the SVM's solution for the optimal tokens, by step; selected (n,): the token with the
     greatest weight at the end; optimal: whether it is the optimal one; local: cosine with the SVM of the selected tokens."""
 
@@ -158,8 +159,11 @@ class Run:
     optimal: Tensor = field(default_factory=lambda: torch.empty(0))
     local: float = float("nan")
 
-    def plot(self) -> str:
-        """The correlation by step, as SVG."""
+    def columns(self) -> dict[str, Column]:
+        return {"step": range(len(self.correlation)), "correlation": self.correlation}
+
+    def plot(self) -> Plot:
+        """The correlation by step."""
         return figure(
             "Towards the max-margin direction", "step", "cosine", {"cosine": [(float(n), x) for n, x in enumerate(self.correlation)]}
         )

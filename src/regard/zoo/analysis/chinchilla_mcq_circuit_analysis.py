@@ -20,7 +20,7 @@ from regard import taps
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.interpret.heads import check_heads, head_counts
-from regard.interpret.tables import Head, HeadTable, table_of
+from regard.interpret.tables import Head, HeadResult, HeadTable, table_of
 from regard.interpret.weights import head_weights
 from regard.taps import Mass
 
@@ -28,7 +28,7 @@ Metric = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class TotalEffects:
+class TotalEffects(HeadResult):
     """Means over rows: heads, and mlps (layers,)."""
 
     heads: HeadTable

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.results import Result
 from regard.tasks.training import fit
 
 Prompt = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,7 +96,7 @@ def planted_heads(omega: Tensor, mu: Tensor, dim: int) -> RegressionHeads:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Result):
     """omega, mu (H,): of each head, one task. off: the largest entry of KQ off its diagonal that a query meets, over |omega|;
     spread: of its diagonal over |omega|; other: the largest entry of OV besides mu, over |mu|; balance: |sum mu| / max |mu|."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 from regard.taps import read
 
 
@@ -70,7 +71,7 @@ def attended(z: Tensor, counts: Tensor) -> Tensor:
 
 
 @dataclass
-class ScanRun:
+class ScanRun(Result):
     """steps; z (steps, last, vocab), expected (steps, last, next, vocab): attention P e^z, normalised; loss."""
 
     data: ScanData
@@ -101,8 +102,8 @@ class ScanRun:
         after = slow[slow > int(rate.argmax())]
         return self.steps[begin], self.steps[int(after[0]) + 1] if len(after) else self.steps[-1]
 
-    def plot(self) -> str:
-        """Every token's z by step, for the first last token, as SVG."""
+    def plot(self) -> Plot:
+        """Every token's z by step, for the first last token."""
         z = torch.stack(self.z)[:, 0]
         shown = {
             "common": self.data.common[0].nonzero().flatten()[:3],

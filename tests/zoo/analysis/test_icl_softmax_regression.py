@@ -1,0 +1,16 @@
+"""Regressions that do not fit."""
+
+import pytest
+import torch
+
+import regard
+from regard.zoo.analysis.icl_softmax_regression import SoftmaxRegression, attention_prediction
+
+
+def test_regressions_of_bad_shapes_are_refused():
+    for call, message in (
+        (lambda: SoftmaxRegression(torch.ones(3, 2), torch.ones(2)), "expected"),
+        (lambda: attention_prediction(torch.ones(3, 2), torch.ones(3), torch.ones(1, 2), 0.0), "beta"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            call()
