@@ -47,10 +47,16 @@ class ULSAM(nn.Module):
         return torch.addcmul(moved[:, None, None], x, scale * factor[:, None, None]).relu_()
 
     def maps(self, x: Tensor) -> Tensor:
-        scores = self.after[1](self.pointwise(max_around(self.scaled(x), self.pool)))
+        peaks = max_around(self.scaled(x), self.pool).unflatten(1, (self.groups, -1)).flatten(3)
+        scores = (self.pointwise.weight[..., 0].mT @ peaks)[:, :, 0].unflatten(
+            2, x.shape[2:]
+        )  # a product a group, which a grouped convolution is not
+        scores = scores if self.pointwise.bias is None else scores + self.pointwise.bias[:, None, None]
+        scores = self.after[1](scores)
         return torch.softmax(scores.flatten(2), -1).view_as(scores)
 
     @takes(x="batch channels height width")
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
-        return (grouped + grouped * self.maps(x)[:, :, None]).flatten(1, 2)
+        maps = self.maps(x)[:, :, None]
+        return (torch.addcmul(grouped, grouped, maps) if maps.dtype == x.dtype else grouped + grouped * maps).flatten(1, 2)
