@@ -40,11 +40,19 @@ def learned(report: dict[str, Any]) -> str:
     return "\n".join([head, *(line for _, line in sorted(lines, reverse=True))])
 
 
+def spread(one: dict[str, Any]) -> str:
+    quartiles = f" ({one['low']:.2f} to {one['high']:.2f})" if "low" in one else ""
+    return f"{one['ratio']:.2f}{quartiles}"
+
+
 def measured(found: dict[str, Any]) -> str:
-    lines = ["| network | layer | batch 1 | batch 8 | parameters |", "|---|---|---:|---:|---:|"]
+    lines = ["| network | layer | batch 1 | batch 8 | products alone | parameters |", "|---|---|---:|---:|---:|---:|"]
     for host, batches in found["hosts"].items():
         for name, one in batches["1"].items():
-            lines.append(f"| {host} | `{name}` | {one['ratio']:.2f} | {batches['8'][name]['ratio']:.2f} | {one['parameters'] / 1e6:.2f}M |")
+            lines.append(
+                f"| {host} | `{name}` | {spread(one)} | {spread(batches['8'][name])} | {one.get('products', 1.0):.3f} "
+                f"| {one['parameters'] / 1e6:.2f}M |"
+            )
     return "\n".join(lines)
 
 
@@ -84,9 +92,10 @@ In the first seed's run, on the same images: `mossformer:group=16,qk_dim=16` 82.
 
 ## What it costs in a network
 
-`python benchmarks/vision.py`: random weights, evaluation at 224 x 224, one thread, medians of {speed["rounds"]} runs taken in turns with the plain network, as ratios to
-it. Gates stand behind the second BatchNorm of every block of ResNet-18, mixers in place of every attention of ViT-tiny. Taken on a machine that did other work at
-the same time, from few runs: differences of a few tenths are noise, and no layer is told to be within 8% of the plain network or not.
+`python benchmarks/vision.py`: random weights, evaluation at 224 x 224, one thread, processor time, medians of {speed["rounds"]} runs (and their quartiles), each over the mean of the
+runs of the plain network before and behind it. Gates stand behind the second BatchNorm of every block of ResNet-18, mixers in place of every attention of ViT-tiny.
+Products alone: what the network's multiplications are over the plain one's. `two-passes` is a mean over the plane and a product with it, which is what every gate
+over channels at least does: a gate is not told to be within 8% of the plain network where that range lies above it.
 
 {measured(speed)}
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +15,9 @@ from regard.lab.checks.shared.comparing import flops, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn, silu
 from regard.lab.checks.shared.planes import depthwise, gelu, image, layer_norm
 from regard.lab.checks.shared.scans import scanned
+from regard.lab.checks.shared.training import Draw, accuracy, trained
 from regard.lab.verification import check
+from regard.tasks.images import scenes
 from regard.zoo.vision.mambaout import GatedCNNBlock, MambaOut, block_flops, is_long_sequence
 
 
@@ -113,3 +119,48 @@ def _() -> tuple[float, float]:
     at = block_flops(6 * d, d)
     sides = [is_long_sequence(6 * d, d), not is_long_sequence(6 * d + 1, d), is_long_sequence(196, 384), not is_long_sequence(4000, 384)]
     return abs(count / (linear + quadratic) - 1) + abs(at[0] - at[1]) + sum(sides), abs(count / linear - 1)
+
+
+class Mixed(nn.Module):
+    """Maps (B, channels, H, W) -> logits: patches, blocks, and the mean over pixels or, read="last", the last one."""
+
+    def __init__(self, channels: int, classes: int, dim: int, depth: int, patch: int, read: str, **options: Any):
+        super().__init__()
+        self.patches, self.read = nn.Conv2d(channels, dim, patch, patch), read
+        self.blocks = nn.Sequential(*[GatedCNNBlock(dim, ratio=2, **options) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(self.patches(x).movedim(1, -1))
+        return self.head(self.norm(y[:, -1, -1] if self.read == "last" else y.mean((1, 2))))  # type: ignore[no-any-return]
+
+
+def whole_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square or a disc on 16 x 16 pixels."""
+    x, (_, kinds) = scenes(count, generator, side=16, most=1)
+    return x, kinds[:, 0]
+
+
+def first_tokens(count: int, generator: torch.Generator, length: int = 32) -> tuple[Tensor, Tensor]:
+    """One of four symbols, and 31 others of four more: (count, 8, 1, 32), and which the first is."""
+    tokens = torch.randint(4, 8, (count, length), generator=generator)
+    tokens[:, 0] -= 4
+    return F.one_hot(tokens, 8).float().mT[:, :, None], tokens[:, 0]
+
+
+@check(
+    "mambaout",
+    "accuracy that a state space adds, two blocks with one and without trained alike for 200 steps: squares from discs, 64 patches seen whole",
+    below=0.2,
+    control="the first of 32 tokens told at the last, three blocks, 300 steps, where convolutions read 9 back",
+)
+def _() -> tuple[float, float]:
+    def gain(make: Callable[[bool], nn.Module], draw: Draw, steps: int, batch: int) -> float:
+        without, with_one = (
+            accuracy(trained(functools.partial(make, ssm), draw, steps, lr=1e-2, batch=batch), draw) for ssm in (False, True)
+        )
+        assert without > 0.75 or draw is first_tokens
+        return with_one - without
+
+    image = gain(lambda ssm: Mixed(3, 2, 16, 2, 2, "mean", ssm=ssm, state=4), whole_images, 200, 32)
+    return image, gain(lambda ssm: Mixed(8, 4, 24, 3, 1, "last", ssm=ssm, state=8), first_tokens, 300, 64)
