@@ -163,3 +163,15 @@ def test_a_student_learns_and_its_teacher_follows():
 def test_refusals(make):
     with pytest.raises(RegardError, match="expected"):
         make()
+
+
+def test_little_attention_block_search_stops_where_no_slot_is_within_budget():
+    tried = []
+
+    def make(slots):
+        tried.append(slots)
+        return slots
+
+    found = placement_search(make, 3, lambda m: float(sum(m)), lambda m: float(len(m)), budget=1.0, exhaustive=2)
+    assert found == [Placement((), 0.0, 0.0), Placement((2,), 2.0, 1.0)]
+    assert tried == [(), (0,), (1,), (2,), (0, 2), (1, 2)]

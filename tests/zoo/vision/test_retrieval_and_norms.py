@@ -90,3 +90,22 @@ def test_row_dimension_can_be_chosen():
     weight = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
     assert float(norm_loss([weight], 1.0, row_dim=1)) == 16
     assert float(norm_loss([weight.half()], 1.0, row_dim=1)) == 16
+
+
+def test_norm_loss_of_bare_tensors_is_of_their_rows():
+    weights = [torch.randn(4, 6, 3), torch.randn(5, 2)]
+    truth = sum(float((1 - row.flatten().norm()) ** 2) for weight in weights for row in weight)
+    assert float(norm_loss(weights, 1.0)) == pytest.approx(truth, rel=1e-5)
+    assert float(norm_loss(iter(weights), 0.5)) == pytest.approx(truth / 2, rel=1e-5)
+
+
+def test_inverted_softmax_metrics_of_some_queries_and_hubness_by_hand():
+    sims = torch.tensor([[0.1, 0.9, 0.3], [0.2, 0.8, 0.1], [0.3, 0.6, 0.5], [0.7, 0.1, 0.2]])
+    truth = torch.tensor([1, 1, 0, 2])
+    whole, some = retrieval_metrics(sims, truth), retrieval_metrics(sims, truth, torch.tensor([True, False, False, True]))
+    assert whole["R1"] == 50 and some["R1"] == 50 and whole["MeanR"] == (1 + 1 + 3 + 2) / 4 and some["MeanR"] == 1.5
+    counts = [1, 3, 0]  # how often an item comes first
+    mean = sum(counts) / 3
+    spread = (sum((c - mean) ** 2 for c in counts) / 3) ** 0.5
+    assert hubness(sims) == pytest.approx(sum((c - mean) ** 3 for c in counts) / 3 / spread**3)
+    assert hubness(torch.eye(3)) == 0

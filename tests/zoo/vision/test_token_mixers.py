@@ -10,7 +10,7 @@ from regard.nn.selective_scan import SelectiveScan
 from regard.zoo.vision.activator import ActivatorUnit, ActivatorViT
 from regard.zoo.vision.convit import GPSA, ConViT, conv_to_gpsa
 from regard.zoo.vision.mambaout import GatedCNNBlock, MambaOut, is_long_sequence, mambaout, needs_memory
-from regard.zoo.vision.ninformer import NiNformer
+from regard.zoo.vision.ninformer import MixerGatingUnit, NiNformer
 from regard.zoo.vision.van_lka import LKA, VAN, LKAAttention, VANBlock, van
 
 
@@ -114,3 +114,9 @@ def test_convolutions_as_attention_have_few_ranks():
 def test_refusals(make):
     with pytest.raises(RegardError, match="expected"):
         make()
+
+
+def test_ninformer_widths_and_epsilons():
+    unit = MixerGatingUnit(6, 5)
+    assert [unit.mixer.token_mlp[0].out_features, unit.mixer.channel_mlp[0].out_features] == [12, 12]
+    assert unit.mixer.token_norm.eps == unit.mixer.channel_norm.eps == 1e-5 and MixerGatingUnit(6, 5, 7, 9).mixer.token_mlp[0].out_features == 7

@@ -17,7 +17,7 @@ from regard.nn.parts import takes
 class MLPMixer(nn.Module):
     """An MLP-Mixer layer on (B, N, dim), N fixed."""
 
-    def __init__(self, dim: int, tokens: int, token_hidden: int, channel_hidden: int, dropout: float = 0.0, eps: float = 1e-5):
+    def __init__(self, dim: int, tokens: int, token_hidden: int, channel_hidden: int, dropout: float, eps: float):
         super().__init__()
         self.token_norm, self.token_mlp = nn.LayerNorm(dim, eps), FeedForward(tokens, token_hidden, dropout)
         self.channel_norm, self.channel_mlp = nn.LayerNorm(dim, eps), FeedForward(dim, channel_hidden, dropout)
