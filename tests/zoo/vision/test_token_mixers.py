@@ -119,4 +119,7 @@ def test_refusals(make):
 def test_ninformer_widths_and_epsilons():
     unit = MixerGatingUnit(6, 5)
     assert [unit.mixer.token_mlp[0].out_features, unit.mixer.channel_mlp[0].out_features] == [12, 12]
-    assert unit.mixer.token_norm.eps == unit.mixer.channel_norm.eps == 1e-5 and MixerGatingUnit(6, 5, 7, 9).mixer.token_mlp[0].out_features == 7
+    assert (
+        unit.mixer.token_norm.eps == unit.mixer.channel_norm.eps == 1e-5
+        and MixerGatingUnit(6, 5, 7, 9).mixer.token_mlp[0].out_features == 7
+    )

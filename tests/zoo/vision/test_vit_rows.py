@@ -7,13 +7,14 @@ from torch import nn
 
 from regard import RegardError
 from regard.nn.images import timm_host
+from regard.nn.images.register_tokens import sign_max
 from regard.nn.images.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
 from regard.zoo.vision.dcal import DCAL, chosen, rollout
 from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
 from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, layer_entropy, select_layers, transfer_entropy
 from regard.zoo.vision.moment_probing import PSRP, CrossCovHead, MomentProbe, MomentProbedViT
 from regard.zoo.vision.tcpa import TCPA, PromptPool
-from regard.zoo.vision.test_time_registers import TestTimeRegisters, find_register_neurons, outlier_metrics, sign_max
+from regard.zoo.vision.test_time_registers import TestTimeRegisters, find_register_neurons, outlier_metrics
 from regard.zoo.vision.token_pooling import PooledViT, token_pool
 
 X = torch.randn(2, 3, 8, 8)

@@ -52,7 +52,7 @@ class LiteAttention(PlaneGate):
     @takes(x="batch channels height width")
     def forward(self, x: Tensor) -> Tensor:
         channels, pixels = self.gates(x)
-        return torch.addcmul(x, x * channels, pixels.to(x.dtype)) if x.dtype == channels.dtype else x + x * channels * pixels
+        return torch.addcmul(x, x * channels, pixels)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications, each with its addition, of one map's layers (pooling and the gate's own products apart)."""

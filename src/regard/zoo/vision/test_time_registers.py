@@ -4,7 +4,7 @@ outliers: patches of norm above a threshold;  score of unit n of layer l: mean o
 intervention in layer l, behind the MLP's activation: act[register, n] = s signmax_i act[i, n], act[patches, n] = 0
 Registers start as zeros at the end, take part in attention, and are dropped at the end. No training.
 The ViT on digits that comes with regard has no outliers (norms of patches up to 1.3 times the median): there they are planted.
-Not built: the study in a vision-language model.
+In a vision tower of transformers, alone or in a vision-language model: `tower_registers`. What it does to such a model's answers is not studied.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.images.register_tokens import Registers, tower_registers
 from regard.nn.images.vit_host import embedded, host_of, weights_of
-
-PATCHES = ("zero", "mean", "outliers", "same")
 
 
 def activation_of(block: Any) -> nn.Module:
@@ -28,12 +27,6 @@ def activation_of(block: Any) -> nn.Module:
     if not isinstance(act, nn.Module):
         raise RegardError(f"the MLP is a {type(block.mlp).__name__} without a module `act`; expected timm's Mlp")
     return act
-
-
-def sign_max(x: Tensor) -> Tensor:
-    """The entry of largest size over the tokens, with its sign; the lower of equal sizes: (B, N, n) -> (B, 1, n)."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    return torch.where(high.abs() > low.abs(), high, low)
 
 
 @register("test-time-registers", kind="module")
@@ -59,43 +52,15 @@ class TestTimeRegisters(nn.Module):
     ):
         super().__init__()
         self.vit = host_of(vit)
-        if patches not in PATCHES or count < 0 or (place is not None and count):
-            raise RegardError(
-                f"patches={patches!r}, count={count}, place={place}; expected one of {PATCHES}, and a place with count=0 alone"
-            )
-        for layer, units in neurons.items():
-            width = self.vit.blocks[layer].mlp.fc1.out_features if 0 <= layer < len(self.vit.blocks) else 0
-            if not units or not all(0 <= unit < width for unit in units):
-                raise RegardError(f"neurons name units {list(units)} of layer {layer}; expected some of its {width}")
-        if neurons and not count and place is None:
-            raise RegardError("neurons without registers; expected count from 1, or a place")
-        self.neurons = {layer: list(units) for layer, units in neurons.items()}
-        self.count, self.scale, self.patches, self.shared, self.place = count, scale, patches, shared, place
+        self.registers = Registers(neurons, count, scale, patches, shared, place, self.vit.num_prefix_tokens)
+        self.registers.fit([block.mlp.fc1.out_features for block in self.vit.blocks])
+        self.neurons, self.count, self.place = {layer: list(units) for layer, units in neurons.items()}, count, place
         self.colours, self.prefix = self.vit.patch_embed.proj.in_channels, self.vit.num_prefix_tokens
-
-    def rewritten(self, act: Tensor, units: list[int]) -> Tensor:
-        """Activations (B, prefix + N + count, hidden) with those of `units` moved."""
-        mine = act[..., units]
-        peak = sign_max(mine.flatten(1)[..., None]) if self.shared else sign_max(mine)
-        stop = act.shape[1] - self.count
-        first, patch = mine[:, : self.prefix], mine[:, self.prefix : stop]
-        mean = patch.mean(1, keepdim=True)
-        kept = {
-            "zero": torch.zeros_like(patch),
-            "mean": mean.expand_as(patch),
-            "outliers": torch.where(patch > mean + patch.std(1, keepdim=True), mean, patch) if self.patches == "outliers" else patch,
-            "same": patch,
-        }[self.patches]
-        written = (self.scale * peak).expand(-1, self.count or 1, len(units))
-        if self.place is not None:
-            kept = torch.cat((kept[:, : self.place], written, kept[:, self.place + 1 :]), 1)
-        last = written if self.count else written[:, :0]
-        return act.index_copy(2, torch.tensor(units, device=act.device), torch.cat((first, kept, last), 1))
 
     @contextmanager
     def intervention(self) -> Iterator[None]:
         def hook(units: list[int]) -> Any:
-            return lambda module, inputs, output: self.rewritten(output, units)
+            return lambda module, inputs, output: self.registers.rewritten(output, units)
 
         handles = [activation_of(self.vit.blocks[layer]).register_forward_hook(hook(units)) for layer, units in self.neurons.items()]
         try:
@@ -126,6 +91,9 @@ class TestTimeRegisters(nn.Module):
         if not isinstance(images, Tensor):
             raise RegardError(f"images is {type(images).__name__}; expected a tensor (batch, colours, height, width)")
         return self.vit.forward_head(self.forward_features(images))  # type: ignore[no-any-return]
+
+
+__all__ = ["TestTimeRegisters", "find_register_neurons", "outlier_metrics", "tower_registers"]
 
 
 class Seen(NamedTuple):

@@ -58,5 +58,4 @@ class ULSAM(nn.Module):
     @takes(x="batch channels height width")
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
-        maps = self.maps(x)[:, :, None]
-        return (torch.addcmul(grouped, grouped, maps) if maps.dtype == x.dtype else grouped + grouped * maps).flatten(1, 2)
+        return torch.addcmul(grouped, grouped, self.maps(x)[:, :, None]).flatten(1, 2)
