@@ -2,8 +2,10 @@
 
 Seconds of one processor, the least of several runs that take turns, as ratios in one run:
 overhead   a decoding step under policies whose budget is never reached, over the plain model's
-long       a step at 8k tokens of context: DuoAttention and Recycled Attention over the full cache (a filled cache of random keys: what is timed depends on sizes alone)
-tree       one pass over a tree of drafted nodes at 2k tokens, over a step of one token
+long       a step at 8k tokens of context: DuoAttention and Recycled Attention over the full cache (a filled cache of random keys: what is timed depends on sizes alone),
+           and what they could reach at best: a step with 1,024 tokens in the cache, and with 16
+tree       one pass over a tree of drafted nodes at 2k tokens, over a step of one token; and the model's linear products alone, of as many rows, over one row
+ragged     LeanAttention's schedule over sequences of different lengths, beside scaled_dot_product_attention over the padded batch
 recycling  greedy decoding of code: Token Recycling and prompt lookup over plain decoding, the whole loop
 greedy     prompts on which each strategy says what plain decoding says, token for token
 Parts that the JSON holds already are not run again.
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from regard import models
 from regard.cache import H2O, TOVA, Full, KeyNorm, SnapKV, StreamingLLM
@@ -31,6 +35,7 @@ from regard.lab.greedy import agreements, real_prompts
 from regard.lab.sweep import model_and_reader
 from regard.tasks.text import python_text
 from regard.zoo.systems.duoattention import DuoAttention
+from regard.zoo.systems.leanattention import lean_decode
 from regard.zoo.systems.recycled_attention import RecycledAttention
 from regard.zoo.systems.token_recycling import DEFAULT_80, TokenRecycling
 
@@ -76,10 +81,13 @@ def filled(model: Any, policy: Policy | None, length: int) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def decoding(model: Any, policies: dict[str, Policy | None], length: int, steps: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of a step."""
-    made = {name: filled(model, policy, length) for name, policy in policies.items()}
-    token, places = torch.tensor([[5]]), dict.fromkeys(made, length)
+def decoding(
+    model: Any, policies: dict[str, Policy | None], length: int, steps: int, repeats: int, lengths: dict[str, int] | None = None
+) -> dict[str, float]:
+    """Milliseconds of a step behind `length` tokens, or those of `lengths`."""
+    places = dict.fromkeys(policies, length) | (lengths or {})
+    made = {name: filled(model, policy, places[name]) for name, policy in policies.items()}
+    token = torch.tensor([[5]])
 
     def run(name: str, count: int = steps) -> None:
         context, cache = made[name]
@@ -110,7 +118,8 @@ def long(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
     policies: dict[str, Policy | None] = {"plain": None, "Full": Full()}
     policies |= {f"DuoAttention, {s:.0%} of heads stream": DuoAttention(gates, s) for s in (0.5, 0.75)}
     policies |= {f"Recycled, stride {s}, k {k}": RecycledAttention(s, k) for s, k in ((10, 1024), (50, 1024))}
-    found = decoding(model, policies, asked.long, 10, asked.repeats)
+    short = {"at best: 1024 tokens in the cache": 1024, "at best: 16 tokens in the cache": 16}
+    found = decoding(model, policies | dict.fromkeys(short), asked.long, 10, asked.repeats, short)
     return {"context": asked.long, "ms": found, "faster than plain": {name: found["plain"] / x for name, x in found.items()}}
 
 
@@ -132,11 +141,40 @@ def tree(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
     for draft in drafts.values():
         run(draft)
     found = least({name: lambda draft=draft: run(draft) for name, draft in drafts.items()}, asked.repeats)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    rows = {n: [torch.randn(int(n), layer.in_features) for layer in layers] for n in drafts}
+    products = least({n: lambda xs=xs: [layer(x) for layer, x in zip(layers, xs, strict=True)] for n, xs in rows.items()}, asked.repeats)
     return {
         "context": asked.tree,
         "ms": {n: x * 1e3 for n, x in found.items()},
         "over one node": {n: x / found["1"] for n, x in found.items()},
+        "products ms": {n: x * 1e3 for n, x in products.items()},
+        "products over one row": {n: x / products["1"] for n, x in products.items()},
     }
+
+
+@torch.no_grad()
+def ragged(model: Any, asked: argparse.Namespace) -> dict[str, Any]:
+    """A step's attention of one layer of two sizes, over sequences that fill a quarter of the padded batch."""
+    found = {}
+    for batch, heads, kv, dim, most in ((8, 9, 3, 64, 8192), (16, 32, 8, 128, 4096)):
+        lengths = [max(64, most >> at % 8) for at in range(batch)]
+        q, k, v = (torch.randn(batch, h, n, dim) for h, n in ((heads, 1), (kv, most), (kv, most)))
+        mask = (torch.arange(most) < torch.tensor(lengths)[:, None])[:, None, None]
+        runs: dict[str, Callable[[], Any]] = {
+            "padded, enable_gqa": lambda q=q, k=k, v=v, mask=mask: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+            "leanattention": lambda q=q, k=k, v=v, lengths=lengths: lean_decode(q, k, v, lengths),
+        }
+        grouped = q.unflatten(1, (kv, -1))[:, :, :, 0]  # a key head's queries as its rows
+        runs["padded, keys read once"] = lambda q=grouped, k=k, v=v, mask=mask: F.scaled_dot_product_attention(q, k, v, mask)
+        assert torch.allclose(runs["padded, enable_gqa"](), runs["leanattention"]()[0], atol=1e-4)
+        times = least(runs, 3 * asked.repeats)
+        own = times["leanattention"]
+        found[f"{batch} sequences up to {most}, {heads}/{kv} heads of {dim}"] = {
+            "ms": {name: x * 1e3 for name, x in times.items()},
+            "faster than": {name: x / own for name, x in times.items() if name != "leanattention"},
+        }
+    return found
 
 
 @torch.no_grad()
@@ -181,6 +219,7 @@ PARTS: dict[str, Callable[[Any, argparse.Namespace], dict[str, Any]]] = {
     "overhead": overhead,
     "long": long,
     "tree": tree,
+    "ragged": ragged,
     "recycling": recycling,
     "greedy": greedy,
 }
@@ -207,7 +246,7 @@ def main() -> None:
     own = found.setdefault(asked.model, {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "threads": 1})
     for part in asked.parts:
         if part not in own:
-            own[part] = PARTS[part](model, asked)
+            own[part] = {**PARTS[part](model, asked), "load": os.getloadavg()[0]}
             print(part, json.dumps(own[part], indent=1), flush=True)
             write_text(asked.out, json.dumps(found, indent=1) + "\n")
 

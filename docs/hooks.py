@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from formulas import typeset  # beside this file
 from mkdocs.structure.files import File, Files
 
 from regard.catalog import records
@@ -85,9 +86,7 @@ def row_page(record: Record, results: dict[str, list[dict[str, Any]]]) -> str:
     own = made().get(record.slug, [])
     head = own[: own.index("")] if "" in own else own
     lines += [
-        "```text",
-        formula(entry(record.slug)),
-        "```",
+        typeset(formula(entry(record.slug))),
         "",
         *[f"- `{line}`" if line.startswith("used as") else f"- {line}" for line in head],
         "",

@@ -223,6 +223,30 @@ def test_windows_of_the_model_hold():
         assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), before)
 
 
+STATIC = {"full": Full, "h2o": lambda: H2O(8), "snap": lambda: SnapKV(8, 4, 3), "streaming": lambda: StreamingLLM(0.5)}
+
+
+@pytest.mark.parametrize("kind", ["one kind", "two kinds"])
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache_remembers_what_a_growing_one_does(name, kind):
+    """`generate` prepares it, and the policy's own layers take its place: entries are gone all the same."""
+    torch.manual_seed(0)
+    model = llama(layers=2, sharp=2)
+    if kind == "two kinds":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        own = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8, "query_pre_attn_scalar": 8}
+        config = transformers.Gemma3TextConfig(vocab_size=50, eos_token_id=None, pad_token_id=0, **sizes, **own)
+        model = transformers.Gemma3ForCausalLM(config).double().eval()
+    ids, mask = torch.randint(1, 50, (2, 15)), (torch.arange(15) >= torch.tensor([[0], [4]])).long()
+    found = []
+    for implementation in (None, "static"):
+        with STATIC[name]()(model) as session:
+            options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": implementation}
+            found.append(model.generate(ids, attention_mask=mask, **options))
+        assert name == "full" or sum(layer.parts[0].keys.shape[2] for layer in session.cache.layers) < 2 * 20
+    assert torch.equal(*found)
+
+
 def test_beams_follow(given):
     model, ids, _ = given
     before = model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False)
@@ -246,7 +270,7 @@ def test_bad_input(given):
         KeyNorm(3)(model).__enter__()
     full = model(ids, use_cache=True).past_key_values
     with KeyNorm(3)(model):
-        with pytest.raises(RegardError, match="expected none, or a new DynamicCache"):
+        with pytest.raises(RegardError, match="DynamicCache of 23 tokens: expected none, or a new DynamicCache or StaticCache"):
             model(ids[:, :1], past_key_values=full)
         with pytest.raises(RegardError, match="cannot go back"):
             model(ids).past_key_values.crop(-1)

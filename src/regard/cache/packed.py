@@ -184,7 +184,7 @@ class Packed(Part):
 
 def nothing(part: Part) -> Part:
     """A part of the same heads without entries."""
-    none = part.mapped(lambda x: x[:, :, :0])
+    none = part.entries(lambda x: x[:, :, :0])
     return replace(none, notes={})
 
 

@@ -40,9 +40,15 @@ class Policy:
 
     def compute(self, view: View, places: Tensor) -> Tensor:
         """Attention of the call's queries at places (n,): (B, h, group, n, Dv)."""
-        if self.looks and len(places) == 1:
+        if self.looks and self.decode and len(places) == 1 and (type(self).observe is not Policy.observe or not self.roomy(view)):
             return view.look(view.part, places)
         return read(view.query, self.reading(view), places, view.scale, view.window)
+
+    def roomy(self, view: View) -> bool:
+        """Whether a step's entries all fit into the budget of every row."""
+        if view.first or type(self).counts is not Policy.counts:
+            return False
+        return view.length <= (self.budget if isinstance(self.budget, int) else int(self.share(view).min()))
 
     def observe(self, view: View) -> None:
         """See a call, before anything is dropped."""
@@ -73,17 +79,21 @@ class Policy:
         elif not self.decode:
             return
         self.observe(view)
-        if not view.first and type(self).counts is Policy.counts and view.length <= int(self.share(view).min()):
-            return  # there is room
+        if self.roomy(view):
+            return
         scores = self.scores(view)
         layer.keep(number, self.counts(view, scores), scores)
 
 
 def newest(view: View, count: Tensor | int) -> Tensor:
     """(B, h, length) bool: the last `count` entries that are alive; count a number, or (B,)."""
-    rank = view.part.alive.long().flip(-1).cumsum(-1).flip(-1)
-    limit = count if isinstance(count, int) else count[:, None, None]
-    return view.part.alive & (rank <= limit)
+    part, limit = view.part, count if isinstance(count, int) else count[:, None, None]
+    if part.ordered:
+        return part.alive & (part.alive.long().flip(-1).cumsum(-1).flip(-1) <= limit)
+    ranked = part.places.masked_fill(~part.alive, -1).sort(dim=2, descending=True).values
+    edge = torch.as_tensor(limit, device=ranked.device).clamp(0, view.length)
+    last = ranked.gather(2, (edge - 1).clamp_min(0).expand(*ranked.shape[:2], 1))
+    return part.alive & (part.places >= last) & (edge > 0)
 
 
 def oldest(view: View, count: int) -> Tensor:

@@ -95,13 +95,17 @@ class Session:
         if cache is None:
             cache = fresh_cache(len(self.modules))
         if not all(isinstance(layer, KeptLayer) for layer in cache.layers) or not cache.layers:
-            from transformers import DynamicCache
+            from transformers import DynamicCache, StaticCache
 
-            if type(cache) is not DynamicCache or cache.get_seq_length():
-                raise RegardError(f"cache {type(cache).__name__} of {cache.get_seq_length()} tokens: expected none, or a new DynamicCache")
+            if type(cache) not in (DynamicCache, StaticCache) or cache.get_seq_length():
+                raise RegardError(
+                    f"cache {type(cache).__name__} of {int(cache.get_seq_length())} tokens: expected none, or a new DynamicCache or StaticCache"
+                )
             cache.layers = fresh_cache(len(self.modules)).layers
         self.cache, self.mask = cache, None
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # by kind of layer, as `generate` gives a static cache's model; they tell of the same padding
+            mask = next(iter(mask.values()))
         if mask is not None and mask.dim() != 2:
             raise RegardError(f"attention_mask {tuple(mask.shape)}: expected (B, tokens so far) of ones and zeros")
         places = kwargs.get("position_ids")

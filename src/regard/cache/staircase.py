@@ -126,7 +126,7 @@ class Staircase(Policy):
                         view.memory[f"{name} {n} {what}"] = torch.cat(kept, 2)
                     else:
                         view.memory.pop(f"{name} {n} {what}", None)
-        layer.parts[number] = part.mapped(lambda x: x[:, :, x.shape[2] - (layer.seen - new[0]) :].clone())
+        layer.parts[number] = part.entries(lambda x: x[:, :, x.shape[2] - (layer.seen - new[0]) :].clone())
 
     @staticmethod
     def held(cache: Any) -> int:

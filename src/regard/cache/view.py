@@ -45,6 +45,8 @@ class View:
 
     def mass(self, last: int | None = None) -> Tensor:
         """(B, h, length): the weights that entries get, summed over the last queries (None: all) and the heads of a group."""
+        if self.query.shape[3] == 1 and self.step is not None:
+            return self.step.sum((2, 3))
         total: Any = 0.0
         for p, _ in self.blocks(last):
             total = p.sum((2, 3)) + (F.pad(total, (0, p.shape[-1] - total.shape[-1])) if isinstance(total, Tensor) else total)
@@ -77,10 +79,14 @@ class View:
         """Attention of a single query over `part`, (B, h, group, 1, Dv), whose weights are kept for `rows`."""
         k, v = part.keys, part.values
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        s = (self.query[:, :, :, 0].to(dtype) @ k.to(dtype).mT) * self.scale
-        shown = visible(part, places, self.window)
-        p = s.masked_fill(~shown, torch.finfo(s.dtype).min).softmax(-1)
-        self.step = torch.where(shown & part.alive[:, :, None, -1:], p, 0.0).unsqueeze(3)
+        s = (self.query[:, :, :, 0].to(dtype) * self.scale) @ k.to(dtype).mT
+        if self.window is None and part.everything():
+            p = s.softmax(-1)
+            self.step = p.unsqueeze(3)
+        else:
+            shown = visible(part, places, self.window)
+            p = s.masked_fill(~shown, torch.finfo(s.dtype).min).softmax(-1)
+            self.step = torch.where(shown & part.alive[:, :, None, -1:], p, 0.0).unsqueeze(3)
         return (p.to(v.dtype) @ v).unsqueeze(3)
 
     def real(self, places: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ def read(q: Tensor, part: Part, places: Tensor, scale: float, window: int | None
     if n == 1:  # the query heads of a key head as its queries: keys are read once
         shown = None
         if not whole:
-            shown = visible(part, places, window)
+            shown = part.alive[:, :, None] if window is None else visible(part, places, window)
             shown = shown if only is None else shown & only
             shown = shown | ~shown.any(-1, keepdim=True)  # padding reads something, for its output is nobody's
         return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=shown, scale=scale).unsqueeze(3)

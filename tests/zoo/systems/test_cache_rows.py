@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
+from regard.cache import Full
 from regard.lab.checks.shared.decoding import llama
 from regard.tasks.passkeys import passkeys
 from regard.zoo.systems.duoattention import DuoAttention, identify_heads
@@ -63,3 +64,31 @@ def test_bad_gates():
     with pytest.raises(RegardError, match="expected more than twice"):
         passkeys(torch.arange(50), 100)
     assert DuoAttention(GATES, threshold=0.5).retrieves.sum() == 3
+
+
+def test_beams_take_what_was_recycled_along():
+    """The entries that a beam rereads are those of the row that it came from: with all of them chosen beams say what full beams say."""
+    torch.manual_seed(0)
+    model, ids = llama(layers=2, sharp=2), torch.randint(1, 50, (2, 20))
+    found = []
+    for policy in (Full(), RecycledAttention(4, 100), RecycledAttention(4, 100, "query_sim", 0.5)):
+        with policy(model):
+            found.append(model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_an_extract_is_counted_and_grows_with_its_part():
+    torch.manual_seed(0)
+    model, ids = llama(layers=1), torch.randint(1, 50, (1, 20))
+    with RecycledAttention(4, 6)(model) as session:
+        model.generate(ids, max_new_tokens=4, do_sample=False)  # a full step and two others
+    (layer,) = session.cache.layers
+    (part,) = layer.parts
+    assert part.places.shape[2] == 23 and part.extract.alive.sum(-1).max() <= 6 + 3
+    entry = 2 * 2 * 8 * 8  # keys and values of two heads of eight numbers of eight bytes
+    assert layer.bytes == entry * (23 + part.extract.places.shape[2]) and layer.held > layer.bytes
+
+
+def test_gates_that_are_no_numbers_are_refused():
+    with pytest.raises(RegardError, match="expected finite"):
+        DuoAttention(torch.full((2, 2), float("nan")))

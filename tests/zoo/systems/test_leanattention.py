@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from regard import RegardError
+from regard.zoo.systems import leanattention
 from regard.zoo.systems.leanattention import lean_decode, schedule
 
 
@@ -34,3 +35,19 @@ def test_bad_input():
     for options in ({"lengths": [6, 1]}, {"lengths": [1]}, {"lengths": [-1, 2]}, {"tile": 0}, {"workers": 0}):
         with pytest.raises(RegardError, match="expected"):
             lean_decode(q, k, k, **options)
+
+
+def test_a_worker_holds_few_scores_at_a_time(monkeypatch):
+    """Its tiles in pieces of one, two and three, or all at once: the same."""
+    q, k = torch.randn(2, 4, 3, 8, dtype=torch.float64), torch.randn(2, 2, 90, 8, dtype=torch.float64)
+    truth = lean_decode(q, k, k, [90, 41], tile=8, workers=3)
+    most, seen = [], torch.Tensor.amax
+    monkeypatch.setattr(torch.Tensor, "amax", lambda x, *a, **o: most.append(x.numel()) or seen(x, *a, **o))
+    for pieces in (1, 2, 3):
+        most.clear()
+        monkeypatch.setattr(leanattention, "SCORES", pieces * 2 * 3 * 8 + 5)
+        found = lean_decode(q, k, k, [90, 41], tile=8, workers=3)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, truth, strict=True))
+        assert max(most) == pieces * 2 * 3 * 8
+    monkeypatch.setattr(leanattention, "SCORES", 1)
+    assert torch.allclose(lean_decode(q, k, k, [90, 41], tile=8, workers=3)[0], truth[0], atol=1e-12)

@@ -113,10 +113,10 @@ class DuoAttention(Policy):
         self, gates: Tensor, sparsity: float = 0.5, threshold: float | None = None, sink: int = 64, recent: int = 256, chunk: int = 512
     ):
         super().__init__(1.0, decode=True)
-        if gates.dim() != 2 or not 0 <= sparsity <= 1 or sink < 0 or recent < 1 or chunk < 1:
+        if gates.dim() != 2 or not bool(gates.isfinite().all()) or not 0 <= sparsity <= 1 or sink < 0 or recent < 1 or chunk < 1:
             raise RegardError(
-                f"gates {tuple(gates.shape)}, sparsity={sparsity}, sink={sink}, recent={recent}, chunk={chunk}: expected (layers, key heads), a "
-                "share, and positive numbers"
+                f"gates {tuple(gates.shape)}, sparsity={sparsity}, sink={sink}, recent={recent}, chunk={chunk}: expected finite (layers, "
+                "key heads), a share, and positive numbers"
             )
         if threshold is None:
             threshold = -1.0 if sparsity == 0 else 2.0 if sparsity == 1 else float(gates.double().flatten().quantile(sparsity))
@@ -127,10 +127,15 @@ class DuoAttention(Policy):
         if self.retrieves.shape != (layers, heads):
             raise RegardError(f"gates {tuple(self.retrieves.shape)}: expected one for each of {layers} layers and {heads} key heads")
 
+    def all_retrieve(self, view: View) -> bool:
+        """Whether nothing of the part is ever dropped."""
+        kinds = self.retrieves[view.layer].tolist()
+        return all(kinds[head] for head in view.part.heads.tolist())
+
     def compute(self, view: View, places: Tensor) -> Tensor:
-        part, all_heads = view.part, self.retrieves[view.layer].to(view.query.device)[view.part.heads]
-        if len(places) == 1 or bool(all_heads.all()):
+        if len(places) == 1 or self.all_retrieve(view):
             return super().compute(view, places)
+        part, all_heads = view.part, self.retrieves[view.layer].to(view.query.device)[view.part.heads]
         out = view.query.new_zeros(*view.query.shape[:4], part.values.shape[-1])
         full, near = all_heads.nonzero()[:, 0], (~all_heads).nonzero()[:, 0]
         if len(full):
@@ -142,7 +147,7 @@ class DuoAttention(Policy):
             stop = min(start + self.chunk, n)
             old = min(max(edge, m - n + start - self.recent), m - n + stop)
             at = torch.cat((torch.arange(min(edge, m - n + stop)), torch.arange(old, m - n + stop))).to(part.keys.device)
-            piece = own.mapped(lambda x, at=at: x.index_select(2, at))  # type: ignore[misc]
+            piece = own.entries(lambda x, at=at: x.index_select(2, at))  # type: ignore[misc]
             shown = first.index_select(2, at)[:, :, None] | (places[start:stop, None] - piece.places[:, :, None] <= self.recent)
             out[:, near, :, start:stop] = read(
                 view.query[:, near, :, start:stop], piece, places[start:stop], view.scale, view.window, shown
@@ -157,5 +162,7 @@ class DuoAttention(Policy):
         return torch.where(whole, view.length, self.sink + self.recent).expand(len(scores), -1)
 
     def run(self, layer: KeptLayer, number: int, view: View) -> None:
+        if self.all_retrieve(view):
+            return
         oldest(view, self.sink)  # which are the first is known while they are there
         super().run(layer, number, view)

@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.catalog.registry import register
 from regard.errors import RegardError
 
+SCORES = 2**22  # numbers that a worker holds at a time
 Partial = tuple[Tensor, Tensor, Tensor]  # m (..., 1), l (..., 1), U (..., D), in at least float32
 
 
@@ -127,22 +128,24 @@ def lean_decode(
     with torch.no_grad():
         grouped = q.to(wide).unflatten(1, (kv, -1)) * (dim**-0.5 if scale is None else scale)  # (B, Hkv, group, n, D)
 
-        def one(head: int, number: int) -> Partial:
+        step = max(1, SCORES // (heads // kv * n * tile))  # tiles at a time: a worker's tiles are one matrix, as far as its scores are few
+
+        def part(head: int, first: int, last: int) -> Partial:
             row, at = divmod(head, kv)
-            start, stop = number * tile, min((number + 1) * tile, sizes[row])
+            start, stop = first * tile, min(last * tile, sizes[row])
             s = grouped[row, at] @ k[row, at, start:stop].to(wide).T
-            if causal:
-                last = sizes[row] - n + torch.arange(n, device=q.device)
-                s = s.masked_fill(torch.arange(start, stop, device=q.device) > last[:, None], -torch.inf)
+            if causal and stop > sizes[row] - n + 1:
+                seen = sizes[row] - n + torch.arange(n, device=q.device)
+                s = s.masked_fill(torch.arange(start, stop, device=q.device) > seen[:, None], -torch.inf)
             m = s.amax(-1, keepdim=True)
             p = torch.exp(s - torch.where(m.isneginf(), 0.0, m))
             return m, p.sum(-1, keepdim=True), p @ v[row, at, start:stop].to(wide)
 
-        none = identity((heads // kv, n), v.shape[-1], grouped)
-        scratch = [(span, reduce(merge, (one(span.head, number) for number in range(span.first, span.stop)), none)) for span in plan.spans]
-        held = [none] * (batch * kv)
-        for span, part in scratch:  # hosts, then their peers
-            held[span.head] = merge(held[span.head], part)
+        held = [identity((heads // kv, n), v.shape[-1], grouped)] * (batch * kv)
+        for span in plan.spans:
+            pieces = (part(span.head, at, min(at + step, span.stop)) for at in range(span.first, span.stop, step))
+            own = reduce(merge, pieces)
+            held[span.head] = own if span.first == 0 else merge(held[span.head], own)  # the host, then its peers
         m, total, u = (torch.stack(x).unflatten(0, (batch, kv)).flatten(1, 2) for x in zip(*held, strict=True))
         out = torch.where(total > 0, u / total.clamp_min(torch.finfo(wide).tiny), 0.0)
         return out.to(q.dtype), (m + total.log())[..., 0]

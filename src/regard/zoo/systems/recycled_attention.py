@@ -7,13 +7,13 @@ The full cache stays: what falls is how much is read, (L + (S - 1)(K + S / 2)) /
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.cache.layer import Part
+from regard.cache.layer import KeptLayer, Part
 from regard.cache.policy import Policy
 from regard.cache.view import View
 from regard.catalog.registry import register
@@ -41,60 +41,66 @@ class RecycledAttention(Policy):
         self.stride, self.k, self.trigger, self.tau, self.every, self.join, self.pool = stride, k, trigger, tau, every, join, pool
         self.reads: dict[int, list[int]] = {}
         self.since: dict[int, int] = {}
-        self.asked: dict[int, Tensor] = {}
+        self.now: dict[int, Tensor] = {}  # rows whose step is full
 
     def begin(self, layers: int, heads: int) -> None:
-        self.reads, self.since, self.asked = {at: [] for at in range(layers)}, {}, {}
+        self.reads, self.since, self.now = {at: [] for at in range(layers)}, {}, {}
 
     def full(self, view: View) -> Tensor:
         """(B,) bool: rows whose step is full."""
         step, rows = self.since[view.layer], len(view.query)
         if self.trigger == "fixed" or step % self.every or step == 0:
             return torch.full((rows,), step % self.stride == 0 if self.trigger == "fixed" else step == 0, device=view.query.device)
-        near = F.cosine_similarity(view.query[:, :, :, -1], self.asked[view.layer], dim=-1).mean((1, 2))
+        near = F.cosine_similarity(view.query[:, :, :, -1], view.memory["asked"], dim=-1).mean((1, 2))
         return near < self.tau
 
     def reading(self, view: View) -> Part:
-        if view.first or view.query.shape[3] > 1:
-            return view.part
-        notes, whole = view.part.notes, self.full(view)
-        notes["recycled"][..., -1] = 1
-        notes["whole"] = whole.float()[:, None, None].expand(*view.part.alive.shape).clone()
-        wanted = view.part.alive & ((notes["recycled"] > 0) | whole[:, None, None])
-        counts = wanted.sum(-1)
-        self.reads[view.layer].append(int(counts.max()))
-        self.since[view.layer] += 1
-        if bool(whole.any()):
-            part = view.part.mapped(lambda x: x)
-            part.alive = wanted
+        part, near = view.part, view.part.extract
+        if view.first or view.query.shape[3] > 1 or near is None:
             return part
-        order = (~wanted).to(torch.uint8).argsort(dim=2, stable=True)[..., : int(counts.max())]
-        part = view.part.kept(order)
-        part.alive = wanted.gather(2, order)
-        return part
+        full = self.now[view.layer] = self.full(view)
+        self.since[view.layer] += 1
+        if bool(full.all()):
+            read = part
+        elif not bool(full.any()):
+            read = near
+        else:
+            chosen = (
+                torch.zeros_like(part.places).scatter_add(2, near.places, near.alive.long()) > 0
+            )  # nothing is dropped: entry n is token n
+            read = replace(part, alive=part.alive & (chosen | full[:, None, None]), whole=None, extract=None)
+        self.reads[view.layer].append(read.places.shape[2] if read.everything() else int(read.alive.sum(-1).max()))
+        return read
 
-    def run(self, layer: Any, number: int, view: View) -> None:
+    def run(self, layer: KeptLayer, number: int, view: View) -> None:
         """After a full step choose anew; nothing is dropped."""
-        notes, n = view.part.notes, view.query.shape[3]
-        rows = (
-            torch.ones(len(view.query), dtype=torch.bool, device=view.query.device) if n > 1 or view.first else notes["whole"][:, 0, 0] > 0
-        )
-        if n > 1 or view.first:
+        part, last = view.part, view.length - 1
+        old = part.extract
+        if view.first or view.query.shape[3] > 1 or old is None:
             self.since[view.layer] = 0
+            rows = torch.ones(len(view.query), dtype=torch.bool, device=view.query.device)
+        else:
+            rows = self.now[view.layer]
         if not bool(rows.any()):
             return
         a = next(view.rows(1))[0][:, :, :, 0]
         score = a.sum(2) if self.join == "sum" else a.amax(2)
         if self.pool > 1:
             score = F.avg_pool1d(score, self.pool, 1, self.pool // 2)
-        score = score.masked_fill(~view.part.alive, -torch.inf)
-        chosen = torch.zeros_like(score).scatter(2, score.topk(min(self.k, view.length), -1).indices, 1.0)
-        chosen[..., -1] = 1  # the step's own token is the first since
+        index = score.masked_fill(~part.alive, -torch.inf).topk(min(self.k, view.length), -1).indices
+        index = torch.cat((index, torch.full_like(index[..., :1], last)), -1)  # the step's own token is the first since
+        there = part.alive.gather(2, index)
+        there[..., :-1] &= index[..., :-1] != last
         query = view.query[:, :, :, -1].clone()
-        if "recycled" in notes and not bool(rows.all()):
-            chosen = torch.where(rows[:, None, None], chosen, notes["recycled"])
-            query = torch.where(rows[:, None, None, None], query, self.asked[view.layer])
-        notes["recycled"], self.asked[view.layer] = chosen, query
+        if old is not None and not bool(rows.all()):
+            other = max(0, old.places.shape[2] - index.shape[2]), max(0, index.shape[2] - old.places.shape[2])
+            index = torch.where(rows[:, None, None], F.pad(index, (0, other[0])), F.pad(old.places, (0, other[1])))
+            there = torch.where(rows[:, None, None], F.pad(there, (0, other[0])), F.pad(old.alive, (0, other[1])))
+            query = torch.where(rows[:, None, None, None], query, view.memory["asked"])
+        near = replace(part, extract=None).kept(index)
+        near.alive = there
+        layer.parts[number] = replace(part, extract=near)
+        view.memory["asked"] = query
 
 
 def recycled_mask(weights: Tensor, stride: int, k: int) -> Tensor:

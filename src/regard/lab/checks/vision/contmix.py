@@ -271,7 +271,7 @@ def _() -> tuple[float, float]:
     return off(), off(focus=(0, 2))
 
 
-@check("contmix", "accuracy of telling squares from discs, a small OverLoCK after 130 steps", above=0.75, control="before them")
+@check("contmix", "accuracy of telling squares from discs, a small OverLoCK after 240 steps", above=0.75, control="before them")
 def _() -> tuple[float, float]:
     def make() -> OverLoCK:
         return OverLoCK((8, 8, 16, 16), (1, 1, 1, 1), (1, 1), (1, 1), (5, 5, 5, 5), 3, (2,) * 4, (2, 2), classes=2, projection=16)
@@ -280,4 +280,4 @@ def _() -> tuple[float, float]:
         x, (_, kinds) = scenes(count, generator, most=1)
         return x, kinds[:, 0]
 
-    return accuracy(trained(make, draw, 130, lr=1e-2, batch=16), draw, 400), accuracy(make().eval(), draw, 400)
+    return accuracy(trained(make, draw, 240, lr=1e-2, batch=16), draw, 400), accuracy(make().eval(), draw, 400)
