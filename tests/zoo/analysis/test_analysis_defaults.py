@@ -1,5 +1,5 @@
 """Hyperparameters default to the papers', and change only on purpose (CONTRIBUTING.md, "What may change"): all defaults of the rows' functions stand in
-defaults.json. Where one is to change, so does that file: python tests/zoo/analysis/test_defaults.py"""
+defaults.json. Where one is to change, so does that file: python tests/zoo/analysis/test_analysis_defaults.py"""
 
 import dataclasses
 import importlib
