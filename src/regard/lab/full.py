@@ -185,19 +185,19 @@ def deception(small: int | None) -> Lines:
 FULL: dict[str, Full] = {
     "abrupt-icl": Full("two attention layers, 200,000 steps of 128 bursty sequences of 8 pairs, 2048 classes", 20, abrupt),
     "active-dormant-heads": Full("one layer of width 256 with softmax and with ReLU, 10,000 steps of 512 sequences of 256", 100, dormant),
-    "attention-svm": Full("three problems of 6 inputs of 8 tokens in 10 dimensions", 0.02, svm),
+    "attention-svm": Full("three problems of 6 inputs of 8 tokens in 10 dimensions", 0.003, svm),
     "benefits-of-rank": Full("ranks 1 to 8, 16 to 256 heads, 2 to 8 points in 8 and 16 dimensions, 20,000 samples", 0.1, rank),
     "deceptive-attention": Full("translators of 12 words out of 32, three orders, five ways to attend, 600 steps", 0.1, deception),
     "dsf": Full("two layers of width 64, vocabulary 8192, 10,000 steps of 64 sequences", 30, recall),
     "filter-and-store": Full("64 subjects, 24 paraphrases, 800 and 400 steps, nine settings", 0.2, store),
     "fixed-head-size": Full("32 tokens in 64 dimensions, heads of 4 to 32 channels", 0.02, bottleneck),
-    "icl-linear-regression": Full("1, 2 and 4 heads, 5 dimensions, 40 examples, 3000 steps of 256", 0.1, regression),
+    "icl-linear-regression": Full("1, 2 and 4 heads, 5 dimensions, 40 examples, 3000 steps of 256", 0.016, regression),
     "icl-softmax-regression": Full("16 to 256 pairs in 4 and 8 dimensions, 300 steps of 128", 0.03, softmax_regression),
     "mha-memorization-capacity": Full("5 and 20 heads, contexts of 8 and 32 in 64 dimensions, 2000 examples of 100 classes", 0.3, memory),
     "random-feature-attention": Full("1000 heads, 16 keys in 16 dimensions, three targets, 250 to 4000 examples", 0.05, features),
     "rank-one-universal": Full("32 to 512 sequences of 6 of 12 tokens, width 256, 1500 steps", 0.05, universal),
-    "scan-snap": Full("sequences of 128, 1000 steps of 512", 0.05, scan),
-    "superiority-of-softmax": Full("64 to 4096 keys, 200 draws", 0.02, margins),
+    "scan-snap": Full("sequences of 128, 1000 steps of 512", 0.004, scan),
+    "superiority-of-softmax": Full("64 to 4096 keys, 200 draws", 0.003, margins),
 }
 
 

@@ -4,6 +4,9 @@ f(X, z) = v^T X^T softmax(X W z),  W whole or K Q^T;  L(W) = mean_i l(Y_i f(X_i,
 W-SVM: min |W|_F, KQ-SVM: min |W|_*, both with (x_i,opt - x_it)^T W z_i >= 1 for all t != opt_i.   Gradient descent on W tends in direction
 to the first.  Dual of the first: min_a>=0 a^T G a / 2 - 1^T a, W = sum_k a_k (x_opt - x_t) z^T.
 
+Of three problems of 6 inputs of 8 tokens in 10 dimensions two come to a cosine of 0.99 with the W-SVM; in the third one input settles on a token that is
+not optimal (0.80), and the weights tend to the SVM of the tokens selected (0.99), as the paper says of local directions.
+
 Not built: MLP heads, and the two-part limit they have.
 """
 

@@ -3,6 +3,9 @@
 x_1 .. x_{L-1} drawn from P(l | m, n), x_L = m the last token, n the next; a common token l has P > 0 for several n, a distinct one for one.
 b_l = c_l e^{z_ml} / sum_l' c_l' e^{z_ml'} with counts c (x_L left out),  f = b / |b|,  logits = Y f,  cross-entropy;  Z = Y = 0, SGD, eta_Y >> eta_Z.
 Scan: z falls for common tokens, rises for distinct ones by P(l | m, n); snap: then grows like a logarithm, the combination all but fixed.
+
+With sequences of 128 and the default 1000 steps no snap is seen: the last step's growth is not yet a tenth of the fastest, and common tokens still hold 0.63
+of the attention. The checks, at 3000 steps of 64, snap.
 """
 
 from __future__ import annotations
