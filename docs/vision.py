@@ -1,6 +1,7 @@
 """Writes docs/results/vision.md from a report of `regard compare --task digits` and from benchmarks/results/vision.json.
 
 python docs/vision.py runs/vision/report.json
+python docs/vision.py                            (without a report: what layers learned stands as it is, the rest is written anew)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from regard import models
 from regard.lab.compare.statistics import seeds_of
 
 HOME = Path(__file__).parent
+COSTS = "## What it costs in a network"
 
 
 def accuracy(one: dict[str, Any], task: str) -> list[float]:
@@ -56,20 +58,19 @@ def measured(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(path: str) -> None:
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
+def main(path: str | None = None) -> None:
+    written = HOME / "results/vision.md"
+    if path is None:
+        first = written.read_text(encoding="utf-8").partition(COSTS)[0].rstrip()
+    else:
+        first = what_was_learned(json.loads(Path(path).read_text(encoding="utf-8")))
     speed = json.loads((HOME.parent / "benchmarks/results/vision.json").read_text(encoding="utf-8"))
+    written.write_text(f"{first}\n\n{the_rest(speed)}", encoding="utf-8")
+
+
+def what_was_learned(report: dict[str, Any]) -> str:
     config, names = report["config"], " ".join(report["config"]["layers"])
-    trained = {
-        name: json.loads((models.path(name) / "training.json").read_text(encoding="utf-8"))["probes"] for name in models.names("image")
-    }
-    probes = "\n".join(
-        f"| `{name}` | {told['digit']['model']:.1%} | {told['digit']['features']:.1%} | {told['digit']['pixels']:.1%} | "
-        f"{told['photograph']['features']:.1%} | {told['photograph']['pixels']:.1%} |"
-        for name, told in trained.items()
-    )
-    maps = ", ".join(f"`{name}` {one['ratio']:.2f}" for name, one in speed["maps"].items() if name != "softmax")
-    text = f"""# Layers of images
+    return f"""# Layers of images
 
 ## Learned on digits
 
@@ -89,8 +90,20 @@ So few steps show how fast a layer lets a net learn, not what it learns in the e
 The first seed was run with `--minutes 13`, which decided the steps, the others added with `--resume --minutes 30`; the machine did other work at the same time.
 In the first seed's run, on the same images: `mossformer:group=16,qk_dim=16` 82.3%, `mamba-yolo:state=4` 81.1%, `convit` 73.4%, `biformer:regions=2,top_k=2` 71.9%,
 `hyperzzw` 80.9%.
+"""
 
-## What it costs in a network
+
+def the_rest(speed: dict[str, Any]) -> str:
+    trained = {
+        name: json.loads((models.path(name) / "training.json").read_text(encoding="utf-8"))["probes"] for name in models.names("image")
+    }
+    probes = "\n".join(
+        f"| `{name}` | {told['digit']['model']:.1%} | {told['digit']['features']:.1%} | {told['digit']['pixels']:.1%} | "
+        f"{told['photograph']['features']:.1%} | {told['photograph']['pixels']:.1%} |"
+        for name, told in trained.items()
+    )
+    maps = ", ".join(f"`{name}` {one['ratio']:.2f}" for name, one in speed["maps"].items() if name != "softmax")
+    return f"""{COSTS}
 
 `python benchmarks/vision.py`: random weights, evaluation at 224 x 224, one thread, processor time, medians of {speed["rounds"]} runs (and their quartiles), each over the mean of the
 runs of the plain network before and behind it. Gates stand behind the second BatchNorm of every block of ResNet-18, mixers in place of every attention of ViT-tiny.
@@ -110,8 +123,7 @@ linear probe on its features and on pixels, and of a linear probe on which photo
 |---|---:|---:|---:|---:|---:|
 {probes}
 """
-    (HOME / "results/vision.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:2])

@@ -6,8 +6,10 @@ from torch import nn
 
 from regard import RegardError
 from regard.nn.images.plane_gates import ChannelGate, SpatialGate
+from regard.nn.images.planes import max_around
 from regard.zoo.vision.cbam import CBAM
 from regard.zoo.vision.ela import ELA, CoordinateAttention
+from regard.zoo.vision.little_attention_block import LiteAttention
 from regard.zoo.vision.polarized_attention import PolarizedSelfAttention
 from regard.zoo.vision.ulsam import ULSAM
 
@@ -83,3 +85,57 @@ def test_first_values():
     for conv in (layer.q_plane, layer.v_plane, layer.q_channel, layer.v_channel):
         assert float(conv.weight.detach().std()) == pytest.approx((2 / 256) ** 0.5, rel=0.15)
     assert isinstance(CoordinateAttention(512).squeeze[1], nn.BatchNorm2d) and CoordinateAttention(512).squeeze[0].out_channels == 16
+
+
+GATES = {
+    "cbam": lambda: CBAM(16, 4),
+    "cbam, pixels first": lambda: CBAM(16, 4, order="spatial-first"),
+    "cbam, parallel": lambda: CBAM(16, 4, order="parallel"),
+    "cbam, channels alone": lambda: CBAM(16, 4, spatial=False),
+    "ela": lambda: ELA(16),
+    "coordinates": lambda: CoordinateAttention(16),
+    "ulsam": lambda: ULSAM(16, 4),
+    "ulsam, bare": lambda: ULSAM(16, 2, bare=True, pool=5),
+    "polarized-attention": lambda: PolarizedSelfAttention(16),
+    "polarized-attention, sequential": lambda: PolarizedSelfAttention(16, "sequential"),
+    "polarized-attention, released": lambda: PolarizedSelfAttention(16, "sequential", released=True),
+    "little-attention-block": lambda: LiteAttention(16, 4),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_without_gradients_the_values_are_the_same_and_the_input_is_left_alone(name):
+    torch.manual_seed(0)
+    layer = GATES[name]().double()
+    for p in layer.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    layer.eval()
+    for shape in ((2, 16, 5, 7), (1, 16, 1, 3), (1, 16, 2, 2)):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory)
+            kept, truth = x.clone(), layer(x)
+            with torch.no_grad():
+                assert torch.allclose(layer(x), truth, atol=1e-12) and torch.equal(x, kept)
+            with torch.inference_mode():
+                assert torch.allclose(layer(x), truth, atol=1e-12) and torch.equal(x, kept)
+            if hasattr(layer, "gate"):
+                assert torch.allclose(x * layer.gate(x), truth, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 9])
+def test_the_largest_around_without_gradients(size):
+    for shape in ((2, 3, 6, 5), (1, 2, 1, 4), (1, 1, 2, 3), (0, 2, 3, 3)):
+        x = torch.randn(shape)
+        truth = torch.nn.functional.max_pool2d(x, size, 1, size // 2) if len(x) else x
+        assert torch.equal(max_around(x, size), truth)
+        with torch.no_grad():
+            assert torch.equal(max_around(x, size), truth)
+
+
+def test_polarized_attention_first_values():
+    torch.manual_seed(0)
+    layer = PolarizedSelfAttention(256)
+    assert not layer.released and layer.layout == "parallel" and isinstance(layer.norm, nn.LayerNorm)
+    for conv in (layer.v_plane, layer.q_channel, layer.v_channel):
+        assert float(conv.weight.std()) == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+    assert PolarizedSelfAttention(64, "sequential", released=True).up[0].out_features == 8
