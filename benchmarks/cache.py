@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 WINDOW = 32
+PYRAMID = 8, 10  # window and beta: with larger ones kvpress's pyramid is SnapKV on prompts as short as these
 
 
 def sides(budget: float) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], str]]:
@@ -56,7 +57,11 @@ def sides(budget: float) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
         "SnapKV": (snap, snap_press, "sdpa"),
         "TOVA": (lambda: TOVA(budget, decode=False), lambda: kv.TOVAPress(ratio), "sdpa"),
         "KeyNorm": (lambda: KeyNorm(budget), lambda: kv.KnormPress(ratio), "sdpa"),
-        "PyramidKV": (lambda: Pyramid(snap()), lambda: kv.PyramidKVPress(ratio, window_size=WINDOW), "sdpa"),
+        "PyramidKV": (
+            lambda: Pyramid(SnapKV(budget, PYRAMID[0]), PYRAMID[1]),
+            lambda: kv.PyramidKVPress(ratio, window_size=PYRAMID[0], beta=PYRAMID[1]),
+            "sdpa",
+        ),
         "AdaKV": (lambda: Ada(snap()), lambda: kv.AdaKVPress(snap_press()), "sdpa"),
         "H2O": (lambda: H2O(budget, decode=False), lambda: kv.ObservedAttentionPress(ratio), "eager"),
         "random": (lambda: Random(budget, generator=torch.Generator().manual_seed(0)), lambda: kv.RandomPress(ratio, seed=0), "sdpa"),

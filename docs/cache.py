@@ -123,7 +123,9 @@ def ratios(title: str, values: dict[str, float]) -> str:
 def serving(found: dict[str, Any]) -> str:
     out = []
     for model, own in found.items():
-        out.append(f"\n{model}, torch {own['torch']}, one thread, {own['processor']}.\n")
+        loads = [one["load"] for one in own.values() if isinstance(one, dict) and "load" in one]
+        busy = f", {min(loads):.0f} to {max(loads):.0f} processes at work on two cores" if loads else ""
+        out.append(f"\n{model}, torch {own['torch']}, one thread, {own['processor']}{busy}.\n")
         if "overhead" in own:
             out.append(
                 ratios(
@@ -138,12 +140,20 @@ def serving(found: dict[str, Any]) -> str:
                 + "\n"
             )
         if "tree" in own:
+            one = own["tree"]
             out.append(
-                ratios(
-                    f"a pass over a tree of so many nodes at {own['tree']['context']} tokens, over one node", own["tree"]["over one node"]
-                )
-                + "\n"
+                f"| nodes of a tree at {one['context']} tokens | a pass, over one node | the model's linear products alone, over one row | their share of the pass |\n"
+                "|---|---|---|---|"
             )
+            for n, x in one["over one node"].items():
+                out.append(f"| {n} | {x:.2f} | {one['products over one row'][n]:.2f} | {one['products ms'][n] / one['ms'][n]:.0%} |")
+            out.append("")
+        if "ragged" in own:
+            sizes = {name: x for name, x in own["ragged"].items() if name != "load"}
+            padded = list(next(iter(sizes.values()))["faster than"])
+            out.append("| a step's attention, LeanAttention's schedule, times as fast as " + " | ".join(padded) + " |\n|" + "---|" * (1 + len(padded)))
+            out += [f"| {name} | " + " | ".join(f"{x['faster than'][key]:.2f}" for key in padded) + " |" for name, x in sizes.items()]
+            out.append("")
         if "recycling" in own:
             one = own["recycling"]
             out.append(f"| code, {one['tokens']} tokens behind each of 3 prompts | times as fast as plain | tokens a pass |\n|---|---|---|")

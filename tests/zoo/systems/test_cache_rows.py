@@ -15,12 +15,12 @@ pytest.importorskip("transformers")
 
 GATES = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.8, 0.7]])
 POLICIES = {
-    "duo": lambda: DuoAttention(GATES, sink=2, recent=5, chunk=4),
+    "duoattention": lambda: DuoAttention(GATES, sink=2, recent=5, chunk=4),
     "vatp": lambda: VATP(sink=2),
     "vatp, scissorhands": lambda: VATP("scissorhands", sink=2, heavy=0.4, window=6),
-    "recycled": lambda: RecycledAttention(3, 5),
-    "recycled by queries": lambda: RecycledAttention(3, 5, "query_sim", 0.1),
-    "recycled, smoothed": lambda: RecycledAttention(3, 5, pool=3, join="max"),
+    "recycled-attention": lambda: RecycledAttention(3, 5),
+    "recycled-attention by queries": lambda: RecycledAttention(3, 5, "query_sim", 0.1),
+    "recycled-attention, smoothed": lambda: RecycledAttention(3, 5, pool=3, join="max"),
 }
 
 
@@ -66,7 +66,7 @@ def test_bad_gates():
     assert DuoAttention(GATES, threshold=0.5).retrieves.sum() == 3
 
 
-def test_beams_take_what_was_recycled_along():
+def test_beams_of_recycled_attention_take_what_was_chosen_along():
     """The entries that a beam rereads are those of the row that it came from: with all of them chosen beams say what full beams say."""
     torch.manual_seed(0)
     model, ids = llama(layers=2, sharp=2), torch.randint(1, 50, (2, 20))
@@ -77,7 +77,7 @@ def test_beams_take_what_was_recycled_along():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_an_extract_is_counted_and_grows_with_its_part():
+def test_recycled_attention_counts_its_extract_which_grows_with_the_part():
     torch.manual_seed(0)
     model, ids = llama(layers=1), torch.randint(1, 50, (1, 20))
     with RecycledAttention(4, 6)(model) as session:
@@ -89,6 +89,6 @@ def test_an_extract_is_counted_and_grows_with_its_part():
     assert layer.bytes == entry * (23 + part.extract.places.shape[2]) and layer.held > layer.bytes
 
 
-def test_gates_that_are_no_numbers_are_refused():
+def test_duoattention_refuses_gates_that_are_no_numbers():
     with pytest.raises(RegardError, match="expected finite"):
         DuoAttention(torch.full((2, 2), float("nan")))

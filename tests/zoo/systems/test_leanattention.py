@@ -51,3 +51,12 @@ def test_a_worker_holds_few_scores_at_a_time(monkeypatch):
         assert max(most) == pieces * 2 * 3 * 8
     monkeypatch.setattr(leanattention, "SCORES", 1)
     assert torch.allclose(lean_decode(q, k, k, [90, 41], tile=8, workers=3)[0], truth[0], atol=1e-12)
+
+
+def test_the_schedule_is_the_papers_unless_it_is_told_otherwise(monkeypatch):
+    q, k, seen = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 600, 8), []
+    monkeypatch.setattr(leanattention, "schedule", lambda *given: seen.append(given) or schedule(*given))
+    lean_decode(q, k, k, [600, 300])
+    lean_decode(q, k, k, tile=128, workers=5)
+    assert seen == [([600, 300], 2, 256, 16), ([600, 600], 2, 128, 5)]
+    assert schedule([600], 2) == schedule([600], 2, 256, 16)

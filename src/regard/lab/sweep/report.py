@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...plots import figure
 from ..files import prepare, write_text
+from .cache import CacheSweep
 from .measure import Point, Sweep
 
 
@@ -43,7 +44,7 @@ def plots(result: Sweep) -> dict[str, str]:
     return made
 
 
-def write_points(result: Sweep, out: Path) -> None:
+def write_points(result: Sweep | CacheSweep, out: Path) -> None:
     """report.json in `out`: what has been measured so far."""
     prepare(out, f"--out {out}")
     write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")
