@@ -11,6 +11,7 @@ from regard.interpret.direct import Direct
 from regard.interpret.sinks import SinkReport
 from regard.interpret.tables import HeadTable
 from regard.interpret.views import HeadViews
+from regard.tasks.pattern_scores import PatternReport
 from regard.zoo.analysis.abrupt_icl import Emergence
 from regard.zoo.analysis.active_dormant_heads import Flow
 from regard.zoo.analysis.attention_svm import Margin, Run
@@ -41,6 +42,9 @@ BINS = PositionCurve(torch.tensor([0.1, 0.6]), torch.tensor([0.5, 0.25]), torch.
 NONE = PositionCurve(torch.tensor([0.1]), torch.tensor([0.0]), torch.tensor([2]))
 EDGES = (Edge((0, 1), 2, (1, 0), 4, 2, "src", 0.5, (0, 3)), Edge("embedding", 1, (1, 0), 4, 2, "dst", -0.25, (1,)))
 SCANNED = ScanRun(scan_data(), [0, 2], [torch.zeros(2, scan_data().vocab), torch.ones(2, scan_data().vocab)], [1.0, 0.5])
+MEASURED = PatternReport({"a": {}, "b": {"causal self": "why"}})
+MEASURED.index, MEASURED.perplexity = {"causal self": {"a": 0.5}}, {"a": {"32": 9.0, "64": 8.0}}
+MEASURED.efficiency = {"a": {"time": None, "memory": 512.0}}
 # (result, columns, rows)
 RESULTS = [
     (TABLE, ["layer", "head", "weight"], 5),
@@ -80,6 +84,7 @@ RESULTS = [
     (SCANNED, ["steps", "loss"], 2),
     (Alignment(torch.rand(1, 2, 3), torch.rand(1, 2, 3)), ["row", "layer", "token", "cosine", "norm"], 6),
     (Trace(EDGES), ["sender", "token", "receiver", "dst", "src", "side", "weight"], 2),
+    (MEASURED, ["method", "index, causal self", "n* time", "n* memory", "perplexity, 32 tokens", "perplexity, 64 tokens"], 2),
     (Margins((8, 16), {"softmax": (0.5, 0.4)}, {"softmax": (1.0, 0.9)}), ["lengths", "margin softmax", "accuracy softmax"], 2),
 ]
 
@@ -112,6 +117,8 @@ def test_values_are_where_they_belong():
     assert Circuit({"logits": [(1, 0)]}, {"logits": TABLE}).columns() == {"role": ["logits"], "layer": [1], "head": [0], "effect": [0.75]}
     rows = Alignment(torch.arange(6.0).view(1, 2, 3), torch.zeros(1, 2, 3)).to_pandas()
     assert rows[(rows.layer == 1) & (rows.token == 2)].cosine.tolist() == [5.0]
+    table = MEASURED.columns()
+    assert table["n* time"][0] == math.inf and math.isnan(table["index, causal self"][1]) and table["perplexity, 64 tokens"][0] == 8.0
     assert "gap" in SinkReport(*[TABLE] * 6, None).columns()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.weights import drop
 from ..errors import RegardError
 
-PIECE = 64  # queries whose weights are computed together: fewer read the keys more often, more compute more behind the diagonal
+PIECE = 96  # queries whose weights are computed together: fewer read the keys more often, more compute more behind the diagonal
 
 Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import RegardError
+from ..plots import Plot, figure
+from ..results import Column, Result
 
 Higher = Mapping[tuple[str, str], bool]  # (task, measure) -> whether more is better
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # method -> task -> measure -> value
@@ -79,7 +81,7 @@ def benefit(
 
 
 @dataclass
-class PatternReport:
+class PatternReport(Result):
     """refused: method -> pattern -> why. scores and benefit: method -> pattern -> task -> measure -> number; scores hold "none" too, the net without
     attention. index: pattern -> method -> number. perplexity: method -> length -> number. correlation: "a / b" -> number or None. efficiency:
     method -> "time", "memory" -> length in tokens or None."""
@@ -94,6 +96,21 @@ class PatternReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def columns(self) -> dict[str, Column]:
+        """A row a method; NaN: refused or not measured; an efficiency length of inf: never cheaper."""
+        lengths = list(next(iter(self.perplexity.values()), {}))
+        found: dict[str, Column] = {"method": list(self.refused)}
+        found |= {f"index, {pattern}": [own.get(m, math.nan) for m in self.refused] for pattern, own in self.index.items()}
+        for kind in ("time", "memory"):
+            own = [self.efficiency.get(m, {}).get(kind, math.nan) for m in self.refused]
+            found[f"n* {kind}"] = [math.inf if x is None else x for x in own]
+        return found | {f"perplexity, {n} tokens": [self.perplexity.get(m, {}).get(n, math.nan) for m in self.refused] for n in lengths}
+
+    def plot(self) -> Plot:
+        """Perplexity by length."""
+        lines = {method: [(float(n), x) for n, x in own.items()] for method, own in self.perplexity.items()}
+        return figure("Language by length", "tokens", "perplexity", lines, log_x=True)
 
     def __rich__(self) -> Any:
         """A row a method: index in each pattern ("-": refused), efficiency lengths, and perplexities from half to four times the trained length."""
