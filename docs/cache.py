@@ -151,12 +151,7 @@ def serving(found: dict[str, Any]) -> str:
         if "ragged" in own:
             sizes = {name: x for name, x in own["ragged"].items() if name != "load"}
             padded = list(next(iter(sizes.values()))["faster than"])
-            out.append(
-                "| a step's attention, LeanAttention's schedule, times as fast as "
-                + " | ".join(padded)
-                + " |\n|"
-                + "---|" * (1 + len(padded))
-            )
+            out.append("| a step's attention, LeanAttention's schedule, times as fast as " + " | ".join(padded) + " |\n|" + "---|" * (1 + len(padded)))
             out += [f"| {name} | " + " | ".join(f"{x['faster than'][key]:.2f}" for key in padded) + " |" for name, x in sizes.items()]
             out.append("")
         if "recycling" in own:
