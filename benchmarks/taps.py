@@ -3,7 +3,8 @@
 Seconds of one processor, the least of several runs that take turns with the untapped forward, so that what else runs on the machine falls on both; and
 the growth of the process's peak memory while the tapped forward runs. "kept by hooks" keeps the same tensors by four plain hooks a layer: what keeping
 them costs anyone, for the memory they stand in has to be found. --peer FOLDER: against TransformerLens (pip install --no-deps --target FOLDER
-transformer_lens and what it needs), whose bridge runs the same weights, for the same tensors.
+transformer_lens and what it needs), whose bridge runs the same weights, for the same tensors. With THP_MEM_ALLOC_ENABLE=1 PyTorch asks for large pages:
+what is kept is then found in fewer faults.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import ctypes
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -150,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--long", type=int, default=8192)
+    parser.add_argument("--long", type=int, default=8192, help="tokens of the column masses; 0 leaves them out")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peer", help="a folder with transformer_lens: measured too")
     parser.add_argument("--peer-tokens", type=int, default=512)
@@ -161,24 +163,28 @@ def main() -> None:
     model = models.load(asked.model)
     draw = torch.Generator().manual_seed(0)
     short, long = (torch.randint(model.config.vocab_size, (1, n), generator=draw) for n in (asked.tokens, asked.long))
+    pages = ", large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
     last = model.config.num_hidden_layers - 1
     cases: dict[str, tuple[torch.Tensor, Any, list[int] | None, int]] = {
         f"weights of 2 layers, {asked.tokens} tokens": (short, "weights", [last // 3, 2 * last // 3], asked.repeats),
         f"q, k, v, heads of all layers, {asked.tokens} tokens": (short, ["q", "k", "v", "heads"], None, asked.repeats),
         f"column masses of all heads, {asked.long} tokens": (long, ColumnMass(), None, max(2, asked.repeats // 3)),
     }
+    if not asked.long:
+        cases.popitem()
     found = json.loads(asked.out.read_text())["results"] if asked.only else {}
 
     def put(name: str, one: dict[str, Any]) -> None:
-        found[name] = one
+        found[name] = {**one, "instructions": torch.backends.cpu.get_cpu_capability()}
         write_text(asked.out, json.dumps({"torch": torch.__version__, "model": asked.model, "threads": 1, "results": found}, indent=1))
 
     for name, (ids, points, layers, repeats) in cases.items() if asked.only != "peer" else ():
-        put(name, ratio(model, ids, points, layers, repeats))
-        print(name, {key: round(x, 3) for key, x in found[name].items()}, flush=True)
+        put(name + pages, ratio(model, ids, points, layers, repeats))
+        print(name + pages, found[name + pages], flush=True)
     if asked.only != "peer":
-        put(f"q, k, v, heads kept by hooks, {asked.tokens} tokens", by_hooks(model, short, asked.repeats))
-        print(found[f"q, k, v, heads kept by hooks, {asked.tokens} tokens"], flush=True)
+        name = f"q, k, v, heads kept by hooks, {asked.tokens} tokens{pages}"
+        put(name, by_hooks(model, short, asked.repeats))
+        print(name, found[name], flush=True)
     if asked.peer and asked.only != "own":
         put("against TransformerLens", against_peer(model, asked.peer, asked.peer_tokens, asked.repeats))
 

@@ -1,12 +1,14 @@
 """What a layer costs in networks people use: ResNet-18 and ViT-tiny at 224 x 224, plain and with the layer put in by `regard.adapt.replace`; and
 mixers of tokens against dense attention on maps of 56 x 56 tokens.
 
-pip install 'regard[vision]';  python benchmarks/vision.py --out benchmarks/results/vision.json     (--quick: a few rounds, some minutes)
+pip install 'regard[vision]';  python benchmarks/vision.py --out benchmarks/results/vision.json     (six minutes of a processor)
+python benchmarks/vision.py --layers cbam ela --rounds 7 --batches 1     (some layers, into the other lines of the file that is there)
 
-Each run is paired with a run of the plain network right before it; a ratio is the median over pairs, with its quartiles. Times are the process's own
+Each run stands between two of the plain network; a ratio is the median, over rounds, of a run over the mean of these two, with its quartiles. Times are the process's own
 (processor time of all its threads), so that other work on the machine counts little; random weights, evaluation, no gradients.
 Gates stand behind the second BatchNorm of every block of the ResNet (as CBAM's authors have them), mixers in place of every attention of the ViT. Beside the
-ratio stands that of the products alone, as PyTorch's counter of operations has them: what no implementation can go below.
+ratio stands that of the products alone, as PyTorch's counter of operations has them: what no implementation can go below. `two-passes` is no layer but what
+every gate over channels at least does: a mean over the plane, and a product with it.
 """
 
 from __future__ import annotations
@@ -28,13 +30,21 @@ from regard.lab.compare.slots import Fitted, fitted, made
 from regard.lab.files import write_text
 from regard.nn.images import timm_host
 
-GATES = ("cbam", "ela", "ulsam", "polarized-attention", "little-attention-block", "van-lka")
+LEAST = "two-passes"
+GATES = (LEAST, "cbam", "ela", "ulsam", "polarized-attention", "little-attention-block", "van-lka")
 MIXERS = ("ninformer:tokens=197", "activator", "litv2-hilo", "mossformer:group=64,qk_dim=64")
 GRID_MIXERS = ("litv2-hilo", "contmix", "mambaout")
 
 
+class TwoPasses(nn.Module):
+    """x times its means over the plane."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True)
+
+
 def gate(name: str) -> Callable[[int], nn.Module]:
-    return lambda width: fitted(name, width, 7).eval()
+    return lambda width: TwoPasses() if name == LEAST else fitted(name, width, 7).eval()
 
 
 class Mixed(nn.Module):
@@ -60,13 +70,15 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_pairs(plain: Callable[[], Any], runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Of each run: its median seconds, and its ratio to the plain run before it, median and quartiles over pairs; the first round warms up."""
+    """Of each run: its median seconds, and its ratio to the plain runs before and behind it, median and quartiles over rounds; the first round warms up."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for at in range(rounds + 1):
+        before = seconds(plain)
         for name, run in runs.items():
-            pair = seconds(plain), seconds(run)
+            own, after_it = seconds(run), seconds(plain)
             if at:
-                pairs[name].append(pair)
+                pairs[name].append(((before + after_it) / 2, own))
+            before = after_it
     found = {}
     for name, all_of in pairs.items():
         ratios = [other / base for base, other in all_of]
@@ -96,9 +108,12 @@ def network(host: str) -> nn.Module:
 
 
 @torch.no_grad()
-def hosts(batches: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def hosts(batches: tuple[int, ...], rounds: int, layers: tuple[str, ...] = (*GATES, *MIXERS)) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for host, names in (("resnet18", GATES), ("vit-tiny", MIXERS)):
+    for host, known in (("resnet18", GATES), ("vit-tiny", MIXERS)):
+        names = [name for name in known if name in layers]
+        if not names:
+            continue
         plain, nets = network(host), {}
         for name in names:
             nets[name] = network(host)
@@ -140,24 +155,33 @@ def maps(rounds: int, side: int = 56, dim: int = 64) -> dict[str, Any]:
     return in_pairs(lambda: dense(x), runs, rounds)
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries one in the other, `new` before `old`."""
+    both = {
+        key: merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value for key, value in new.items()
+    }
+    return {**old, **both}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of each layer")
-    parser.add_argument("--quick", action="store_true", help="5 pairs, one image in place of one and eight")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--layers", nargs="+", choices=(*GATES, *MIXERS, "maps"), help="some of them; 'maps': the maps of 56 x 56 tokens (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="runs of each layer")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images at once (default: 1 8)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vision.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rounds, batches = (5, (1,)) if given.quick else (given.rounds, (1, 8))
-    found = {
-        "torch": torch.__version__,
-        "threads": given.threads,
-        "rounds": rounds,
-        "hosts": hosts(batches, rounds),
-        "maps": maps(rounds),
-    }
-    for name, one in found["maps"].items():  # type: ignore[attr-defined]
+    layers = tuple(given.layers or (*GATES, *MIXERS, "maps"))
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": given.threads, "rounds": given.rounds}
+    found["hosts"] = hosts(tuple(given.batches), given.rounds, layers)
+    found["maps"] = maps(given.rounds) if "maps" in layers else {}
+    for name, one in found["maps"].items():
         print(f"56 x 56 tokens {name:20} {1e3 * one['seconds']:8.1f} ms {one['ratio']:.2f}x softmax")
+    if given.layers and given.out.exists():
+        found = merged(json.loads(given.out.read_text(encoding="utf-8")), found)
     write_text(given.out, json.dumps(found, indent=1) + "\n")
 
 

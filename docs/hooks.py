@@ -28,7 +28,7 @@ PACKAGES = {
         "regard.records",
         "regard.register",
     ],
-    "masks": ["regard.algebra.mask", "regard.algebra.token_mask", "regard.algebra.neighborhood"],
+    "masks": ["regard.algebra.mask", "regard.algebra.position_mask", "regard.algebra.token_mask", "regard.algebra.neighborhood"],
     "mechanisms": [
         "regard.algebra.mechanism",
         "regard.algebra.normalizer",

@@ -4,7 +4,7 @@ import torch
 
 import regard
 from regard import models
-from regard.interpret import ablated
+from regard.interpret import ablated, attention_view
 from regard.taps import ColumnMass, Entropy
 
 model = models.load("tiny")
@@ -32,3 +32,7 @@ with torch.no_grad():
     assert torch.equal(model(ids).logits, own)
     with ablated(model, [(2, 0), (2, 1)]):
         print("the same by regard.interpret.ablated:", float((model(ids).logits - own).abs().max()))
+
+# The maps themselves to walk through, token by token and head by head: one page that needs no network.
+words = [models.decode(token.reshape(1)) for token in ids[0]]
+print("open", attention_view(model, ids, words).save("attention.html"), "in a browser")

@@ -18,7 +18,7 @@ PROMISED = {
     "own_mechanism": "token by token equals the whole pass",
     "cache": "StreamingLLM",
     "convert": "after transfer",
-    "look_inside": "the same by regard.interpret.ablated",
+    "look_inside": "open attention.html",
     "recommend": "distillation 0.1: the liked item is among the first ten",
     "speech_codes": "a speaker it has not heard",
     "rank_documents": "by attention of layer 1 alone",

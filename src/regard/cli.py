@@ -277,7 +277,7 @@ def sweep(
         policies = lab.chosen_policies(methods or [])
         swept = None
         for swept in lab.cache_sweep(*lab.model_and_reader(cache), corpus, policies, config, cache, done):
-            lab.write_cache_points(swept, directory)
+            lab.write_points(swept, directory)
             if not as_json:
                 say(lab.cache_line(swept.points[-1]))
         assert swept is not None

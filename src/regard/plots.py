@@ -1,17 +1,64 @@
-"""Line plots as SVG text: what reports hold and experiments return. Colours follow the page's light or dark theme; points tell their values."""
+"""Plots as SVG text: what reports hold and experiments return. Colours follow the page's light or dark theme; points tell their values."""
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import MissingDependency, RegardError
 
 # Okabe and Ito's colours, which colour-blind people tell apart; markers differ as well, for print.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 MARKS = ("circle", "square", "diamond", "triangle")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 360, 62, 14, 34, 46
 ROW = 18  # of the legend
+SANS = ("Helvetica Neue", "Segoe UI", "Helvetica", "Arial", "DejaVu Sans", "Liberation Sans", "Noto Sans", "Ubuntu", "Cantarell")
 Point = tuple[float, ...]  # (x, y), or (x, y, low, high) with an interval of y
+
+
+class Plot(str):
+    """A plot: SVG text, which notebooks show as a picture."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def save(self, file: str | Path, scale: float = 2.0) -> Path:
+        """Written as SVG, or, by the end of the file's name, as PNG on white (with resvg; `scale` pixels a unit of the SVG's)."""
+        file = Path(file)
+        if file.suffix not in (".svg", ".png"):
+            raise RegardError(f"file={str(file)!r}; expected a name that ends in .svg or .png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".svg":
+            file.write_text(self)
+            return file
+        if not scale > 0:
+            raise RegardError(f"scale={scale}; expected more than 0")
+        file.write_bytes(rendered(str(self), sans_serif_family=sans(), zoom=scale, background="white"))
+        return file
+
+
+def rendered(svg: str, **options: Any) -> bytes:
+    """PNG, by resvg."""
+    try:
+        import resvg_py
+    except ImportError as missing:
+        raise MissingDependency("plots as PNG need resvg-py: pip install 'regard[report]'") from missing
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
+
+
+@functools.cache
+def sans() -> str:
+    """A sans-serif font of this machine: resvg leaves text out where it does not find the one it is told."""
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20" font-family="sans-serif">{}</svg>'
+    blank = rendered(svg.format(""))
+    found = next((name for name in SANS if rendered(svg.format('<text y="15">A</text>'), sans_serif_family=name) != blank), None)
+    if found is None:
+        raise MissingDependency(f"plots as PNG need a font; expected one of {', '.join(SANS)} to be installed, or a file that ends in .svg")
+    return found
 
 
 class Axis:
@@ -61,25 +108,25 @@ def marker(kind: str, x: float, y: float, colour: str, title: str) -> str:
     return f'{shape} fill="{colour}"><title>{html.escape(title)}</title></{name}>'
 
 
-def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log_x: bool = False, log_y: bool = False) -> str:
+def figure(title: str, x: str, y: str, lines: Mapping[str, Sequence[Point]], log_x: bool = False, log_y: bool = False) -> Plot:
     """An SVG plot of named lines of points (x, y) or (x, y, low, high); points that are no numbers are left out."""
     kept = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     columns = 2 if max(map(len, kept), default=0) <= 34 else 1
     out, across, up = frame(title, x, y, [p for found in kept.values() for p in found], log_x, log_y, -(-len(kept) // columns))
     if across is None or up is None:
-        return out[0]
+        return Plot(out[0])
     for at, (name, found) in enumerate(kept.items()):
         out += line(at, name, sorted(found), across, up, x, y)
         out.append(legend(at, name, columns))
-    return "".join(out) + "</svg>"
+    return Plot("".join(out) + "</svg>")
 
 
-def scatter(title: str, x: str, y: str, groups: Mapping[str, Mapping[str, tuple[float, float]]], log_x: bool = False) -> str:
+def scatter(title: str, x: str, y: str, groups: Mapping[str, Mapping[str, tuple[float, float]]], log_x: bool = False) -> Plot:
     """An SVG plot of named points in named groups; the first group is pale, for the rest to stand out from, and has its names on hover only."""
     kept = {group: {name: p for name, p in points.items() if all(map(math.isfinite, p))} for group, points in groups.items()}
     out, across, up = frame(title, x, y, [p for found in kept.values() for p in found.values()], log_x, False, len(kept))
     if across is None or up is None:
-        return out[0]
+        return Plot(out[0])
     for at, (group, found) in enumerate(kept.items()):
         for name, (a, b) in found.items():
             told = f"{name}: {number(a)} {x}, {b:.4g} {y} ({group})"
@@ -90,7 +137,7 @@ def scatter(title: str, x: str, y: str, groups: Mapping[str, Mapping[str, tuple[
                 place = f'x="{across.at(a) + (7 if right else -7):.1f}" y="{up.at(b) + 4:.1f}" text-anchor="{"start" if right else "end"}"'
                 out.append(f'<text {place} font-size="11">{html.escape(name)}</text>')
         out.append(legend(at, group, 1, COLOURS[-1] if at == 0 else COLOURS[at - 1]))
-    return "".join(out) + "</svg>"
+    return Plot("".join(out) + "</svg>")
 
 
 def legend(at: int, name: str, columns: int, colour: str | None = None) -> str:
@@ -143,6 +190,27 @@ def line(at: int, name: str, points: Sequence[Point], across: Axis, up: Axis, x:
     return out
 
 
+def bars(title: str, values: Mapping[str, float]) -> Plot:
+    """An SVG of named numbers, a bar each; those that are no numbers have none."""
+    finite = [v for v in values.values() if math.isfinite(v)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    left, right, tall = 200, WIDTH - 80, 24
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {TOP + tall * len(values) + 8}" role="img" aria-label="{html.escape(title)}" '
+        'font-family="system-ui,sans-serif" font-size="12" fill="currentColor">'
+        f'<text x="{left}" y="20" font-size="15" font-weight="600">{html.escape(title)}</text>'
+    ]
+    place = lambda v: left + (right - left) * (v - low) / (high - low or 1.0)  # noqa: E731
+    for at, (name, value) in enumerate(values.items()):
+        top = TOP + tall * at
+        out.append(f'<text x="{left - 8}" y="{top + 15}" text-anchor="end">{html.escape(name)}</text>')
+        if math.isfinite(value):
+            x, end = sorted((place(0.0), place(value)))
+            out.append(f'<rect x="{x:.1f}" y="{top + 3}" width="{end - x:.1f}" height="{tall - 7}" fill="{COLOURS[0]}"/>')
+        out.append(f'<text x="{right + 6}" y="{top + 15}">{value:.4g}</text>')
+    return Plot("".join(out) + "</svg>")
+
+
 # Viridis at even steps, in its own order from low to high.
 SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 MOST = 96  # rows and columns of cells; larger tables show means
@@ -168,7 +236,7 @@ def thinned(values: Sequence[Sequence[float]]) -> tuple[list[list[float]], int, 
     return rows, down, across
 
 
-def heatmap(title: str, x: str, y: str, values: Sequence[Sequence[float]]) -> str:
+def heatmap(title: str, x: str, y: str, values: Sequence[Sequence[float]]) -> Plot:
     """An SVG of a table of numbers, its first row on top; NaN stays empty."""
     rows, down, across = thinned(values)
     numbers = [v for row in rows for v in row if math.isfinite(v)]
@@ -203,4 +271,4 @@ def heatmap(title: str, x: str, y: str, values: Sequence[Sequence[float]]) -> st
     out += [
         f'<text x="{WIDTH - 42}" y="{at:.0f}">{v if abs(v) > 1e-3 * size else 0:.3g}</text>' for at, v in ((TOP + 10, high), (bottom, low))
     ]
-    return "".join(out) + "</svg>"
+    return Plot("".join(out) + "</svg>")

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from layers import LAYERS, MODULES, given, make, tensors
+from torch import nn
 
 from regard import RegardError
 
@@ -178,6 +179,40 @@ def test_made_without_memory(name):
     assert {k: x.shape for k, x in empty.state_dict().items()} == {k: x.shape for k, x in whole.state_dict().items()}
     empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
     assert gap(empty.eval()(*given(name)), whole.eval()(*given(name))) == 0
+
+
+def drawn_by(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that the layer made itself: those of modules it was handed are not its own."""
+    args, options = layer._made_with
+    handed = {id(x) for one in (*args, *options.values()) if isinstance(one, nn.Module) for x in (*one.parameters(), *one.buffers())}
+    return {name: x for name, x in (*layer.named_parameters(), *layer.named_buffers()) if id(x) not in handed}
+
+
+APART = {"minimax-01": "is given one object of settings here", "dcal": "copies a block of its host, where that is"}
+PLACED = [name for name in MODULES if name not in APART]
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_device_and_dtype_of_the_constructor(name):
+    assert all(x.is_meta for x in drawn_by(make(name, device="meta")).values())
+    exact = drawn_by(make(name, dtype=torch.float64))
+    assert all(x.dtype == torch.float64 and not x.isnan().any() for x in exact.values() if x.is_floating_point())
+    with pytest.raises(RegardError, match=r"dtype=torch\.int64"):
+        make(name, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_parameters_are_drawn_anew(name):
+    layer = make(name)
+    args, options = layer._made_with
+    torch.manual_seed(7)
+    wanted = drawn_by(type(layer)(*args, **options))
+    with torch.no_grad():
+        for x in (x for x in drawn_by(layer).values() if isinstance(x, nn.Parameter)):
+            x += 1
+    torch.manual_seed(7)
+    layer.reset_parameters()
+    assert all(torch.equal(x, wanted[key]) for key, x in drawn_by(layer).items())
 
 
 @pytest.mark.parametrize("name", MODULES)

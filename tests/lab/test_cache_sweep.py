@@ -19,7 +19,7 @@ METHODS = {"random": ("budget=0.1",), "kivi": ("bits=8,recent=32",), "snapkv": (
 def test_a_sweep_its_report_and_how_it_goes_on(tmp_path):
     model, text = models.load("tiny"), python_text(400_000)
     for count, result in enumerate(lab.cache_sweep(model, lab.Bytes(), text, METHODS, SMALL, "tiny"), 1):
-        lab.write_cache_points(result, tmp_path)
+        lab.write_points(result, tmp_path)
         if count == 2:
             break
     done = lab.CacheSweep.read(tmp_path / "report.json")

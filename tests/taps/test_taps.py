@@ -476,6 +476,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ({"points": "q", "keep": "some"}, "keep"),
         ({"points": ["q", "q"]}, "each point once"),
         ({"points": [taps.Mass([0]), taps.Mass([1])]}, "different names"),
+        ({"points": None}, "points=None"),
     ]
     for options, message in wrong:
         with pytest.raises(regard.RegardError, match=message):
@@ -496,6 +497,20 @@ def test_bad_input_is_refused_before_anything_runs():
         for point in ("q", "weights", "heads", "mlp"):
             with pytest.raises(regard.RegardError, match=message), taps.edit(model, {point: function}, layers=[1]):
                 model(**inputs)
+    for made, message in (
+        (lambda: taps.Top(0), r"Top\(count\)=0"),
+        (lambda: taps.Top(1.5), r"Top\(count\)=1.5"),
+        (lambda: taps.Pooled(0), r"Pooled\(block\)=0"),
+        (lambda: taps.Behind(-1), r"Behind\(back\)=-1"),
+        (lambda: taps.Mass([0.5]), "whole numbers"),
+    ):
+        with pytest.raises(regard.RegardError, match=message):
+            made()
+    for keys in ([9], [-10], torch.ones(3, 9, dtype=torch.bool), torch.ones(10, dtype=torch.bool), torch.ones(2, 1, 9, dtype=torch.bool)):
+        with pytest.raises(regard.RegardError, match=r"Mass\(keys\)"), taps(model, taps.Mass(keys)):
+            model(**inputs)
+    with pytest.raises(regard.RegardError, match="pairs"):
+        regard.interpret.ablated(model, [3])
     seen = taps(model, "q").seen
     with pytest.raises(regard.RegardError, match="nothing was seen"):
         seen["q", 0]

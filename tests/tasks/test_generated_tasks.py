@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.tasks import mixtures, restoration, sets, shapes, video
+from regard.tasks import images, mixtures, restoration, sets, shapes, video
 
 
 def seeded(seed=0):
@@ -19,6 +19,7 @@ ALL = {
     "odd": lambda n, g: sets.odd_one(n, g),
     "clusters": lambda n, g: sets.clusters(n, g),
     "shapes": lambda n, g: shapes.textured_shapes(n, g),
+    "glyphs": lambda n, g: images.coloured_glyphs(n, g),
     "noisy": lambda n, g: restoration.noisy_patches(n, g, 16),
     "small": lambda n, g: restoration.small_patches(n, g, 16),
     "video": lambda n, g: video.moving_digits(n, g),
@@ -61,6 +62,22 @@ def test_likelihood_of_a_mixture_by_hand():
         second = math.exp(-(((a - 2) / 2) ** 2 + b**2) / 2) / (2 * math.pi * 2)
         total += math.log(first / 4 + second * 3 / 4) / 2
     assert float(sets.mixture_log_likelihood(x, keep, told)) == pytest.approx(total, abs=1e-6)
+
+
+def test_colours_tell_glyphs_where_they_are_shared_alone():
+    for share, told in ((1.0, 1.0), (0.0, 0.25)):
+        x, label, ink = images.coloured_glyphs(400, seeded(), share, noise=0.0)
+        assert (ink.flatten(1).sum(1) == 64).all() and (x.permute(0, 2, 3, 1)[ink].abs() == 1).all()
+        assert not ink[:, 0].any() and not ink[:, -1].any() and not ink[:, :, 0].any() and not ink[:, :, -1].any()
+        looks = {}
+        for image, kind, where in zip(x, label.tolist(), ink, strict=True):
+            assert torch.equal(looks.setdefault(kind, image[:, where]), image[:, where])
+        assert len(looks) == 4 and len({tuple(look.flatten().tolist()) for look in looks.values()}) == 4
+        colours = {tuple(x[b, :, 0, 0].tolist()) for b in range(400)}
+        own = {kind: tuple(x[int((label == kind).nonzero()[0]), :, 0, 0].tolist()) for kind in range(4)}
+        assert len(colours) == 4 and all(sum(c**2 for c in colour) == pytest.approx(3) for colour in colours)
+        share_of_own = sum(tuple(x[b, :, 0, 0].tolist()) == own[int(label[b])] for b in range(400)) / 400
+        assert share_of_own == pytest.approx(told, abs=0.2)
 
 
 def test_shapes_and_textures_say_nothing_of_one_another():
@@ -122,6 +139,9 @@ def test_voices_have_their_pitch_and_pauses():
     [
         lambda g: sets.maxima(2, g, least=0),
         lambda g: sets.maxima(2, g, least=5, most=4),
+        lambda g: images.coloured_glyphs(2, g, size=14),
+        lambda g: images.coloured_glyphs(2, g, share=1.5),
+        lambda g: images.coloured_glyphs(2, g, kinds=1),
         lambda g: shapes.textured_shapes(2, g, side=4),
         lambda g: shapes.textured_shapes(2, g, cover=(0.9, 0.5)),
         lambda g: restoration.noisy_patches(2, g, spread=-1),

@@ -3,25 +3,7 @@
 from .feature_map import FeatureMap, JointMap, elu_plus_one, favor, hedgehog, identity, taylor
 from .key_time import Lifetime, Since
 from .local import LocalLinear
-from .mask import (
-    BlockPowers,
-    Both,
-    Causal,
-    Columns,
-    Dilated,
-    Either,
-    FixedBlock,
-    Full,
-    Mask,
-    PerHead,
-    Prefix,
-    Sinks,
-    Strided,
-    Where,
-    Window,
-    Without,
-    as_mask,
-)
+from .mask import Both, Either, Full, Mask, PerHead, Where, Without, as_mask
 from .mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Recipe, Recurrent, Relayed, Weighted
 from .neighborhood import Neighborhood
 from .normalizer import Normalizer, RowLocal, Sinkhorn, softmax, softmax_plus, with_sinks
@@ -29,6 +11,7 @@ from .pairings import Network, Phase, Relative
 from .part import Bound, Headwise, Input, Learned, Part, Projected, Sizes, bind
 from .permute import Permutation
 from .position import Alibi, Bias, Chain, Harmonic, Modified, Position, RelativeBias, Rope, Softcap
+from .position_mask import BlockPowers, Causal, Columns, Dilated, FixedBlock, Prefix, Sinks, Strided, Window
 from .rows import RowWise, row_count, row_max, row_mean, row_softmax, row_sum
 from .score import Additive, Cosine, Distance, Dot, Pairwise, Score
 from .select import Chosen, Selection, Selector, TopBlocks, View

@@ -64,9 +64,14 @@ _described: dict[str, Mechanism] = {}
 
 
 def register(name: str, kind: str = "mechanism") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: put a factory of descriptions (or, with kind="module", a class or function) into the catalogue under `name`."""
+    """Decorator: put a factory of descriptions (or, with kind="module", a class or function) into the catalogue under `name`. A class of
+    layers takes `device=` and `dtype=` from then on, and has `reset_parameters()`."""
 
     def put(factory: Callable[..., Any]) -> Callable[..., Any]:
+        if kind == "module" and inspect.isclass(factory):
+            from .making import placeable  # with PyTorch, which a class of layers has imported
+
+            placeable(factory)
         where = f"{factory.__module__}.{factory.__qualname__}"
         taken = _added.get(name) or index().get(name)
         if taken is not None and taken.where != where:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import BlockPowers, Causal, Columns, Either, FixedBlock, Full, Mask, Sinks, Where, Without, conjuncts
+from ..algebra.mask import Either, Full, Mask, Where, Without, conjuncts
 from ..algebra.mechanism import Clustered, Mechanism, Program, Weighted
 from ..algebra.part import Input, Sizes
+from ..algebra.position_mask import BlockPowers, Causal, Columns, FixedBlock, Sinks
 from ..algebra.token_mask import Explicit, Padding, Segments
 from ..errors import RegardError
 from .pairs import indices, visible

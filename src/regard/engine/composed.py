@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algebra.local import LocalLinear
-from ..algebra.mask import Causal, Full, Mask
+from ..algebra.mask import Full, Mask
 from ..algebra.mechanism import Clustered, Hybrid, Mechanism, Nystrom, Program, Relayed, Weighted
 from ..algebra.part import call
+from ..algebra.position_mask import Causal
 from ..algebra.score import SquaredDistance
 from ..algebra.states import LogLinear, Slots
 from ..algebra.token_mask import Explicit

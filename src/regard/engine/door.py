@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Mask, as_mask, conjuncts
+from ..algebra.mask import Mask, as_mask, conjuncts
 from ..algebra.mechanism import Mechanism, Program, Recurrent, Weighted
 from ..algebra.part import Function, Input
+from ..algebra.position_mask import Causal
 from ..algebra.rows import RowWise
 from ..algebra.snapshot import fixed
 from ..errors import RegardError

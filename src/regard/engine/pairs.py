@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.mask import Causal, Mask, Window
+from ..algebra.mask import Mask
 from ..algebra.part import Sizes
+from ..algebra.position_mask import Causal, Window
 from ..algebra.snapshot import remembered
 from ..errors import RegardError
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.mask import Causal
 from ..algebra.mechanism import Weighted
 from ..algebra.position import Rope
+from ..algebra.position_mask import Causal
 from . import meter
 from .door import attend
 

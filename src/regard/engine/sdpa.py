@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra.mask import Causal, Full, Mask, conjuncts
+from ..algebra.mask import Full, Mask, conjuncts
 from ..algebra.part import Input, Sizes
+from ..algebra.position_mask import Causal
 from ..algebra.token_mask import Explicit, Kept, Padding, Segments
 from ..errors import RegardError
 from .pairs import indices, visible

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..algebra.feature_map import FeatureMap
 from ..algebra.local import LocalLinear
-from ..algebra.mask import Causal, Mask, Window, conjuncts
+from ..algebra.mask import Mask, conjuncts
 from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
 from ..algebra.part import Input, Sizes, asks
+from ..algebra.position_mask import Causal, Window
 from ..algebra.rows import RowWise
 from ..errors import RegardError
 from . import recurrent as scans

@@ -5,8 +5,10 @@ from typing import Any
 from ..lazy import listed, load
 from .direct import direct_effects
 from .heads import ablated, gated, head_counts, importance, removable
+from .maps import AttentionView, attention_view
 from .patching import activation_patch, logit_difference, path_patch
 from .rotary import turns_of
+from .sinks import sink_report
 from .surgery import prune
 from .tables import HeadTable
 from .weights import HeadWeights, head_weights, written
@@ -55,10 +57,12 @@ ROWS = {
 }
 
 __all__ = [
+    "AttentionView",
     "HeadTable",
     "HeadWeights",
     "ablated",
     "activation_patch",
+    "attention_view",
     "direct_effects",
     "gated",
     "head_counts",
@@ -68,6 +72,7 @@ __all__ = [
     "path_patch",
     "prune",
     "removable",
+    "sink_report",
     "turns_of",
     "written",
     *ROWS,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .. import taps
 from ..errors import RegardError
 from ..nn.decoder import Decoder
+from ..plots import Plot
+from ..results import Column, Result
 from ..taps.stream import first_child
 from .stream import share
 from .tables import HeadTable
@@ -20,7 +22,7 @@ LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm
 
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(Result):
     """What each component adds along a direction of the logits, a number a row: embedding, bias (B,); heads (B, layers, H); mlps (B, layers)."""
 
     embedding: Tensor
@@ -36,6 +38,12 @@ class Direct:
     def table(self) -> HeadTable:
         """Means over rows."""
         return HeadTable(self.heads.double().mean(0).cpu(), "direct effect")
+
+    def columns(self) -> dict[str, Column]:
+        return self.table.columns()
+
+    def plot(self) -> Plot:
+        return self.table.plot()
 
 
 def reading(model: nn.Module) -> tuple[nn.Module, Tensor, Tensor | None]:

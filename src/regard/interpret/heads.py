@@ -21,7 +21,11 @@ def head_counts(model: nn.Module) -> list[int]:
 
 
 def check_heads(model: nn.Module, heads: Iterable[Head]) -> list[Head]:
-    counts, found = head_counts(model), [(int(layer), int(head)) for layer, head in heads]
+    counts = head_counts(model)
+    try:
+        found = [(int(layer), int(head)) for layer, head in heads]
+    except TypeError:
+        raise RegardError(f"heads={heads!r}; expected pairs (layer, head)") from None
     for layer, head in found:
         if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
             raise RegardError(f"heads holds {(layer, head)}; expected (layer, head) of a model with {counts} heads in its layers")

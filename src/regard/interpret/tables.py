@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MissingDependency, RegardError
-from ..plots import heatmap
+from ..errors import RegardError
+from ..plots import Plot, heatmap
+from ..results import Column, Result
 
 Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class HeadTable:
+class HeadTable(Result):
     """scores (layers, heads): NaN where a layer has fewer heads. what: they are."""
 
     scores: Tensor
@@ -41,17 +42,12 @@ class HeadTable:
     def above(self, threshold: float) -> list[Head]:
         return [at for at in self.ranked() if float(self.scores[at]) >= threshold]
 
-    def plot(self) -> str:
-        """A heat map as SVG."""
-        return heatmap(self.what, "head", "layer", self.scores.double().tolist())
+    def columns(self) -> dict[str, Column]:
+        return {**heads_of({}, self.heads), self.what: [float(self.scores[at]) for at in self.heads]}
 
-    def to_pandas(self) -> Any:
-        """A data frame with columns layer, head and score."""
-        try:
-            import pandas
-        except ImportError as missing:
-            raise MissingDependency("to_pandas needs pandas: pip install pandas") from missing
-        return pandas.DataFrame([(*at, float(self.scores[at])) for at in self.heads], columns=["layer", "head", self.what])
+    def plot(self) -> Plot:
+        """A heat map."""
+        return heatmap(self.what, "head", "layer", self.scores.double().tolist())
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -62,6 +58,30 @@ class HeadTable:
         for layer, row in enumerate(self.scores.tolist()):
             table.add_row(str(layer), *("" if x != x else f"{x:.3f}" for x in row))
         return table
+
+
+def heads_of(tables: Mapping[str, HeadTable], heads: Sequence[Head] | None = None) -> dict[str, Column]:
+    """Columns layer and head, and one of each table's scores (NaN for heads that it has not)."""
+    known = next(iter(tables.values())).heads if heads is None else heads
+    scores = {name: [float(table.scores[at]) for at in known] for name, table in tables.items()}
+    return {"layer": [layer for layer, _ in known], "head": [head for _, head in known], **scores}
+
+
+class HeadResult(Result):
+    """A result whose fields are tables of heads: a row a head, a column a table."""
+
+    def tables(self) -> dict[str, HeadTable]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, HeadTable)}
+
+    def columns(self) -> dict[str, Column]:
+        return heads_of(self.tables())
+
+    def plot(self, name: str | None = None) -> Plot:
+        """One of the tables, the first without a name."""
+        known = self.tables()
+        if name is not None and name not in known:
+            raise RegardError(f"name={name!r}; expected one of {', '.join(known)}")
+        return (next(iter(known.values())) if name is None else known[name]).plot()
 
 
 def table_of(rows: Iterable[Tensor], what: str) -> HeadTable:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from ..taps import Behind, ColumnMass, Entropy, Mass, MeanDistance, read
-from .tables import HeadTable, table_of
+from .tables import HeadResult, HeadTable, table_of
 
 TAIL = 16  # the last tokens are seen by too few queries for a mean
 
 
 @dataclass(frozen=True)
-class HeadViews:
+class HeadViews(HeadResult):
     """Tables of means over queries. sink: weight on the first token; second: the greatest mean weight that another token gets from those behind it,
     and `places`, (layers, heads), which; previous: weight on the token before; entropy: in nats; distance: in tokens."""
 

@@ -7,8 +7,9 @@ import re
 import torch
 
 from ..algebra import Mechanism, Recurrent, Weighted
-from ..algebra.mask import Causal, Full
+from ..algebra.mask import Full
 from ..algebra.part import Sizes
+from ..algebra.position_mask import Causal
 from ..catalog import entry, get
 from ..catalog.registry import Entry
 from ..engine.composed import inputs_of

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch import nn
+
+from ..catalog.making import placeable
 from ..lazy import listed, load
 from .attention import Attention, LayerState
 from .codes import Codebook
@@ -217,7 +220,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    return load(__name__, ROWS, name)
+    found = load(__name__, ROWS, name)
+    return placeable(found) if isinstance(found, type) and issubclass(found, nn.Module) else found
 
 
 def __dir__() -> list[str]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..algebra import Causal, Mask, Mechanism, Rope, Sizes
 from ..catalog import get
+from ..catalog.making import placeable, placed
 from ..engine import State, step, weights
 from ..engine.door import attend
 from ..engine.given import given_mask
 from ..errors import RegardError
 from .inputs import Inputs
-from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, placed, takes, whole
+from .parts import HeadGate, Momentary, ShortConv, documents_of, head_norm, takes, whole
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -46,6 +47,7 @@ class LayerState:
         return (self.inner.bytes if self.inner is not None else 0) + sum(x.numel() * x.element_size() for x in self.conv)
 
 
+@placeable
 class Attention(Momentary):
     """Multi-head attention by any mechanism: x (B, L, dim) -> (B, L, dim).
 

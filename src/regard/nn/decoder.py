@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra import Mechanism, Padding
+from ..catalog.making import placeable, placed
 from ..errors import RegardError
 from .attention import LayerState
 from .mixers import mixer
-from .parts import GatedMLP, LayerScale, Momentary, head_norm, placed, whole
+from .parts import GatedMLP, LayerScale, Momentary, head_norm, whole
 
 
 class Block(Momentary):
@@ -51,6 +52,7 @@ class Block(Momentary):
         return x + self.scale2(self.mlp(self.norm2(x))), state
 
 
+@placeable
 class Decoder(nn.Module):
     """tokens (B, L) -> logits (B, L, vocab).
 

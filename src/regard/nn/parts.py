@@ -7,7 +7,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from ..algebra import Causal, Explicit, Full, Padding, Segments
 from ..algebra.mask import conjuncts
-from ..engine.reference import numbers_in
 from ..errors import RegardError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -86,20 +84,6 @@ def one_by_one(step: Method) -> Method:
         return (torch.cat(outs, 1) if outs else torch.zeros_like(x)), state
 
     return run  # type: ignore[return-value]
-
-
-def placed(init: Callable[P, None]) -> Callable[P, None]:
-    """Let a layer's constructor take `device` and `dtype` as PyTorch's layers do: all it makes is made there, and so."""
-
-    @functools.wraps(init)
-    def run(*args: P.args, **given: P.kwargs) -> None:
-        device, dtype = given.get("device"), given.get("dtype")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise RegardError(f"dtype={dtype}; expected a floating dtype such as torch.float32 or torch.bfloat16")
-        with numbers_in(dtype), nullcontext() if device is None else torch.device(device):  # type: ignore[call-overload]
-            init(*args, **given)
-
-    return run
 
 
 class Momentary(nn.Module):

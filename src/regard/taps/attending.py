@@ -13,6 +13,8 @@ from torch import Tensor
 from ..engine.weights import drop
 from ..errors import RegardError
 
+PIECE = 64  # queries whose weights are computed together: fewer read the keys more often, more compute more behind the diagonal
+
 Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 
 
@@ -124,31 +126,50 @@ class Softmax(Attending):
             return s if more == 0 else torch.nn.functional.pad(s, (0, more), value=-torch.inf)
 
     def weights(self, heads: Tensor, rows: Tensor, logits: Tensor | None = None) -> Tensor:
-        s = self.logits(heads, rows) if logits is None else logits
+        if logits is None and self.triangular:
+            wide = torch.promote_types(self.query.dtype, torch.float32)
+            out = self.query.new_zeros(len(self.query), len(heads), len(rows), self.k_len, dtype=wide)
+            for place, some in zip(out.split(PIECE, 2), rows.split(PIECE), strict=True):
+                p = self.seen(heads, some)
+                place[..., : p.shape[-1]] = p
+            return out
+        return self.normalised(self.logits(heads, rows) if logits is None else logits, heads, rows, own=logits is None)
+
+    def normalised(self, s: Tensor, heads: Tensor, rows: Tensor, own: bool) -> Tensor:
+        """Softmax of logits, which it may overwrite where they are its own."""
         sinks = self.terms().sinks
         if sinks is not None:
             more = part(sinks.to(s.dtype), heads, rows).expand(*s.shape[:3], 1)
             return torch.cat((s, more), -1).softmax(-1)[..., :-1]
         blind = s.amax(-1, keepdim=True).isneginf()
         if s.device.type == "cpu" and not bool(blind.any()):
-            return s.softmax(-1)
+            return torch.softmax(s, -1, out=s) if own and not s.requires_grad else s.softmax(-1)
         return torch.where(blind, 0.0, torch.where(blind, 0.0, s).softmax(-1))
+
+    @property
+    def triangular(self) -> bool:
+        """Whether the call is causal and nothing else, with no graph to keep: what lies behind the diagonal is then not computed."""
+        terms = self.terms()
+        bare = terms.bias is None and terms.softcap is None and terms.sinks is None and terms.shown is None
+        return bare and terms.first is not None and terms.first >= 0 and not (self.query.requires_grad or self.key.requires_grad)
 
     def seen(self, heads: Tensor, rows: Tensor) -> Tensor:
         """Under causality alone only the keys before the last of these queries are looked at, and no head's keys are copied."""
-        terms = self.terms()
-        bare = terms.bias is None and terms.softcap is None and terms.sinks is None and terms.shown is None
-        whole = every(heads, self.heads)
-        if terms.first is None or terms.first < 0 or not bare or not whole or self.query.requires_grad or self.key.requires_grad:
+        if not self.triangular:
             return self.weights(heads, rows)
+        terms = self.terms()
+        assert terms.first is not None
         first, last = terms.first + int(rows.min()), terms.first + int(rows.max())
+        q, k = self.query.index_select(2, rows), self.key[:, :, : last + 1]
+        if not every(heads, self.heads):
+            q, k = q.index_select(1, heads), k.index_select(1, self.shared(heads))
         with torch.autocast(self.query.device.type, enabled=False):
             wide = torch.promote_types(self.query.dtype, torch.float32)
-            q = (self.query.index_select(2, rows).to(wide) * terms.scale).unflatten(1, (self.key.shape[1], -1)).flatten(2, 3)
-            s = (q @ self.key[:, :, : last + 1].to(wide).mT).unflatten(2, (-1, len(rows))).flatten(1, 2)
+            q = (q.to(wide) * terms.scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+            s = (q @ k.to(wide).mT).unflatten(2, (-1, len(rows))).flatten(1, 2)
             later = torch.arange(first, last + 1, device=s.device) > (terms.first + rows)[:, None]
             s[..., first:].masked_fill_(later, -torch.inf)
-            return torch.softmax(s, -1)
+            return self.normalised(s, heads, rows, own=True)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Reduction(ABC):
         """A tensor, or a tuple of tensors, (B, h, r, ...) where `by_query`."""
 
 
+def whole(name: str, x: Any, least: int = 1) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < least:
+        raise RegardError(f"{name}={x!r}; expected a whole number of {least} or more")
+
+
 @dataclass(frozen=True)
 class ColumnMass(Reduction):
     """(B, h, Lk): what each key gets, summed over the queries that are no padding."""
@@ -63,6 +68,12 @@ class Mass(Reduction):
     keys: Sequence[int] | Tensor
     label: str = "mass"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.keys, Tensor) and self.keys.dtype == torch.bool:
+            return
+        if any(int(x) != x for x in self.keys):
+            raise RegardError(f"Mass(keys)={list(self.keys)}; expected whole numbers, or a table of bools")
+
     @property
     def name(self) -> str:
         return self.label
@@ -71,9 +82,9 @@ class Mass(Reduction):
         p, keys = part.weights, self.keys
         if isinstance(keys, Tensor) and keys.dtype == torch.bool:
             table = keys.to(p.device)
-            if table.shape[-1] > p.shape[-1] or table.dim() > 2:
+            if table.shape[-1] > p.shape[-1] or table.dim() > 2 or (table.dim() == 2 and len(table) not in (1, len(p))):
                 raise RegardError(
-                    f"Mass(keys) has shape {tuple(table.shape)} and the call has {p.shape[-1]} keys; expected (Lk,) or (B, Lk)"
+                    f"Mass(keys) has shape {tuple(table.shape)} and the call {len(p)} rows of {p.shape[-1]} keys; expected (Lk,) or (B, Lk)"
                 )
             table = table if table.dim() == 1 else table[:, None, None]
             return (p[..., : table.shape[-1]] * table).sum(-1)
@@ -88,6 +99,9 @@ class Top(Reduction):
     """(values, keys), each (B, h, Lq, count): the keys with the greatest weights. Calls with fewer keys fill up with weight 0 at key -1."""
 
     count: int = 1
+
+    def __post_init__(self) -> None:
+        whole("Top(count)", self.count)
 
     def of(self, part: Rows) -> tuple[Tensor, Tensor]:
         p, n = part.weights, min(self.count, part.weights.shape[-1])
@@ -125,6 +139,9 @@ class Behind(Reduction):
     back: int = 1
     label: str = "behind"
 
+    def __post_init__(self) -> None:
+        whole("Behind(back)", self.back, 0)
+
     @property
     def name(self) -> str:
         return self.label
@@ -142,6 +159,9 @@ class Pooled(Reduction):
 
     block: int = 32
     by_query = False
+
+    def __post_init__(self) -> None:
+        whole("Pooled(block)", self.block)
 
     def of(self, part: Rows) -> Tensor:
         p, b, keys = part.weights, self.block, part.weights.shape[-1]

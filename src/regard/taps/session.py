@@ -48,7 +48,10 @@ def read(
     Outputs are bit-equal to the untapped model's (but for `graph`); layers, heads and queries that nobody asked for stay fused. Raises
     RegardError for what the model does not have, before anything runs.
     """
-    found: list[Point] = [points] if isinstance(points, (str, Reduction)) else list(points)
+    try:
+        found: list[Point] = [points] if isinstance(points, (str, Reduction)) else list(points)
+    except TypeError:
+        raise RegardError(f"points={points!r}; expected some of {', '.join(POINTS)}, or reductions") from None
     names = check_points(x for x in found if not isinstance(x, Reduction))
     reductions = tuple(x for x in found if isinstance(x, Reduction))
     if len({x.name for x in reductions}) < len(reductions) or {x.name for x in reductions} & set(POINTS):

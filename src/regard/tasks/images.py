@@ -76,6 +76,33 @@ def listed_glyphs(
     return x + noise * torch.randn(x.shape, generator=generator), words + 1, cells
 
 
+def coloured_glyphs(
+    count: int, generator: torch.Generator, share: float = 0.95, kinds: int = 4, side: int = 16, size: int = 8, noise: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A grey glyph somewhere, on steps of two pixels, on a colour: images (count, 3, side, side), the glyph's kind (count,), and where it stands (count,
+    side, side) bool. In `share` of the images the colour is the kind's own, in the others any kind's: a shortcut, which share=0 takes away. A kind's
+    strokes, of -1 and 1 in 2 x 2 pixels, and colour are the same in every batch."""
+    if kinds < 2 or size % 2 or side % 2 or not 2 <= size <= side - 4 or not 0 <= share <= 1:
+        raise RegardError(
+            f"kinds={kinds}, size={size}, side={side}, share={share}; expected at least 2, even sizes, a glyph smaller than the image by 4, a share"
+        )
+    fixed = torch.Generator().manual_seed(kinds)
+    cells = 2.0 * torch.randint(2, (kinds, size // 2, size // 2), generator=fixed) - 1
+    strokes = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    colours = torch.randn(kinds, 3, generator=fixed)
+    colours = (colours - colours.mean(1, keepdim=True)) / colours.std(1, correction=0, keepdim=True)
+    label, other = torch.randint(kinds, (2, count), generator=generator)
+    behind = torch.where(torch.rand(count, generator=generator) < share, label, other)
+    at = 2 * torch.randint(1, (side - size) // 2, (count, 2), generator=generator)
+    axis = torch.arange(side) - at[..., None]
+    inside = (axis >= 0) & (axis < size)
+    ink = inside[:, 0, :, None] & inside[:, 1, None]
+    row, column = axis.clamp(0, size - 1).unbind(1)
+    grey = strokes[label[:, None, None], row[:, :, None], column[:, None]]
+    x = torch.where(ink[:, None], grey[:, None], colours[behind][..., None, None])
+    return x + noise * torch.randn(x.shape, generator=generator), label, ink
+
+
 def scenes(
     count: int, generator: torch.Generator, side: int = 32, most: int = 2, noise: float = 0.1
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:

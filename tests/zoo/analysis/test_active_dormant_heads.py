@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import regard
-from regard.zoo.analysis.active_dormant_heads import BackcopyModel, backcopy, forced, mutual_reinforcement, sink_report, train_backcopy
+from regard.interpret.sinks import forced, sink_report
+from regard.tasks.backcopy import backcopy
+from regard.zoo.analysis.active_dormant_heads import BackcopyModel, mutual_reinforcement, train_backcopy
 
 
 def test_bad_input_is_refused():

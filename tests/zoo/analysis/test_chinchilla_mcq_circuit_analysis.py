@@ -8,9 +8,7 @@ import torch.nn.functional as F
 
 from regard import RegardError, models
 from regard.interpret.direct import direct_effects
-from regard.nn import Decoder
 from regard.tasks.choices import ASK, BEGIN, END, WORDS, choices, vocabulary
-from regard.tasks.training import fit
 from regard.zoo.analysis.chinchilla_mcq_circuit_analysis import (
     head_pattern_report,
     low_rank_head,
@@ -38,27 +36,6 @@ def test_questions_hold_their_answer(labels):
     shown = logits.gather(1, found.labels)
     assert torch.allclose(found.centred(logits), logits[range(40), found.answer] - shown.mean(1))
     assert found.accuracy(logits) == float((shown.argmax(1) == found.correct).double().mean())
-
-
-@pytest.mark.slow
-def test_a_trained_model_answers_through_few_nodes_and_dimensions():
-    torch.manual_seed(0)
-    model = Decoder(vocab=vocabulary(), dim=64, layers=2, heads=4)
-
-    def loss(given):
-        return F.cross_entropy(model(given.ids)[:, -1], given.answer)
-
-    fit(model, lambda g: choices(64, g, labels="shuffled"), loss, 1500, lr=2e-3)
-    given = choices(300, torch.Generator().manual_seed(9))
-    with torch.no_grad():
-        clean = given.accuracy(model(given.ids)[:, -1])
-    assert clean > 0.9
-    other = choices(300, torch.Generator().manual_seed(10)).ids
-    effects = total_effect(model, given.ids, lambda out: given.centred(out[:, -1]), other).heads
-    (layer, head), *_ = [at for at in effects.ranked() if at[0] == 1]
-    low = low_rank_head(model, (layer, head), given.ids, given.places.tolist(), 3)
-    with low.patched(model), torch.no_grad():
-        assert recovered(clean, given.accuracy(model(given.ids)[:, -1]), 0.25) > 0.9
 
 
 def test_llama_s_parts_add_up():

@@ -7,7 +7,8 @@ import torch
 
 import regard
 from regard.lab.experiments import acquire
-from regard.zoo.analysis.filter_and_store import Facts, FilterStore, extraction, low_rank
+from regard.tasks.facts import Facts
+from regard.zoo.analysis.filter_and_store import FilterStore, extraction, low_rank
 
 SMALL = {"dim": 8, "hidden": 6, "batch": 8, "every": 2}
 

@@ -5,7 +5,8 @@ import torch
 
 import regard
 from regard.interpret import graph_attention_report, graph_window
-from regard.zoo.analysis.graph_attention_windows_in_llms import FAR, attention_shift, ego_graphs, hop_distance, perturb
+from regard.tasks.ego_graphs import FAR, ego_graphs, hop_distance, perturb
+from regard.zoo.analysis.graph_attention_windows_in_llms import attention_shift
 
 # The centre 4 joins 0 and 1; 0 joins 2 and 1 joins 3.
 EDGES, TOKENS, AT = torch.tensor([[4, 0], [1, 4], [0, 2], [3, 1]]), torch.tensor([10, 11, 12, 13, 14]), torch.tensor([1, 2, 3, 4, 5])

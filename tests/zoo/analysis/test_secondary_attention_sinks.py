@@ -45,3 +45,14 @@ def test_a_pretrained_model_s_first_byte():
         model(ids)
     with pytest.raises(regard.RegardError, match="threshold"):
         suppress(model, 2, direction, 0.0)
+
+
+def test_lives_of_l_less_fifteen_layers_are_primary_and_without_clipping_all_layers_are_looked_at():
+    side = torch.eye(8)[1]
+    states = torch.randn(24, 1, 4, 8) * 0.01 + side
+    states[:, 0, 0] = torch.eye(8)[0] * torch.arange(1.0, 25)[:, None]  # the first token, in one direction from the start
+    for token, life in ((1, 9), (2, 8), (3, 4)):
+        states[:life, 0, token] = torch.eye(8)[0]
+    first, *others = detect_sinks(states, clip=False)[0]
+    assert first.layers == tuple(range(24)) and first.kind == "primary"
+    assert [(one.position, one.life, one.kind) for one in others] == [(1, 9, "primary"), (2, 8, "secondary"), (3, 4, "noise")]

@@ -139,8 +139,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "moba": {"moba": {"block_size": 512, "top_k": 3}},
     "mosa": {
-        "MoSA": {"dense": 0, "head_dim": 64, "sparsity": 16, "first": False, "rope_share": 0.5, "window": None},
-        "rotate_part": {"base": 1e4},
+        "MoSA": {"dense": 0, "head_dim": 64, "sparsity": 16, "first": False, "rope_share": 0.5, "rope_base": 1e4, "window": None},
     },
     "nabla": {"nabla": {"patch": 8, "thr": 0.7, "tile_window": None, "text": 0}},
     "nats": {"NAtSAttention": {"kv_heads": None, "window": 64, "tau": 1.0}},

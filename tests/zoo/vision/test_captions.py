@@ -8,6 +8,7 @@ import torch
 from regard import RegardError
 from regard.generate.beams import Beam, beam_search
 from regard.nn.additive import AdditiveAttention, HardAttention
+from regard.nn.reading_lstm import thinned
 from regard.tasks.images import listed_glyphs
 from regard.zoo.vision.show_attend_tell import CaptionDecoder, HardLoss, Told, attention_maps, caption_loss, doubly_stochastic
 
@@ -43,17 +44,24 @@ def test_glyphs_stand_where_they_are_listed():
 def test_first_values():
     torch.manual_seed(0)
     d = CaptionDecoder(50, features=64, hidden=64, embed=32, selector=True, deep_attention=2, deep_start=2, deep_readout=2)
-    square = [d.start_hidden, d.start_memory, d.start_deep[0], d.tell_deep[0], d.attention.query, d.attention.deep[0]]
-    square = [layer.weight for layer in square] + list(d.recur.weight.chunk(4))
+    square = [
+        d.cells[0].start_hidden,
+        d.cells[0].start_memory,
+        d.start_deep[0],
+        d.tell_deep[0],
+        d.cells[0].attention.query,
+        d.cells[0].attention.deep[0],
+    ]
+    square = [layer.weight for layer in square] + list(d.cells[0].recur.weight.chunk(4))
     for w in square:
         assert torch.allclose(w @ w.T, torch.eye(len(w)), atol=1e-5)
-    for layer in (d.words, d.feed, d.see, d.tell, d.tell_context, d.out, d.attention.key):
+    for layer in (d.words, d.cells[0].feed, d.cells[0].see, d.tell, d.tell_context, d.out, d.cells[0].attention.key):
         assert float(layer.weight.std()) == pytest.approx(0.01, rel=0.1)
     assert all(float(p.detach().abs().max()) == 0 for name, p in d.named_parameters() if name.endswith("bias"))
     assert float(CaptionDecoder(50, std=0.2).words.weight.std()) == pytest.approx(0.2, rel=0.1)
-    assert CaptionDecoder(50).recur.weight.shape == (4000, 1000) and CaptionDecoder(50).see.weight.shape == (4000, 512)
+    assert CaptionDecoder(50).cells[0].recur.weight.shape == (4000, 1000) and CaptionDecoder(50).cells[0].see.weight.shape == (4000, 512)
     same = CaptionDecoder(50, features=8, hidden=32, embed=32)
-    assert all(torch.allclose(w @ w.T, torch.eye(32), atol=1e-5) for w in same.feed.weight.chunk(4))
+    assert all(torch.allclose(w @ w.T, torch.eye(32), atol=1e-5) for w in same.cells[0].feed.weight.chunk(4))
 
 
 def test_hard_attention_reads_one_place():
@@ -83,7 +91,7 @@ def test_one_coin_a_call_decides_between_samples_and_expectations():
     assert d.eval()(a, words).picks is None and CaptionDecoder(**SIZES).double().train()(a, words).picks is None
 
 
-@pytest.mark.parametrize("form", [{}, {"attention": "hard"}])
+@pytest.mark.parametrize("form", [{}, {"attention": "hard"}, {"layers": 3, "around": True}])
 def test_padded_words_change_nothing(form):
     d = scattered(CaptionDecoder(**SIZES, **form)).eval()
     a, words = given()
@@ -93,7 +101,8 @@ def test_padded_words_change_nothing(form):
     assert torch.allclose(whole.logits[1, :2], short.logits[0]) and torch.allclose(whole.logits[0], d(a[:1], words[:1]).logits[0])
     first = torch.tensor([[0, 1, 1, 1]], dtype=torch.bool)  # padding on the left: the state stands still over it
     moved = d(a[:1], torch.cat((torch.tensor([[0]]), words[:1, :3]), 1), first)
-    again = d.step(torch.tensor([0]), d.start(a[:1]), a[:1])[0]
+    seen = d.looked_over(a[:1])
+    again = d.step(torch.tensor([0]), d.start(seen), seen)[0]
     assert torch.allclose(moved.logits[0, 1], again[0])
     each = sum(caption_loss(d(a[b : b + 1], words[b : b + 1, :n]), words[b : b + 1, :n], penalty=0.3) for b, n in ((0, 4), (1, 2))) / 2
     assert torch.allclose(caption_loss(whole, junk, keep, 0.3), each)
@@ -140,29 +149,30 @@ def test_dropout_is_not_rescaled():
         assert torch.equal(plain.train()(a, words).logits, plain.eval()(a, words).logits)
         assert not torch.equal(other.train()(a, words).logits, other(a, words).logits)
         assert torch.equal(other.eval()(a, words).logits, other(a, words).logits)
-        x = other.train().thinned(torch.ones(4000), 0.4)
+        x = thinned(torch.ones(4000), 0.4, True)
         assert set(x.unique().tolist()) == {0.0, 1.0} and 0.55 < float(x.mean()) < 0.65
-        assert torch.allclose(other.eval().thinned(torch.ones(3), 0.4), torch.full((3,), 0.6))
+        assert torch.allclose(thinned(torch.ones(3), 0.4, False), torch.full((3,), 0.6))
     halved = scattered(CaptionDecoder(**SIZES, gate_dropout=0.4)).eval()
     plain = CaptionDecoder(**SIZES).double()
     plain.load_state_dict(halved.state_dict())
     with torch.no_grad():
-        for layer in (plain.feed, plain.recur, plain.see):
+        for layer in (plain.cells[0].feed, plain.cells[0].recur, plain.cells[0].see):
             layer.weight[:12] *= 0.6
-        plain.feed.bias[:12] *= 0.6
+        plain.cells[0].feed.bias[:12] *= 0.6
     assert torch.allclose(halved(a, words).logits, plain(a, words).logits)
     deep = {"deep_start": 2, "deep_readout": 2}
     thin, plain = scattered(CaptionDecoder(**SIZES, **deep, dropout=0.4)).eval(), CaptionDecoder(**SIZES, **deep).double()
     plain.load_state_dict(thin.state_dict())
     with torch.no_grad():
-        for layer in (plain.start_hidden, plain.start_memory, plain.tell, plain.tell_deep[0], plain.out):
+        for layer in (plain.cells[0].start_hidden, plain.cells[0].start_memory, plain.tell, plain.tell_deep[0], plain.out):
             layer.weight *= 0.6
     assert torch.allclose(thin(a, words).logits, plain(a, words).logits)
 
 
-def test_beams():
+@pytest.mark.parametrize("form", [{}, {"layers": 2, "around": True}])
+def test_beams(form):
     a, _ = given()
-    d = scattered(CaptionDecoder(**SIZES)).train()
+    d = scattered(CaptionDecoder(**SIZES, **form)).train()
     both = d.generate(a, 3, 5)
     assert d.training and both[1] == d.generate(a[1:], 3, 5)[0] and len(both) == 2 and d.generate(a[:0]) == []
     for captions in both:
@@ -197,7 +207,7 @@ def test_maps():
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"attention": "firm"}, "firm"), ({"deep_start": 0}, "deep_start=0"), ({"deep_readout": 0}, "deep_readout=0"), ({"sampled": 1.5}, "1.5"),
-     ({"deep_attention": 0}, "layers=0"), ({"attention": "hard", "reads": "best"}, "best")],
+     ({"deep_attention": 0}, "layers=0"), ({"layers": 0}, "layers=0"), ({"attention": "hard", "layers": 2}, "one if"), ({"attention": "hard", "reads": "best"}, "best")],
 )  # fmt: skip
 def test_options_refused(options, why):
     with pytest.raises(RegardError, match=why):
@@ -214,7 +224,7 @@ def test_calls_refused():
         with pytest.raises(RegardError, match="at least one"):
             d(*wrong)
     with pytest.raises(RegardError, match="no places"):
-        d.attention(torch.zeros(2, 4).double(), a[:, :0])
+        d.cells[0].attention(torch.zeros(2, 4).double(), a[:, :0])
     assert d(a[:0], words[:0]).logits.shape == (0, 4, 7)
 
 

@@ -80,6 +80,8 @@ def test_other_sizes_and_refusals():
     for options in ({"kernels": (3, 3)}, {"hidden": (4,)}, {"earlier": 3}):
         with pytest.raises(RegardError, match="four, five, and 0 to 2"):
             SFNEBlock(4, 5, **{**SMALL, **options})
+    with pytest.raises(RegardError, match="side=4"):
+        Terminator(2, 4, 3, (1,) * 5, (1,) * 5, (0.0,) * 5, **SMALL)(torch.zeros(1, 2, 15))
     with pytest.raises(RegardError, match="5 of each"):
         Terminator(factors=(2, 2))
 

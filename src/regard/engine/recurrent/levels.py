@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.mask import Causal, Full, Mask
+from ...algebra.mask import Full, Mask
+from ...algebra.position_mask import Causal
 from ...algebra.states import LogLinear
 from ...errors import RegardError
 from ..problem import check_names

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...algebra.feature_map import FeatureMap
-from ...algebra.mask import Causal, Full, Mask, conjuncts
+from ...algebra.mask import Full, Mask, conjuncts
 from ...algebra.mechanism import Recurrent
 from ...algebra.part import Function, Input, Sizes, bind, call
+from ...algebra.position_mask import Causal
 from ...algebra.snapshot import remembered
 from ...algebra.token_mask import Padding
 from ...errors import RegardError

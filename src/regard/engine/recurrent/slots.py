@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...algebra.mask import Causal, Mask, Window
+from ...algebra.mask import Mask
 from ...algebra.mechanism import Recurrent, Weighted
 from ...algebra.position import Rope
+from ...algebra.position_mask import Causal, Window
 from ...algebra.states import Slots
 from ...algebra.token_mask import Padding
 from ...errors import RegardError

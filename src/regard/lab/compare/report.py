@@ -23,7 +23,9 @@ figure svg{width:100%;height:auto}figcaption{color:var(--quiet);font-size:.9rem}
 table{border-collapse:collapse;width:100%;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.35rem .6rem;text-align:right;
 border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,.words{text-align:left}td.words:not(:first-child){white-space:normal}td.words:last-child{min-width:18rem}th{cursor:pointer}th:hover{color:var(--mark)}
 th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
-@media print{body{max-width:none;color:#000;background:#fff}th{cursor:auto}}
+@media print{@page{margin:14mm}:root{color-scheme:light;--page:#fff;--text:#000;--quiet:#444;--line:#bbb;--box:#f3f6f9;--mark:#0072b2}
+body{font-size:10pt;max-width:none;margin:0;padding:0}.wide{overflow:visible}table{font-size:6.5pt}th,td{padding:.15rem .25rem;white-space:normal}
+td.words:last-child{min-width:9rem}.plots{display:block}figure{display:inline-block;width:48%;vertical-align:top;margin:0 1% .6rem 0}}
 """
 SORT = """
 document.querySelectorAll("th").forEach((head,at)=>head.addEventListener("click",()=>{const body=head.closest("table").tBodies[0],

@@ -1,7 +1,7 @@
 """Pretrained models that read less: training-free sparse mechanisms against density, and policies of the cache against kept bytes, beside controls."""
 
 from .cache import CacheConfig, CachePoint, CacheSweep, cache_sweep
-from .cache_report import cache_line, cache_table, write_cache, write_cache_points
+from .cache_report import cache_line, cache_table, write_cache
 from .measure import Config, Point, Sweep, sweep
 from .methods import DEFAULT, method, oracle, random_blocks
 from .policies import DEFAULT_POLICIES, chosen_policies, policy
@@ -32,6 +32,5 @@ __all__ = [
     "table",
     "write",
     "write_cache",
-    "write_cache_points",
     "write_points",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ...plots import figure
-from ..files import prepare, write_text
+from ..files import write_text
 from .cache import CachePoint, CacheSweep
+from .report import write_points
 
 
 def cache_line(p: CachePoint) -> str:
@@ -77,7 +77,7 @@ def cache_plots(result: CacheSweep) -> dict[str, str]:
         "later": ("share of facts found, asked later", lambda p: p.found_later),
         "generation": ("KL from the full cache, bits", lambda p: p.divergence),
     }
-    made = {}
+    made: dict[str, str] = {}
     whole = next(p for p in result.points if p.name == "full")
     for key, (label, value) in measures.items():
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -90,15 +90,9 @@ def cache_plots(result: CacheSweep) -> dict[str, str]:
     return made
 
 
-def write_cache_points(result: CacheSweep, out: Path) -> None:
-    """report.json in `out`: what has been measured so far."""
-    prepare(out, f"--out {out}")
-    write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")
-
-
 def write_cache(result: CacheSweep, out: Path) -> None:
     """report.json, table.md and the plots, in `out`."""
-    write_cache_points(result, out)
+    write_points(result, out)
     write_text(out / "table.md", f"{cache_table(result)}\n\n{depth_table(result)}\n")
     for name, svg in cache_plots(result).items():
         write_text(out / name, svg)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...plots import figure
 from ..files import prepare, write_text
+from .cache import CacheSweep
 from .measure import Point, Sweep
 
 
@@ -34,7 +35,7 @@ def plots(result: Sweep) -> dict[str, str]:
         "needles": ("share of needles found", lambda p: p.found),
         "prefill": ("prefill time / softmax", lambda p: p.prefill),
     }
-    made = {}
+    made: dict[str, str] = {}
     for key, (label, value) in measures.items():
         lines: dict[str, list[tuple[float, float]]] = {}
         for p in ordered(result.points):
@@ -43,7 +44,7 @@ def plots(result: Sweep) -> dict[str, str]:
     return made
 
 
-def write_points(result: Sweep, out: Path) -> None:
+def write_points(result: Sweep | CacheSweep, out: Path) -> None:
     """report.json in `out`: what has been measured so far."""
     prepare(out, f"--out {out}")
     write_text(out / "report.json", json.dumps(result.as_dict(), indent=1) + "\n")

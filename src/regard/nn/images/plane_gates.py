@@ -20,8 +20,8 @@ def pooled(x: Tensor, kind: str, dim: int) -> Tensor:
     of squares) or "lse" (log of the sum of exponentials)."""
     if kind == "avg":
         return x.mean(dim, keepdim=True)
-    if kind == "max":
-        return x.max(dim, keepdim=True).values
+    if kind == "max":  # the places of the largest, which its gradient needs, take most of the time
+        return x.max(dim, keepdim=True).values if x.requires_grad and torch.is_grad_enabled() else x.amax(dim, keepdim=True)
     if kind == "lp":
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return torch.logsumexp(x, dim, keepdim=True)
@@ -38,6 +38,25 @@ def narrowed(channels: int, reduction: int) -> int:
     if reduction < 1 or channels // reduction < 1:
         raise RegardError(f"reduction={reduction} leaves no channel of channels={channels}; expected between 1 and {channels}")
     return channels // reduction
+
+
+def multiplied_again(product: Tensor, gate: Tensor) -> Tensor:
+    """A product that nobody else holds, times a gate: in place where no gradient is kept."""
+    fits = not torch.is_grad_enabled() and torch.result_type(product, gate) == product.dtype
+    return product.mul_(gate) if fits else product * gate
+
+
+def multiplied(x: Tensor, first: Tensor, *gates: Tensor) -> Tensor:
+    """x times each gate in turn: no product of gates is ever as large as x."""
+    y = x * first
+    for gate in gates:
+        y = multiplied_again(y, gate)
+    return y
+
+
+def over_plane(weights: Tensor, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution to one channel: weights (C) or (B, C), x (B, C, H, W) -> (B, 1, H, W)."""
+    return (weights.unsqueeze(-2) @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class PlaneGate(nn.Module):
@@ -110,3 +129,7 @@ class StripGate(PlaneGate):
     def gate(self, x: Tensor) -> Tensor:
         rows, columns = self.strips(x)
         return rows * columns
+
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        return multiplied(x, *self.strips(x))

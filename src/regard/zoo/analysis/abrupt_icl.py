@@ -21,7 +21,8 @@ from regard.algebra import Causal
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 from regard.tasks.item_labels import Asked, ItemLabels
 from regard.tasks.training import fit
 
@@ -94,7 +95,7 @@ def progress(model: InductionNet, asked: Asked) -> dict[str, float]:
 
 
 @dataclass
-class Emergence:
+class Emergence(Result):
     """steps; accuracy and progress by name, a number a step that was looked at; the trained model."""
 
     model: InductionNet
@@ -109,8 +110,8 @@ class Emergence:
         begin = next((s for s, x in zip(self.steps, self[name], strict=True) if x > low), self.steps[-1])
         return next((s for s, x in zip(self.steps, self[name], strict=True) if x > high), self.steps[-1]) - begin
 
-    def plot(self) -> str:
-        """All measures by step (SVG)."""
+    def plot(self) -> Plot:
+        """All measures by step."""
         lines = {name: [(float(s), x) for s, x in zip(self.steps, found, strict=True)] for name, found in self.measures.items()}
         return figure("Learning in context and in weights", "step", "share", lines)
 

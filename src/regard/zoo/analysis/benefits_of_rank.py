@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.plots import Plot, figure
+from regard.results import Column, Result
 
 GEOMETRIES = ("uniform", "orthonormal", "doubled")
 
@@ -123,18 +125,21 @@ def rank_one_error(q: Tensor, k: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class RankTable:
+class RankTable(Result):
     """errors: (rank, heads, N, dim) -> normalised error."""
 
     errors: dict[tuple[int, int, int, int], float]
 
-    def __rich__(self) -> object:
-        from rich.table import Table
+    def columns(self) -> dict[str, Column]:
+        rows = [(*key, value) for key, value in self.errors.items()]
+        return {name: [row[at] for row in rows] for at, name in enumerate(("rank", "heads", "points", "dim", "error"))}
 
-        table = Table("rank", "heads", "points", "dim", "error")
-        for key, value in self.errors.items():
-            table.add_row(*map(str, key), f"{value:.4f}")
-        return table
+    def plot(self) -> Plot:
+        """The error by the number of heads, a line for each rank, number of points and dimension."""
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for (rank, heads, points, dim), error in self.errors.items():
+            lines.setdefault(f"rank {rank}, {points} points, {dim} dimensions", []).append((float(heads), error))
+        return figure("Ranks against heads", "heads", "error", lines, log_x=True)
 
 
 def rank_benefit(

@@ -4,6 +4,10 @@ direct effect: <o_node / scale, W_U[c] - mean_labels W_U>, the last norm's scale
 indirect = total - direct.   metric: logit[c] - mean over the labels
 low rank: q at the last token and k at the labels, each centred by its own mean, stacked: top `rank` right singular vectors P;
 score' = (q0 + P(q - q0)).(k0 + P(k - k0)) / sqrt(d);  the same for values, from the values alone
+
+Not reproduced: a small decoder that answers such questions. Trained from scratch (two layers of width 64, 1500 steps of 64 questions) one is right in 0.29
+of the cases (chance: 0.25), and with fewer options and items, a third layer and the labels taught at the items it does no better; the effects and ranks
+are therefore checked on planted heads and on a pretrained model that does not know the task.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from regard import taps
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.interpret.heads import check_heads, head_counts
-from regard.interpret.tables import Head, HeadTable, table_of
+from regard.interpret.tables import Head, HeadResult, HeadTable, table_of
 from regard.interpret.weights import head_weights
 from regard.taps import Mass
 
@@ -28,7 +32,7 @@ Metric = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class TotalEffects:
+class TotalEffects(HeadResult):
     """Means over rows: heads, and mlps (layers,)."""
 
     heads: HeadTable

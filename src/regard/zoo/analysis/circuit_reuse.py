@@ -19,11 +19,13 @@ from regard.interpret.heads import check_heads
 from regard.interpret.patching import Metric, path_patch
 from regard.interpret.tables import Head, HeadTable, table_of
 from regard.interpret.weights import written
+from regard.plots import Plot
+from regard.results import Column, Result
 from regard.taps import Seen, edit, sites
 
 
 @dataclass
-class Circuit:
+class Circuit(Result):
     """roles: "logits" for the heads that reach the logits, then "q of logits" and so on for those that reach their queries. effects: the
     tables they were chosen from."""
 
@@ -34,13 +36,15 @@ class Circuit:
     def heads(self) -> set[Head]:
         return {head for found in self.roles.values() for head in found}
 
-    def __rich__(self) -> object:
-        from rich.table import Table
+    def columns(self) -> dict[str, Column]:
+        rows = [(role, *at, float(self.effects[role].scores[at])) for role, heads in self.roles.items() for at in heads]
+        return {name: [row[at] for row in rows] for at, name in enumerate(("role", "layer", "head", "effect"))}
 
-        table = Table("role", "heads (layer.head: effect)")
-        for role, heads in self.roles.items():
-            table.add_row(role, ", ".join(f"{a}.{b}: {float(self.effects[role].scores[a, b]):+.2f}" for a, b in heads))
-        return table
+    def plot(self, role: str = "logits") -> Plot:
+        """The effects that the heads of a role were chosen from."""
+        if role not in self.effects:
+            raise RegardError(f"role={role!r}; expected one of {', '.join(self.effects) or 'none: the circuit is empty'}")
+        return self.effects[role].plot()
 
 
 def strong(table: HeadTable, threshold: float) -> list[Head]:
@@ -90,7 +94,7 @@ def shared(head: int, group: int) -> range:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Result):
     """union: |both| / |either|; first, second: the share of each circuit's heads that the other has."""
 
     union: float

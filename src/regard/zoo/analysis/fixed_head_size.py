@@ -14,6 +14,7 @@ from torch import Tensor
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention
+from regard.results import Result
 
 
 @register("fixed-head-size", kind="module")
@@ -44,7 +45,7 @@ def attention_of(x: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Result):
     """wq, wk (d, head_size); error: the largest entry of |P - attention|; exact: whether the closed form made it."""
 
     wq: Tensor

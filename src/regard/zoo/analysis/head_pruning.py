@@ -19,7 +19,8 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.interpret.heads import ablated, head_counts, removable
 from regard.interpret.tables import Head, HeadTable, table_of
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Column, Result
 
 Evaluate = Callable[[], float]
 
@@ -33,24 +34,20 @@ class Round:
 
 
 @dataclass
-class Schedule:
+class Schedule(Result):
     """rounds: the first is the whole model."""
 
     heads: int
     rounds: list[Round] = field(default_factory=list)
 
-    def plot(self) -> str:
-        """The value by the share of heads removed, as SVG."""
+    def plot(self) -> Plot:
+        """The value by the share of heads removed."""
         points = [(100 * len(one.removed) / self.heads, one.value) for one in self.rounds]
         return figure("Heads removed by importance", "heads removed (%)", "value", {"value": points})
 
-    def __rich__(self) -> object:
-        from rich.table import Table
-
-        table = Table("heads removed", "share", "value")
-        for one in self.rounds:
-            table.add_row(str(len(one.removed)), f"{100 * len(one.removed) / self.heads:.0f}%", f"{one.value:.4g}")
-        return table
+    def columns(self) -> dict[str, Column]:
+        removed = [len(one.removed) for one in self.rounds]
+        return {"heads removed": removed, "share": [n / self.heads for n in removed], "value": [one.value for one in self.rounds]}
 
 
 def evaluated(model: nn.Module, evaluate: Evaluate, heads: Sequence[Head]) -> float:

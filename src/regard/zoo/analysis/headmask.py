@@ -17,6 +17,7 @@ from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.interpret.heads import gated, head_counts
 from regard.interpret.tables import HeadTable
+from regard.results import Result
 from regard.taps import edit
 from regard.taps.points import At
 
@@ -98,7 +99,7 @@ class HeadMask:
 
 
 @dataclass(frozen=True)
-class Inequality:
+class Inequality(Result):
     """How unequal heads are. spread: standard deviation over mean; gini: 0 for equal ones, 1 - 1/n where one has it all; worst: the
     greatest loss of quality that removing one head causes (None where no ablation was given)."""
 

@@ -4,6 +4,9 @@ Prompt x_l ~ N(0, S), beta ~ N(0, I / d), y_l = beta^T x_l + sigma eps, z_l = (x
 sum_h O_h V_h Z softmax(Z^T K_h^T Q_h z_q / sqrt(d + 1)).   Learned: KQ_h = diag(omega_h I, 0), OV_h = mu_h in the last entry, sum mu = 0;
 y^ = sum_h mu_h sum_l softmax_l(omega_h x_l^T x_q) y_l;  heads (+-w, +-m): (2 w m / L) sum_l y_l (x_l - mean x)^T x_q + O(w^3)
 risk(omega, mu) = 1 + s^2 - 2 mu.omega + mu^T [omega omega^T + (1 + s^2) / L exp(d omega omega^T)] mu
+
+With 5 dimensions, 40 examples and 3000 steps of 256 one and two heads are diagonal (0.06 of it stands beside the diagonal) and sum mu is 0.005 of the
+largest of two heads; of four heads sum mu is 0.02, but one is not diagonal yet (1.3).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.results import Result
 from regard.tasks.training import fit
 
 Prompt = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,7 +99,7 @@ def planted_heads(omega: Tensor, mu: Tensor, dim: int) -> RegressionHeads:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Result):
     """omega, mu (H,): of each head, one task. off: the largest entry of KQ off its diagonal that a query meets, over |omega|;
     spread: of its diagonal over |omega|; other: the largest entry of OV besides mu, over |mu|; balance: |sum mu| / max |mu|."""
 

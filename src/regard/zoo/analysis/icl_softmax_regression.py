@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.results import Result
 from regard.tasks.training import fit
 
 
@@ -71,7 +72,7 @@ def rewritten(a: Tensor, b: Tensor, beta: float = 1.0, lr: float = 1.0) -> Tenso
 
 
 @dataclass(frozen=True)
-class Closeness:
+class Closeness(Result):
     """weight_shift, data_shift: |b~ - b| of one descent step and of one attention layer, with their ratios to |x - x'| and |A - A'| and
     the bounds |A| / 2 and |x| / 2 on these. cosine, relative: of attention's first-order prediction with descent's over random queries."""
 

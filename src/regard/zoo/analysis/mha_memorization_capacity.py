@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.results import Column, Result
 from regard.tasks.training import fit
 
 KINDS = ("random", "shared", "permuted")
@@ -123,13 +124,16 @@ def saturation(model: MemoryAttention, queries: Tensor, contexts: Tensor, level:
 
 
 @dataclass(frozen=True)
-class Memorised:
+class Memorised(Result):
     """count: of the examples that are right (labels) or within `close` (numbers); saturated (H,): see `saturation`."""
 
     count: int
     of: int
     loss: tuple[float, ...]
     saturated: Tensor
+
+    def columns(self) -> dict[str, Column]:
+        return {"step": range(len(self.loss)), "loss": self.loss}
 
 
 def memorise(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,8 @@ from regard.catalog.registry import register
 from regard.errors import MissingDependency, RegardError
 from regard.interpret.embedding import resampled, token_saliency
 from regard.nn.embedder import Embedder
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Column, Result
 from regard.tasks.evidence import Evidence, ndcg
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +29,7 @@ EDGES = (0, 512, 1024, 1536)
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Result):
     """Bins that hold queries: centre of their places, mean score and number of queries, (b,) each."""
 
     centre: Tensor
@@ -79,7 +79,7 @@ def curve(place: Tensor, score: Tensor, bins: int = 20) -> Curve:
 
 
 @dataclass(frozen=True)
-class PositionReport:
+class PositionReport(Result):
     """score: mean nDCG over all queries; overall: their curve; buckets: a curve for each bucket of lengths that has queries, "Q1" the shortest."""
 
     score: float
@@ -90,19 +90,21 @@ class PositionReport:
     def psi(self) -> float:
         return self.overall.psi
 
-    def plot(self) -> str:
-        """Score by place, for all queries and each bucket (SVG)."""
+    def plot(self) -> Plot:
+        """Score by place, for all queries and each bucket."""
         lines = {"all": self.overall, **self.buckets}
         points = {name: list(zip(c.centre.tolist(), c.mean.tolist(), strict=True)) for name, c in lines.items()}
         return figure("Score by place of the evidence", "place in the document", "nDCG", points)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("queries", "nDCG", "PSI", title="Retrieval by place of the evidence")
-        for name, own, score in (("all", self.overall, self.score), *((n, c, c.score) for n, c in self.buckets.items())):
-            table.add_row(f"{name} ({int(own.count.sum())})", f"{score:.3f}", f"{own.psi:.3f}" if float(own.mean.max()) > 0 else "-")
-        return table
+    def columns(self) -> dict[str, Column]:
+        """A row for all queries and for each bucket; psi is NaN where no query finds its document."""
+        curves = [self.overall, *self.buckets.values()]
+        return {
+            "documents": ["all", *self.buckets],
+            "queries": [int(c.count.sum()) for c in curves],
+            "nDCG": [self.score, *(c.score for c in self.buckets.values())],
+            "psi": [c.psi if float(c.mean.max()) > 0 else float("nan") for c in curves],
+        }
 
 
 def report_of(scores: Tensor, place: Tensor, lengths: Tensor, bins: int = 20, edges: Sequence[float] = EDGES) -> PositionReport:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 
 Data = tuple[Tensor, Tensor, Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu, "identity": lambda x: x}
@@ -143,14 +144,14 @@ def drawn(
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Result):
     """errors: test error over the target's variance, by the number of training examples."""
 
     sizes: tuple[int, ...]
     errors: tuple[float, ...]
 
-    def plot(self) -> str:
-        """The curve as SVG."""
+    def plot(self) -> Plot:
+        """The curve."""
         points = list(zip(map(float, self.sizes), self.errors, strict=True))
         return figure("Sample complexity", "examples", "error / variance", {"test": points}, log_x=True, log_y=True)
 

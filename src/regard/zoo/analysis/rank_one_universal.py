@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.results import Result
 from regard.tasks.training import fit
 
 
@@ -120,7 +121,7 @@ class OneLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(Result):
     """right: share of labels that are right (None for numbers); error: mean squared over the variance (None for labels)."""
 
     right: float | None

@@ -18,7 +18,7 @@ from regard.adapt.host import cache_argument
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.interpret.heads import ablated, head_counts
-from regard.interpret.tables import Head, HeadTable, table_of
+from regard.interpret.tables import Head, HeadResult, HeadTable, table_of
 from regard.taps import Top, read
 
 
@@ -99,7 +99,7 @@ def answered(model: nn.Module, prompt: Needle, topk: int = 1, limit: int = 50, s
 
 
 @dataclass(frozen=True)
-class RetrievalHeads:
+class RetrievalHeads(HeadResult):
     """scores: mean over the answered prompts. active (layers, heads): share of them in which a head scored above 0.1. recalls: of all
     prompts; those above `least` count as answered."""
 
@@ -111,13 +111,6 @@ class RetrievalHeads:
     @property
     def answered(self) -> int:
         return sum(x > self.least for x in self.recalls)
-
-    def plot(self) -> str:
-        """The scores as a heat map (SVG)."""
-        return self.scores.plot()
-
-    def __rich__(self) -> object:
-        return self.scores.__rich__()
 
 
 @register("retrieval-head", kind="function")

@@ -3,6 +3,9 @@
 x_1 .. x_{L-1} drawn from P(l | m, n), x_L = m the last token, n the next; a common token l has P > 0 for several n, a distinct one for one.
 b_l = c_l e^{z_ml} / sum_l' c_l' e^{z_ml'} with counts c (x_L left out),  f = b / |b|,  logits = Y f,  cross-entropy;  Z = Y = 0, SGD, eta_Y >> eta_Z.
 Scan: z falls for common tokens, rises for distinct ones by P(l | m, n); snap: then grows like a logarithm, the combination all but fixed.
+
+With sequences of 128 and the default 1000 steps no snap is seen: the last step's growth is not yet a tenth of the fastest, and common tokens still hold 0.63
+of the attention. The checks, at 3000 steps of 64, snap.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 from regard.taps import read
 
 
@@ -70,7 +74,7 @@ def attended(z: Tensor, counts: Tensor) -> Tensor:
 
 
 @dataclass
-class ScanRun:
+class ScanRun(Result):
     """steps; z (steps, last, vocab), expected (steps, last, next, vocab): attention P e^z, normalised; loss."""
 
     data: ScanData
@@ -101,8 +105,8 @@ class ScanRun:
         after = slow[slow > int(rate.argmax())]
         return self.steps[begin], self.steps[int(after[0]) + 1] if len(after) else self.steps[-1]
 
-    def plot(self) -> str:
-        """Every token's z by step, for the first last token, as SVG."""
+    def plot(self) -> Plot:
+        """Every token's z by step, for the first last token."""
         z = torch.stack(self.z)[:, 0]
         shown = {
             "common": self.data.common[0].nonzero().flatten()[:3],

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.plots import Plot, heatmap
+from regard.results import Column, Result
 from regard.taps import edit, read
 from regard.taps.points import At
 
@@ -112,11 +114,23 @@ def sink_levels(sinks: Sequence[Sink], kind: str = "secondary", reach: int = 0) 
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Result):
     """cosine, norm (B, L, T): of each layer's MLP output with the primary sink's state behind that layer, and its length."""
 
     cosine: Tensor
     norm: Tensor
+
+    def columns(self) -> dict[str, Column]:
+        at = torch.ones_like(self.norm, dtype=torch.bool).nonzero().T.tolist()
+        return {
+            **dict(zip(("row", "layer", "token"), at, strict=True)),
+            "cosine": self.cosine.flatten().tolist(),
+            "norm": self.norm.flatten().tolist(),
+        }
+
+    def plot(self, row: int = 0) -> Plot:
+        """The cosine of one row's tokens, layer by layer."""
+        return heatmap("MLP output along the first sink", "token", "layer", self.cosine[row].tolist())
 
 
 @torch.no_grad()

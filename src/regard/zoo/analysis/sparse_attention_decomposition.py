@@ -25,6 +25,8 @@ from regard.errors import MissingDependency, RegardError
 from regard.interpret.stream import Part, parts_of
 from regard.interpret.tables import Head
 from regard.interpret.weights import HeadWeights
+from regard.plots import Plot, bars
+from regard.results import Column, Result
 from regard.taps import edit
 
 
@@ -84,8 +86,16 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Result):
     edges: tuple[Edge, ...]
+
+    def columns(self) -> dict[str, Column]:
+        return {name: [getattr(e, name) for e in self.edges] for name in ("sender", "token", "receiver", "dst", "src", "side", "weight")}
+
+    def plot(self) -> Plot:
+        """The greatest edges, a bar each."""
+        most = sorted(self.edges, key=lambda e: -abs(e.weight))[:24]
+        return bars("Who wrote what is looked for", {f"{e.sender} at {e.token} → {e.receiver}, {e.side}": e.weight for e in most})
 
     def graph(self) -> Any:
         """A networkx MultiDiGraph over (component, token), weights on its edges."""

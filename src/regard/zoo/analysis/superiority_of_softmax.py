@@ -18,7 +18,8 @@ from torch import Tensor
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.plots import figure
+from regard.plots import Plot, figure
+from regard.results import Result
 
 RATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda s: (s - s.amax(-1, keepdim=True)).exp(),
@@ -80,7 +81,7 @@ def head_output(queries: Tensor, keys: Tensor, normalizer: str, scale: Tensor | 
 
 
 @dataclass(frozen=True)
-class Margins:
+class Margins(Result):
     """margin[normalizer]: by length, the least output on D1 minus the greatest on D0; accuracy: of the best threshold (softmax: tau) behind
     readout noise."""
 
@@ -88,8 +89,8 @@ class Margins:
     margin: dict[str, tuple[float, ...]]
     accuracy: dict[str, tuple[float, ...]]
 
-    def plot(self) -> str:
-        """Margins by length, log axes, as SVG."""
+    def plot(self) -> Plot:
+        """Margins by length, log axes."""
         lines = {name: list(zip(map(float, self.lengths), y, strict=True)) for name, y in self.margin.items()}
         return figure("One strong key", "keys", "margin", lines, log_x=True, log_y=True)
 

@@ -1,6 +1,7 @@
 """Dynamic mask attention: a bias read off the values says which w keys a head keeps, for good or until better ones come (Shi et al., 2025).
 
 b_j = A softplus(W vec(v_j));  row i keeps the w largest b_j, j <= i;  p_i = softmax_kept(q_i.k_j / sqrt(D) + b_j)
+A small language model and associative recall: `regard compare dma:window=32`.
 """
 
 from __future__ import annotations

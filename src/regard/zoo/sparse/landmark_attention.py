@@ -2,6 +2,7 @@
 
 p0 = softmax over the query's own block (up to it) and landmarks of past blocks;  p_b = softmax inside block b
 a_ij = p0(j) in the own block, p0(landmark_b) p_b(j) in past ones; landmarks themselves weigh nothing
+Not built: the recipe that fine-tunes a pretrained model with rotary positions (the layer takes its weights; `with_landmarks` prepares its texts).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from regard.errors import RegardError
 from regard.nn.parts import takes
 
 
-def rotate_part(x: Tensor, place: Tensor, share: float, base: float = 10000.0) -> Tensor:
+def rotate_part(x: Tensor, place: Tensor, share: float, base: float) -> Tensor:
     """Rotary positions `place` (..., n) on the first `share` of the channels of x (..., n, D), pairs half a part apart."""
     width = int(x.shape[-1] * share) // 2 * 2
     if not width:
@@ -39,9 +39,12 @@ def dense_flops(dim: int, head_dim: int, length: int) -> int:
 class MoSA(nn.Module):
     """x (B, T, dim) -> (B, T, dim): `sparse` expert-choice heads, and `dense` (or local, `window`) causal heads.
 
-    sparsity: T over the tokens a head takes (2 at least). first: always take token 0. rope_share: of a head's channels. A head's choice looks at
-    the whole sequence, so training is not strictly causal; `step` decodes with a threshold: token t is taken when its score is among the
-    top share so far, which approximates the choice. Keys held: k a sparse head, T a dense one (`kv_pairs`).
+    sparsity: T over the tokens a head takes (2 at least). first: always take token 0. rope_share, rope_base: of a head's channels, and of their
+    rotation. A head's choice looks at the whole sequence, so training is not strictly causal; `decode` works with a threshold: token t is taken
+    when its score is among the top share so far, which approximates the choice. Keys held: k a sparse head, T a dense one (`kv_pairs`).
+
+    Released weights: `qkv` is theirs by `.unflatten(-1, (3, -1)).permute(2, 0, 1, 3)`; `dense_qkv` has their order, head by head. Their local
+    heads are those of another package, in blocks that see the block before; ours see `window` tokens.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class MoSA(nn.Module):
         sparsity: int = 16,
         first: bool = False,
         rope_share: float = 0.5,
+        rope_base: float = 10000.0,
         window: int | None = None,
     ):
         super().__init__()
@@ -61,11 +65,14 @@ class MoSA(nn.Module):
         if sparse < 1 or sparsity < 1:
             raise RegardError(f"sparse={sparse}, sparsity={sparsity}: expected at least 1")
         self.sparse, self.dense, self.head_dim, self.sparsity, self.first, self.share = sparse, dense, head_dim, sparsity, first, rope_share
-        self.window = window
-        bound = (3 * head_dim) ** -0.5
-        self.router = nn.Parameter(torch.randn(sparse, dim) * dim**-0.5)
-        self.qkv = nn.Parameter(torch.empty(3, sparse, dim, head_dim).uniform_(-bound, bound))
-        self.out = nn.Parameter(torch.randn(sparse, head_dim, dim) * (dim * sparse) ** -0.5)
+        self.window, self.base = window, rope_base
+
+        def drawn(*shape: int, bound: float) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+        self.router = drawn(sparse, dim, bound=dim**-0.5)
+        self.qkv = drawn(3, sparse, dim, head_dim, bound=(3 * head_dim) ** -0.5)
+        self.out = drawn(sparse, head_dim, dim, bound=(dim * sparse) ** -0.5)
         self.dense_qkv = nn.Linear(dim, 3 * dense * head_dim, False) if dense else None
         self.dense_out = nn.Linear(dense * head_dim, dim, False) if dense else None
 
@@ -73,12 +80,16 @@ class MoSA(nn.Module):
         """Tokens a sparse head takes."""
         return min(length, max(2, length // self.sparsity))
 
+    def ranked(self, scores: Tensor) -> Tensor:
+        """What tokens are chosen by: their scores (B, E, T), the first token's above all others if it is always taken."""
+        found = scores.detach().clone()
+        if self.first:
+            found[..., :1] = float("inf")
+        return found
+
     def chosen(self, scores: Tensor) -> Tensor:
         """Places (B, E, k), in order, of scores (B, E, T)."""
-        ranked = scores.detach().clone()
-        if self.first:
-            ranked[..., 0] = float("inf")
-        return ranked.topk(self.taken(scores.shape[-1]), -1).indices.sort(-1).values
+        return self.ranked(scores).topk(self.taken(scores.shape[-1]), -1).indices.sort(-1).values
 
     @takes(x="batch length dim")
     def forward(self, x: Tensor) -> Tensor:
@@ -87,16 +98,16 @@ class MoSA(nn.Module):
         place = self.chosen(r)
         picked = x[:, None].expand(-1, self.sparse, -1, -1).gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
         q, k, v = (torch.einsum("bekd,edh->bekh", picked, w) for w in self.qkv)
-        q, k = (rotate_part(y, place, self.share) for y in (q, k))
+        q, k = (rotate_part(y, place, self.share, self.base) for y in (q, k))
         seen = place[..., :, None] >= place[..., None, :]
         o = attend(q, k, v, Weighted(), mask=Explicit(), visible=seen) * r.gather(2, place)[..., None]
         y = torch.einsum("bekh,ehd->bekd", o, self.out)
         out = y.new_zeros(x.shape).index_put((torch.arange(x.shape[0], device=x.device)[:, None, None], place), y, accumulate=True)
         if self.dense_qkv is None or self.dense_out is None:
             return out
-        q, k, v = self.dense_qkv(x).unflatten(-1, (3, self.dense, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.dense_qkv(x).unflatten(-1, (self.dense, -1)).transpose(1, 2).chunk(3, -1)
         at = torch.arange(length, device=x.device)
-        q, k = (rotate_part(y, at, self.share) for y in (q, k))
+        q, k = (rotate_part(y, at, self.share, self.base) for y in (q, k))
         mask = Causal() if self.window is None else Causal() & Window(self.window)
         return out + self.dense_out(attend(q, k, v, mask=mask).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
@@ -114,16 +125,17 @@ class MoSA(nn.Module):
         """The last token's output under the threshold rule, for the tokens taken so far by it."""
         r = torch.sigmoid(torch.einsum("btd,ed->bet", x, self.router))
         length = x.shape[1]
-        bar = torch.stack([r[..., : t + 1].topk(self.taken(t + 1) if t else 1, -1).values[..., -1] for t in range(length)], -1)
-        kept = r >= bar
+        ranked = self.ranked(r)
+        bar = torch.stack([ranked[..., : t + 1].topk(self.taken(t + 1), -1).values[..., -1] for t in range(length)], -1)
+        kept = ranked >= bar
         q, k, v = (torch.einsum("btd,edh->beth", x, w) for w in self.qkv)
         at = torch.arange(length, device=x.device)
-        q, k = (rotate_part(y, at, self.share) for y in (q, k))
+        q, k = (rotate_part(y, at, self.share, self.base) for y in (q, k))
         o = attend(q[:, :, -1:], k, v, Weighted(), mask=kept[:, :, None]) * (r * kept)[..., -1:, None]
         out = torch.einsum("bekh,ehd->bd", o, self.out)
         if self.dense_qkv is None or self.dense_out is None:
             return out
-        q, k, v = self.dense_qkv(x).unflatten(-1, (3, self.dense, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (rotate_part(y, at, self.share) for y in (q, k))
+        q, k, v = self.dense_qkv(x).unflatten(-1, (self.dense, -1)).transpose(1, 2).chunk(3, -1)
+        q, k = (rotate_part(y, at, self.share, self.base) for y in (q, k))
         mask = Causal() if self.window is None else Causal() & Window(self.window)
         return out + self.dense_out(attend(q[:, :, -1:], k, v, mask=mask).transpose(1, 2).flatten(-2))[:, 0]  # type: ignore[no-any-return]

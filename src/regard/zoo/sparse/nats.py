@@ -1,6 +1,7 @@
 """NAtS: each token is global, local until the next global one, or seen through a window; the types are learned (Deng et al., 2025).
 
 o = softmax over {j <= i: G, or Loc and i <= nxt(j), or SW and i <= j + W}, nxt(j) the next global token at or after j
+Not built: the fine-tuning of a converted model (the layer and `expected_size`, its sparsity loss, are).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.images.plane_gates import ChannelGate, PlaneGate, SpatialGate
+from regard.nn.images.plane_gates import ChannelGate, PlaneGate, SpatialGate, multiplied, multiplied_again
+from regard.nn.parts import takes
 
 ORDERS = ("channel-first", "spatial-first", "parallel")
 
@@ -52,6 +53,19 @@ class CBAM(PlaneGate):
             return self.over_channels.gate(x)
         if self.order == "parallel":
             return self.over_channels.gate(x) * self.over_pixels.gate(x)
-        first, second = (self.over_channels, self.over_pixels) if self.order == "channel-first" else (self.over_pixels, self.over_channels)
+        first, second = self.in_order(self.over_pixels)
         one = first.gate(x)
         return one * second.gate(x * one)
+
+    def in_order(self, over_pixels: PlaneGate) -> tuple[PlaneGate, PlaneGate]:
+        return (self.over_channels, over_pixels) if self.order == "channel-first" else (over_pixels, self.over_channels)
+
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        if self.over_pixels is None:
+            return multiplied(x, self.over_channels.gate(x))
+        if self.order == "parallel":
+            return multiplied(x, self.over_channels.gate(x), self.over_pixels.gate(x))
+        first, second = self.in_order(self.over_pixels)
+        gated = x * first.gate(x)
+        return multiplied_again(gated, second.gate(gated))

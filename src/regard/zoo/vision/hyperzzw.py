@@ -5,7 +5,9 @@ z: fast = IS(RGU(x W) + RGU'(x)); m = IS(conv_1x1 x); c = IS(x sigmoid((y w) y))
 local: gelu(BS(conv_1x1(dwconv(x_2; kernel drawn from x_1)))) + bias;  interaction: x sigmoid(s_c s_p), s the same double products of G's means
 block: G of the three, silu-like G sigmoid(G), four local maps, fast, interaction (and maps of earlier blocks): conv_1x1, G-IBS, GELU, dropout; no residual
 slow loss: sum over blocks i > j of mean (tile(W_j) - W_i)^2
-alpha and beta of the renormalisation are trained here; the released code leaves them out of its parameters. Not built: sequences (1-D).
+alpha and beta of the renormalisation are trained here; the released code leaves them out of its parameters.
+Sequences: of side^2 values, folded row by row. Not built: kernels of one dimension for them, for G multiplies rows by columns, which a sequence has not,
+and the released code has maps alone.
 """
 
 from __future__ import annotations
@@ -162,8 +164,8 @@ def slow_loss(kernels: Sequence[Tensor], factors: Sequence[int]) -> Tensor:
 
 
 class Terminator(nn.Module):
-    """Images (B, channels, side, side) -> logits (B, classes); `with_loss(x)`: these and the slow nets' loss. Five blocks; the third, fourth and fifth also
-    take what the first, the second, and the third and second gave."""
+    """Images (B, channels, side, side), or sequences (B, channels, side^2), which are folded row by row -> logits (B, classes); `with_loss(x)`: these and
+    the slow nets' loss. Five blocks; the third, fourth and fifth also take what the first, the second, and the third and second gave."""
 
     def __init__(
         self,
@@ -186,8 +188,13 @@ class Terminator(nn.Module):
         nn.init.kaiming_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    @takes(x="batch channels side side")
     def with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == self.side**2:
+            x = x.unflatten(2, (self.side, self.side))
+        return self.of_maps(x)
+
+    @takes(x="batch channels side side")
+    def of_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         outs: list[Tensor] = []
         kernels: list[Tensor] = []
         for at, (block, reads) in enumerate(zip(self.blocks, ((), (), (0,), (1,), (2, 1)), strict=True)):

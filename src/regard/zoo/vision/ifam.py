@@ -4,13 +4,15 @@ l_nk = -|x_n - p_k|^2 over K parts and a background;  maps = softmax((l + g) / t
 y = softmax((l + g') / tau), in training whole parts dropped;  M_n = 1[max_k<=K y_nk >= y_n,K+1], with the gradient of sum_k<=K y_nk
 the second: A'_ij = A_ij M_j / sum_k A_ik M_k in every layer, class and register tokens visible;  at inference what is masked is taken out
 g, g': Gumbel noise. The released code casts M to booleans in the second transformer, which stops the gradient; here it passes.
-Not reproduced: the robustness to spurious backgrounds of jointly trained nets. Not built: the two-stage recipe with a frozen first stage.
+Not reproduced: the first stage finding the foreground where backgrounds tell the class. Two copies of the ViT on digits that comes with regard, trained
+together for 80 steps on digits whose background's colour is the digit's in 95 of 100 images, mark 90% of the patches as parts, 51% of these with ink on
+them (50% have), and lose 23 points of accuracy when backgrounds are exchanged; one ViT alone loses 26. With the true mask little is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,19 @@ class Faithful(NamedTuple):
 @register("ifam", kind="module")
 class TwoStageFaithful(nn.Module):
     """Images -> `Faithful`. first, second: ViTs of timm's make, the second with a class token. removed: parts to be hidden, in evaluation. soft: the mask
-    between 0 and 1. In evaluation masked patches are taken out of the second (all of them, if one image is given)."""
+    between 0 and 1. In evaluation masked patches are taken out of the second (all of them, if one image is given). frozen: the first stage and its parts
+    stay as they are, in evaluation and without gradients, and the second alone learns."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, classes: int = 200, parts: int = 8, soft: bool = False, **options: Any):
+    def __init__(
+        self,
+        first: nn.Module,
+        second: nn.Module,
+        classes: int = 200,
+        parts: int = 8,
+        soft: bool = False,
+        frozen: bool = False,
+        **options: Any,
+    ):
         super().__init__()
         self.first, self.second = host_of(first), host_of(second)
         if not getattr(second, "has_class_token", self.second.num_prefix_tokens):
@@ -44,6 +56,18 @@ class TwoStageFaithful(nn.Module):
         self.discovery, self.soft = PartDiscovery(self.first.embed_dim, parts, classes, **options), soft
         self.norm, self.head = nn.LayerNorm(self.second.embed_dim), nn.Linear(self.second.embed_dim, classes, bias=False)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self.frozen = frozen
+        if frozen:
+            self.first.requires_grad_(False)
+            self.discovery.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.first.eval()
+            self.discovery.eval()
+        return self
 
     def found(self, images: Tensor, noise: Tensor | None = None) -> Parts:
         """The first stage alone."""

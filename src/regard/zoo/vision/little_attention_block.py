@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.images.plane_gates import PlaneGate, narrowed
+from regard.nn.images.plane_gates import PlaneGate, narrowed, over_plane
 from regard.nn.images.planes import BatchNorm
+from regard.nn.parts import takes
 
 
 @register("little-attention-block", kind="module")
@@ -38,9 +39,20 @@ class LiteAttention(PlaneGate):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """c (B, C, 1, 1) and s (B, 1, H, W)."""
+        narrow, last = self.over_pixels
+        pixels = over_plane(narrow.weight[0, :, 0, 0], x) + narrow.bias  # type: ignore[index, operator]
+        return torch.sigmoid(self.over_channels(x.mean((2, 3))))[..., None, None], torch.sigmoid(last(pixels))
+
     def gate(self, x: Tensor) -> Tensor:
-        channels = torch.sigmoid(self.over_channels(x.mean((2, 3))))[..., None, None]
-        return 1 + channels * torch.sigmoid(self.over_pixels(x))
+        channels, pixels = self.gates(x)
+        return 1 + channels * pixels
+
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        channels, pixels = self.gates(x)
+        return torch.addcmul(x, x * channels, pixels.to(x.dtype)) if x.dtype == channels.dtype else x + x * channels * pixels
 
     def products(self, height: int, width: int) -> int:
         """Multiplications, each with its addition, of one map's layers (pooling and the gate's own products apart)."""

@@ -2,6 +2,7 @@
 
 mixer(v): v1 = v + T(LN(v)^T)^T, v2 = v1 + M(LN(v1)), T and M MLPs over tokens and channels;   MGU(x) = (W x + b) mixer(x)
 block: x <- x + MGU(LN x), x <- x + MLP(LN x), with one LayerNorm for both places, as released
+Not reproduced: less computation than attention. Of CIFAR-10's 64 tokens of 256 a unit takes 37.7 million products, attention 18.9.
 """
 
 from __future__ import annotations

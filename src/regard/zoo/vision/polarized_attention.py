@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
-from regard.nn.images.plane_gates import PlaneGate, narrowed
+from regard.nn.images.plane_gates import PlaneGate, multiplied_again, narrowed, over_plane
+from regard.nn.parts import takes
 
 
 @register("polarized-attention", kind="module")
@@ -41,20 +42,27 @@ class PolarizedSelfAttention(PlaneGate):
             self.up = nn.Sequential(nn.Linear(half, low), nn.LayerNorm(low), nn.ReLU(), nn.Linear(low, channels))
 
     def over_channels(self, x: Tensor) -> Tensor:
-        weights = self.q_plane(x).flatten(1).softmax(-1)
-        read = torch.einsum("bcn,bn->bc", self.v_plane(x).flatten(2), weights)
+        weights = over_plane(self.q_plane.weight[0, :, 0, 0], x).flatten(1).softmax(-1)
+        read = F.linear((x.flatten(2) @ weights[..., None])[..., 0], self.v_plane.weight[..., 0, 0])  # W_v (x . w) for (W_v x) . w
         return torch.sigmoid(self.norm(self.up(read)))[..., None, None]
 
     def over_pixels(self, x: Tensor) -> Tensor:
-        query, values = self.q_channel(x).mean((2, 3)), self.v_channel(x).flatten(2)
-        if not self.released:
-            query = F.softmax(query, -1)
-        elif self.layout == "sequential":
-            values = F.softmax(values, -1)
-        scores = torch.einsum("bc,bcn->bn", query, values)
+        query = F.linear(x.mean((2, 3)), self.q_channel.weight[..., 0, 0])  # of the mean, for the mean of W_q' x
+        if self.released and self.layout == "sequential":
+            scores = (query[:, None] @ F.softmax(self.v_channel(x).flatten(2), -1))[:, 0]
+        else:
+            query = query if self.released else F.softmax(query, -1)
+            scores = over_plane(query @ self.v_channel.weight[..., 0, 0], x).flatten(1)  # (q W_v') x for q (W_v' x)
         if self.released and self.layout == "parallel":
             scores = F.softmax(scores, -1)
         return torch.sigmoid(scores).view(x.shape[0], 1, *x.shape[2:])
+
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "parallel":
+            return x * self.gate(x)
+        gated = x * self.over_channels(x)
+        return multiplied_again(gated, self.over_pixels(gated))
 
     def gate(self, x: Tensor) -> Tensor:
         first = self.over_channels(x)

@@ -2,7 +2,6 @@
 
 MAB(X, Y) = LN(H + relu(H W_o)),  H = LN(X W_q + softmax(X W_q (Y W_k)^T / sqrt(d)) Y W_v)
 SAB(X) = MAB(X, X);  ISAB_m(X) = MAB(X, MAB(I, X));  PMA_k(Z) = MAB(S, rFF(Z)), with I and S learned
-Not built: the tasks of counting, clustering and anomalies.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 e_ti = w . tanh(W a_i + U h_{t-1} + b), p_t = softmax(e_t);  z_t = sum_i p_ti a_i, or a_s with s ~ p_t;  h_t = LSTM(E y_{t-1}, h_{t-1}, z_t)
 p(y_t) = softmax(L_o tanh(E y_{t-1} + L_h h_t + L_z z_t));  h_0 = tanh(W_h mean_i a_i), c_0 = tanh(W_c mean_i a_i)
 Soft: -log p(y) + lambda sum_i (1 - sum_t p_ti)^2. Hard: samples of d log p(y|s) + r (log p(y|s) - b) d log p(s) + e dH[p]
-Not built: the released code's LSTM over annotations and its stacks of LSTMs.
+The released code's options: an LSTM over annotations both ways, and further LSTMs above, each with an attention of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from regard.errors import RegardError
 from regard.generate.beams import Beam, beam_search
 from regard.nn.additive import AdditiveAttention, HardAttention, first_values
 from regard.nn.parts import takes, whole
+from regard.nn.reading_lstm import LSTMState, ReadingLSTM, TwoWayLSTM, thinned
 
 
 class Told(NamedTuple):
@@ -31,9 +34,7 @@ class Told(NamedTuple):
     picks: Tensor | None
 
 
-class Step(NamedTuple):
-    hidden: Tensor
-    memory: Tensor
+State = tuple[LSTMState, ...]  # of each layer
 
 
 @register("show-attend-tell", kind="module")
@@ -43,8 +44,10 @@ class CaptionDecoder(nn.Module):
     attention: "soft" or "hard". In training, hard attention reads expectations instead of samples in one call of (1 - sampled); in evaluation it reads
     as `reads` says. deep_attention, deep_start, deep_readout: numbers of layers of these nets. selector: a gate on contexts. read_word, read_context:
     whether E y_{t-1} and z_t reach the readout (the paper's; the released code has both off). scale: of attention's logits. dropout (0.5 where the
-    released code has it): of the start's hidden layers, of h_t and of the readout's hidden layers; gate_dropout: of the LSTM's three gates before the
-    sigmoid. Neither is rescaled in training: evaluation multiplies by one minus it.
+    released code has it): of the start's hidden layers, of h_t and of the readout's hidden layers; gate_dropout: of the LSTMs' three gates before the
+    sigmoid. Neither is rescaled in training: evaluation multiplies by one minus it. around: annotations are first read by an LSTM both ways, to 2 hidden
+    each. layers: LSTMs one above the other, each reading annotations by its own state; the last one's hidden state, context and weights are told. With
+    hard attention one, for the estimate of the gradient knows the places that one layer read.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class CaptionDecoder(nn.Module):
         scale: float = 1.0,
         dropout: float = 0.0,
         gate_dropout: float = 0.0,
+        around: bool = False,
+        layers: int = 1,
         std: float = 0.01,
     ):
         super().__init__()
@@ -73,55 +78,64 @@ class CaptionDecoder(nn.Module):
                 f"attention={attention!r}, deep_start={deep_start}, deep_readout={deep_readout}, sampled={sampled}; "
                 "expected 'soft' or 'hard', at least one layer each, a probability"
             )
-        self.vocab, self.features, self.sampled, self.dropout, self.gate_dropout = vocab, features, sampled, dropout, gate_dropout
-        common = (features, hidden, deep_attention, selector, scale, std)
-        self.attention = AdditiveAttention(*common) if attention == "soft" else HardAttention(*common, reads)
-        self.read_word = read_word
-        self.words, self.feed = nn.Embedding(vocab, embed), nn.Linear(embed, 4 * hidden)
-        self.recur, self.see = nn.Linear(hidden, 4 * hidden, bias=False), nn.Linear(features, 4 * hidden, bias=False)
-        self.start_deep = nn.ModuleList(nn.Linear(features, features) for _ in range(deep_start - 1))
-        self.start_hidden, self.start_memory = nn.Linear(features, hidden), nn.Linear(features, hidden)
-        self.tell = nn.Linear(hidden, embed)
-        self.tell_context = nn.Linear(features, embed) if read_context else None
+        if layers < 1 or (layers > 1 and attention == "hard"):
+            raise RegardError(f"layers={layers}, attention={attention!r}; expected at least one layer, and one if attention is 'hard'")
+        self.vocab, self.features, self.sampled, self.dropout, self.read_word = vocab, features, sampled, dropout, read_word
+        self.around = TwoWayLSTM(features, hidden, gate_dropout, std) if around else None
+        seen = 2 * hidden if around else features
+        common = (seen, hidden, deep_attention, selector, scale, std)
+        self.cells = nn.ModuleList()
+        for at in range(layers):
+            look = AdditiveAttention(*common) if attention == "soft" else HardAttention(*common, reads)
+            self.cells.append(ReadingLSTM(hidden if at else embed, hidden, seen, look, gate_dropout, std))
+        self.words = nn.Embedding(vocab, embed)
+        self.start_deep = nn.ModuleList(nn.Linear(seen, seen) for _ in range(deep_start - 1))
+        self.tell, self.tell_context = nn.Linear(hidden, embed), nn.Linear(seen, embed) if read_context else None
         self.tell_deep, self.out = nn.ModuleList(nn.Linear(embed, embed) for _ in range(deep_readout - 1)), nn.Linear(embed, vocab)
-        for layer in (*self.children(), *self.start_deep, *self.tell_deep):
-            if isinstance(layer, (nn.Linear, nn.Embedding)):
-                first_values(layer, std, 4 if layer in (self.feed, self.recur) else 1)
+        for layer in (self.words, *self.start_deep, self.tell, self.tell_context, *self.tell_deep, self.out):
+            if layer is not None:
+                first_values(layer, std)  # type: ignore[arg-type]
 
-    def thinned(self, x: Tensor, rate: float) -> Tensor:
-        return F.dropout(x, rate, self.training) * (1 - rate) if rate else x
+    def thinned(self, x: Tensor) -> Tensor:
+        return thinned(x, self.dropout, self.training)
+
+    @takes(annotations="batch places features")
+    def looked_over(self, annotations: Tensor) -> Tensor:
+        """What is read: the annotations, through the LSTM over them where there is one."""
+        return annotations if self.around is None else self.around(annotations)  # type: ignore[no-any-return]
 
     @whole
-    def start(self, annotations: Tensor) -> Step:
-        mean = annotations.mean(1)
+    def start(self, seen: Tensor) -> State:
+        mean = seen.mean(1)
         for layer in self.start_deep:
-            mean = self.thinned(torch.relu(layer(mean)), self.dropout)
-        return Step(torch.tanh(self.start_hidden(mean)), torch.tanh(self.start_memory(mean)))
+            mean = self.thinned(torch.relu(layer(mean)))
+        return tuple(cell.start(mean) for cell in self.cells)  # type: ignore[operator]
 
     @whole
     def step(
         self,
         word: Tensor | None,
-        state: Step,
-        annotations: Tensor,
-        keys: Tensor | None = None,
+        state: State,
+        seen: Tensor,
+        keys: Sequence[Tensor] | None = None,
         pick: Tensor | None = None,
         expected: bool = False,
-    ) -> tuple[Tensor, Step, Tensor, Tensor | None]:
-        """One word (B,), None before the first -> (logits of the next, state, log weights, place read). keys, pick, expected: attention's."""
-        e = self.feed.weight.new_zeros(len(annotations), self.words.embedding_dim) if word is None else self.words(word)
-        context, log_weights, pick = self.attention(state.hidden, annotations, keys, pick, expected)
-        gates = self.feed(e) + self.recur(state.hidden) + self.see(context)
-        sizes = (3 * state.hidden.shape[1], state.hidden.shape[1])
-        squashed, new = gates.split(sizes, -1)
-        enter, forget, leave = torch.sigmoid(self.thinned(squashed, self.gate_dropout)).chunk(3, -1)
-        memory = forget * state.memory + enter * torch.tanh(new)
-        hidden = leave * torch.tanh(memory)
-        told = self.tell(self.thinned(hidden, self.dropout)) + (e if self.read_word else 0)
-        told = self.thinned(torch.tanh(told if self.tell_context is None else told + self.tell_context(context)), self.dropout)
+    ) -> tuple[Tensor, State, Tensor, Tensor | None]:
+        """One word (B,), None before the first -> (logits of the next, state, log weights, place read). keys: of each layer; pick, expected: attention's."""
+        e = self.words.weight.new_zeros(len(seen), self.words.embedding_dim) if word is None else self.words(word)
+        x, states = e, []
+        for at, (cell, own) in enumerate(zip(self.cells, state, strict=True)):
+            new, reading = cell.read(x, own, seen, None if keys is None else keys[at], pick, expected)  # type: ignore[operator]
+            states.append(new)
+            x = new.hidden
+        told = self.tell(self.thinned(x)) + (e if self.read_word else 0)
+        told = self.thinned(torch.tanh(told if self.tell_context is None else told + self.tell_context(reading.context)))
         for layer in self.tell_deep:
-            told = self.thinned(torch.relu(layer(told)), self.dropout)
-        return self.out(told), Step(hidden, memory), log_weights, pick
+            told = self.thinned(torch.relu(layer(told)))
+        return self.out(told), tuple(states), reading.log_weights, reading.pick
+
+    def keys(self, seen: Tensor) -> list[Tensor]:
+        return [cell.attention.keys(seen) for cell in self.cells]  # type: ignore[operator, union-attr]
 
     @takes(annotations="batch places features", words="batch length", keep="batch length", picks="batch length")
     def forward(self, annotations: Tensor, words: Tensor, keep: Tensor | None = None, picks: Tensor | None = None) -> Told:
@@ -133,12 +147,13 @@ class CaptionDecoder(nn.Module):
             raise RegardError(
                 f"words from {int(words.min())} to {int(words.max())}; expected 0 to {self.vocab - 1} (or keep, which words exist)"
             )
-        hard = isinstance(self.attention, HardAttention)
+        hard = isinstance(self.cells[0].attention, HardAttention)
         expected = hard and self.training and picks is None and float(torch.rand(())) >= self.sampled
-        state, keys, word, steps = self.start(annotations), self.attention.keys(annotations), None, []
+        seen = self.looked_over(annotations)
+        state, keys, word, steps = self.start(seen), self.keys(seen), None, []
         for t in range(words.shape[1]):
-            logits, new, log_weights, pick = self.step(word, state, annotations, keys, None if picks is None else picks[:, t], expected)
-            state = new if keep is None else Step(*(torch.where(keep[:, t, None], a, b) for a, b in zip(new, state, strict=True)))
+            logits, new, log_weights, pick = self.step(word, state, seen, keys, None if picks is None else picks[:, t], expected)
+            state = new if keep is None else kept(keep[:, t, None], new, state)
             steps.append((logits, log_weights, pick))
             word = words[:, t]
         told, log_weights = (torch.stack(x, 1) for x in ([s[0] for s in steps], [s[1] for s in steps]))
@@ -152,18 +167,26 @@ class CaptionDecoder(nn.Module):
         self.eval()
         try:
             for at in range(len(annotations)):
-                one = annotations[at : at + 1]
-                keys = self.attention.keys(one)
+                one = self.looked_over(annotations[at : at + 1])
+                keys = self.keys(one)
 
-                def step(words: Tensor | None, state: tuple[Tensor, ...], one: Tensor = one, keys: Tensor = keys) -> tuple[Tensor, Step]:
-                    rows = len(state[0])
-                    logits, new, *_ = self.step(words, Step(*state), one.expand(rows, -1, -1), keys.expand(rows, -1, -1))
-                    return logits.log_softmax(-1), new
+                def step(
+                    words: Tensor | None, flat: tuple[Tensor, ...], one: Tensor = one, keys: list[Tensor] = keys
+                ) -> tuple[Tensor, tuple[Tensor, ...]]:
+                    rows = len(flat[0])
+                    state = tuple(LSTMState(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+                    logits, new, *_ = self.step(words, state, one.expand(rows, -1, -1), [k.expand(rows, -1, -1) for k in keys])
+                    return logits.log_softmax(-1), tuple(itertools.chain(*new))
 
-                found.append(beam_search(step, self.start(one), width, max_length, end, per_word))
+                found.append(beam_search(step, tuple(itertools.chain(*self.start(one))), width, max_length, end, per_word))
         finally:
             self.train(mode)
         return found
+
+
+def kept(where: Tensor, new: State, old: State) -> State:
+    """New states where (B, 1) bool is true, old ones elsewhere."""
+    return tuple(LSTMState(*(torch.where(where, a, b) for a, b in zip(*pair, strict=True))) for pair in zip(new, old, strict=True))
 
 
 def log_likelihood(told: Told, words: Tensor, keep: Tensor | None = None, floor: float = 1e-8) -> Tensor:

@@ -1,7 +1,8 @@
 """ULSAM: one softmax map over the pixels for each group of channels (id 139; Saini et al., 2020).
 
 A_n = softmax_hw(pw_1(maxpool_3x3(dw_1x1(x_n)))),  y_n = x_n + A_n x_n,  n of `groups` groups of C / groups channels;  2 C weights
-The released code has biases, BatchNorm (momentum 0.9) and ReLU after both convolutions (bare=False).
+In MobileNet-V2 it stands for blocks: for the two of 160 channels that repeat it saves 18% of parameters and 10% of products (the paper's 25% and 13% are of
+blocks it does not name).  The released code has biases, BatchNorm (momentum 0.9) and ReLU after both convolutions (bare=False).
 """
 
 from __future__ import annotations
@@ -46,10 +47,16 @@ class ULSAM(nn.Module):
         return torch.addcmul(moved[:, None, None], x, scale * factor[:, None, None]).relu_()
 
     def maps(self, x: Tensor) -> Tensor:
-        scores = self.after[1](self.pointwise(max_around(self.scaled(x), self.pool)))
+        peaks = max_around(self.scaled(x), self.pool).unflatten(1, (self.groups, -1)).flatten(3)
+        scores = (self.pointwise.weight[..., 0].mT @ peaks)[:, :, 0].unflatten(
+            2, x.shape[2:]
+        )  # a product a group, which a grouped convolution is not
+        scores = scores if self.pointwise.bias is None else scores + self.pointwise.bias[:, None, None]
+        scores = self.after[1](scores)
         return torch.softmax(scores.flatten(2), -1).view_as(scores)
 
     @takes(x="batch channels height width")
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
-        return (grouped + grouped * self.maps(x)[:, :, None]).flatten(1, 2)
+        maps = self.maps(x)[:, :, None]
+        return (torch.addcmul(grouped, grouped, maps) if maps.dtype == x.dtype else grouped + grouped * maps).flatten(1, 2)

@@ -8,21 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from regard.interpret.sinks import SinkReport, forced, sink_report
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.verification import check
 from regard.taps import read
-from regard.zoo.analysis.active_dormant_heads import (
-    BackcopyModel,
-    SinkReport,
-    backcopy,
-    forced,
-    mutual_reinforcement,
-    sink_report,
-    stationary,
-    text_bigrams,
-    train_backcopy,
-)
+from regard.tasks.backcopy import backcopy, stationary, text_bigrams
+from regard.zoo.analysis.active_dormant_heads import BackcopyModel, mutual_reinforcement, train_backcopy
 
 
 def probe() -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ from regard.zoo.analysis.deceptive_attention import (
     ClsTransformer,
     Deception,
     EmbAttention,
-    Translator,
     attention_penalty,
     deception_report,
+    train_translator,
     translation,
 )
 
@@ -136,21 +136,11 @@ def _() -> tuple[float, float]:
     control="lam = 0",
 )
 def _() -> tuple[float, float]:
-    def run(lam: float, kind: str = "learned", steps: int = 250) -> tuple[float, float]:
-        torch.manual_seed(0)
-        model = Translator(8, 48, kind)
-
-        def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            logits, alpha = model(*batch[:2])
-            return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten()) + attention_penalty(alpha, batch[2], lam)
-
-        fit(model, lambda g: translation("reverse", 64, 6, 8, g), loss, steps, lr=5e-3)
-        source, target, aligned = translation("reverse", 300, 6, 8, torch.Generator().manual_seed(5))
-        with torch.no_grad():
-            logits, alpha = model(source, target)
-        return float((logits.argmax(-1) == target).double().mean()), float((alpha * aligned).sum(-1).mean())
-
-    (right, mass), (_, open_mass), (without, _) = run(1.0), run(0.0), run(0.0, "none", 100)
+    (right, mass), (_, open_mass), (without, _) = (
+        train_translator("reverse", 1.0),
+        train_translator("reverse", 0.0),
+        train_translator("reverse", 0.0, "none", steps=100),
+    )
     words = [translation(kind, 1, 5, 9, torch.Generator().manual_seed(0)) for kind in ("copy", "reverse", "flip")]
     orders = [
         torch.equal(target[0], source[0, order])

@@ -12,7 +12,8 @@ from torch import nn
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
 from regard.lab.verification import check
-from regard.zoo.analysis.filter_and_store import Acquired, Facts, FilterStore, acquire
+from regard.tasks.facts import Facts
+from regard.zoo.analysis.filter_and_store import Acquired, FilterStore, acquire
 
 SEEDS = (0, 1, 2)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,17 +13,16 @@ from torch import Tensor
 
 import regard
 from regard.algebra import Harmonic, View, Weighted
-from regard.cache.layer import Part
 from regard.cache.staircase import Staircase
 from regard.engine.door import attend_with_stats
 from regard.lab import naive
 from regard.lab.checks.shared.byhand import rotary
+from regard.lab.checks.shared.byte_pairs import cuts, longest_first, merged, words_of
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
-from regard.lab.checks.shared.decoding import llama
+from regard.lab.checks.shared.staircases import BITS, EDGES, GROUP, PROMPT, STEPS, Watched, lowered, read_by, stair
 from regard.lab.verification import check
 from regard.search import Normal, cross_entropy
 from regard.tasks.subwords import fitted, learn_subwords
-from regard.tasks.text import python_text
 from regard.zoo.analysis.prflash_saq import drawn, expected_density
 
 ROW = "prflash-saq"
@@ -176,56 +174,6 @@ def _() -> tuple[float, float]:
     return naive.gap(kept, truth), naive.gap(thinned, truth)
 
 
-def rounded(x: list[float], bits: int) -> list[float]:
-    step = (max(x) - min(x)) / (2**bits - 1)
-    return [min(x) + step * (round((a - min(x)) / step) if step else 0) for a in x]
-
-
-def lowered(rows: Tensor, bits: int, group: int, keys: bool) -> Tensor:
-    """Tokens (group, D) of one head: keys by channel over all of them, values by token over `group` channels."""
-    out = rows.clone()
-    if keys:
-        for channel in range(rows.shape[1]):
-            out[:, channel] = torch.tensor(rounded(rows[:, channel].tolist(), bits), dtype=F64)
-    else:
-        for token, at in itertools.product(range(len(rows)), range(0, rows.shape[1], group)):
-            out[token, at : at + group] = torch.tensor(rounded(rows[token, at : at + group].tolist(), bits), dtype=F64)
-    return out
-
-
-class Watched(Staircase):
-    """Keeps what every call reads."""
-
-    def begin(self, layers: int, heads: int) -> None:
-        self.reads: list[Part] = []
-
-    def reading(self, view: Any) -> Part:
-        self.reads.append(super().reading(view))
-        return self.reads[-1]
-
-
-BITS, EDGES, GROUP, PROMPT, STEPS = (16, 8, 4, 2), (5, 13, 22), 4, 30, 14
-
-
-def read_by(policy: Any, kv_heads: int = 1) -> tuple[Any, Tensor, Tensor, Any]:
-    """(policy, keys, values (B, h, n, D) of all tokens in full precision, the session's cache) after a prompt and steps of one layer."""
-    torch.manual_seed(0)
-    model, ids = llama(layers=1, heads=4, kv_heads=kv_heads, dim=32), torch.randint(50, (2, PROMPT + STEPS))
-    with torch.no_grad():
-        whole = model(ids, use_cache=True).past_key_values.layers[0]
-        with policy(model) as session:
-            cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
-            for at in range(PROMPT, PROMPT + STEPS):
-                model(ids[:, at : at + 1], past_key_values=cache)
-    return policy, whole.keys, whole.values, session.cache
-
-
-def stair(group: int, seen: int) -> int:
-    """Which stair the group of tokens stands on after `seen` tokens, by the age of its newest."""
-    age = seen - (group + 1) * GROUP
-    return sum(age >= edge for edge in EDGES)
-
-
 @check(
     "prflash-saq",
     "staircase of 16, 8, 4, 2 bits: what each of 14 steps reads == groups rounded by loops as they age (MQA and two key heads)",
@@ -311,49 +259,6 @@ def _() -> tuple[float, float]:
 
     base = off((16, 2), (0,), GROUP)
     return off(BITS, EDGES, GROUP) / base, off((16, 1), (0,), GROUP) / base
-
-
-def words_of(size: int) -> Counter[str]:
-    text = bytes(python_text(40_000).train[:size].tolist()).decode("utf8", "ignore")
-    return Counter(re.findall(r"[a-z]{2,}", text.lower()))
-
-
-def merged(words: Counter[str], size: int) -> tuple[dict[str, list[str]], set[str]]:
-    """Byte-pair encoding: the commonest pair of neighbours becomes a piece, until there are `size`. (Words cut up, pieces.)"""
-    found = {word: list(word) for word in words}
-    pieces = {c for word in words for c in word}
-    while len(pieces) < size:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, own in found.items():
-            for pair in itertools.pairwise(own):
-                pairs[pair] += words[word]
-        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
-        pieces.add(a + b)
-        for own in found.values():
-            at = 0
-            while at + 1 < len(own):
-                if (own[at], own[at + 1]) == (a, b):
-                    own[at : at + 2] = [a + b]
-                at += 1
-    return found, pieces
-
-
-def cuts(word: str, known: set[str]) -> Iterator[list[str]]:
-    """All ways to cut a word."""
-    if not word:
-        yield []
-    for end in range(1, len(word) + 1):
-        if word[:end] in known:
-            for rest in cuts(word[end:], known):
-                yield [word[:end], *rest]
-
-
-def longest_first(word: str, known: set[str]) -> list[str]:
-    found = []
-    while word:
-        found.append(next(word[:end] for end in range(len(word), 0, -1) if word[:end] in known))
-        word = word[len(found[-1]) :]
-    return found
 
 
 @check(

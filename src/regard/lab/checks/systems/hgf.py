@@ -173,16 +173,20 @@ def _() -> tuple[float, float]:
     return wrong + abs(recovered(1.0294, 0.9306, 0.8490) - 0.548) // 0.001, other
 
 
-def fitted(seed: int) -> tuple[float, float, float]:
-    """Test errors of full, ternary and HGF students of a tanh net."""
+def fitted(seed: int) -> tuple[float, float, float, float]:
+    """Test errors of full, ternary and HGF students of a tanh net, and of the last without its corrections."""
 
     def make(kind: str) -> nn.Module:
         def linear(inputs: int, outputs: int) -> nn.Module:
             if kind == "full":
                 return nn.Linear(inputs, outputs, bias=False)
-            return HGFLinear(inputs, outputs, 8) if kind == "hgf" else BitLinear(inputs, outputs)
+            return HGFLinear(inputs, outputs, 16) if kind == "hgf" else BitLinear(inputs, outputs)
 
         return nn.Sequential(linear(32, 64), nn.Tanh(), linear(64, 32))
+
+    def error(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model(test) - teacher(test)).square().mean())
 
     torch.manual_seed(seed)
     teacher, found = make("full"), []
@@ -193,26 +197,26 @@ def fitted(seed: int) -> tuple[float, float, float]:
         torch.manual_seed(seed)
         model = make(kind)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-        for _ in range(300):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+        for _ in range(400):
             x = torch.randn(64, 32)
             optimizer.zero_grad()
             (model(x) - teacher(x).detach()).square().mean().backward()
             optimizer.step()
             schedule.step()
-        with torch.no_grad():
-            found.append(float((model(test) - teacher(test)).square().mean()))
-    return found[0], found[1], found[2]
+        found.append(error(model))
+    for layer in (model[0], model[2]):  # type: ignore[index]
+        layer.up.weight.data.zero_()
+    return found[0], found[1], found[2], error(model)
 
 
 @check(
     "hgf",
-    "students of a tanh net: least of three seeds' share of the ternary gap that HGF closes",
+    "students of a tanh net, three seeds together: share of the ternary gap that HGF closes",
     above=0.05,
-    control="the ternary student of the next seed",
+    control="the same students without their corrections",
 )
 def _() -> tuple[float, float]:
-    found = [fitted(seed) for seed in range(3)]
-    own = [recovered(ternary, hgf, full) for full, ternary, hgf in found]
-    again = [recovered(found[s][1], found[(s + 1) % 3][1], found[s][0]) for s in range(3)]
-    return min(own), min(again)
+    # Ternary training is chaotic: rounding alone moves one seed's share by a tenth, and three seeds' together by a few hundredths.
+    full, ternary, hgf, bare = (sum(errors) / 3 for errors in zip(*(fitted(seed) for seed in range(3)), strict=True))
+    return recovered(ternary, hgf, full), recovered(ternary, bare, full)

@@ -235,6 +235,17 @@ def _() -> tuple[float, float]:
         return max(gaps), abs(float(loss) - plain)
 
 
+@check("hyperzzw", "the net on sequences, off itself on their rows one below the other", below=0.0, control="on columns side by side")
+def _() -> tuple[float, float]:
+    net, x = drawn(Terminator(2, 4, 3, (2, 3, 1, 2, 1), (1, 2, 1, 1, 1), **SMALL), 0.2).eval(), torch.randn(3, 2, 16, dtype=F64)
+    with torch.no_grad():
+        logits, loss = net.with_loss(x)
+        rows = torch.stack([x[..., 4 * i : 4 * i + 4] for i in range(4)], 2)
+        truth, its = net.with_loss(rows)
+        assert torch.equal(loss, its) and torch.equal(net(x), logits)
+        return naive.gap(logits, truth), naive.gap(net(rows.mT), truth)
+
+
 class OneBlock(nn.Module):
     """A block, the mean over pixels, a linear layer."""
 

@@ -18,6 +18,7 @@ from regard.lab.verification import check
 from regard.nn.images.part_discovery import PartDiscovery
 from regard.nn.images.part_maps import turned
 from regard.nn.images.vit_host import embedded, masked_tokens
+from regard.tasks.images import coloured_glyphs
 from regard.zoo.vision.ifam import WEIGHTS, TwoStageFaithful, faithfulness_test, ifam_losses
 
 
@@ -258,3 +259,49 @@ def _() -> tuple[float, float]:
         return float((told.argmax(1) == drawn.labels).double().mean()) - whole
 
     return gain(ink), gain(ink.gather(1, order))
+
+
+@check(
+    "ifam",
+    "accuracy lost when colours behind glyphs, which told their kind, are exchanged: the second stage that sees the glyph's patches alone, 120 steps",
+    below=0.1,
+    control="a ViT that sees the whole image",
+)
+def _() -> tuple[float, float]:
+    def lost(masked: bool) -> float:
+        torch.manual_seed(0)
+        model = TwoStageFaithful(*(small_vit(2, 32, patch=2, spread=0.0).float() for _ in range(2)), 4, 2)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        schedule, generator = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=120), torch.Generator().manual_seed(0)
+
+        def told(count: int, generator: torch.Generator, share: float) -> tuple[Tensor, Tensor]:
+            x, labels, ink = coloured_glyphs(count, generator, share)
+            mask = F.max_pool2d(ink[:, None].float(), 2).flatten(1)
+            return model.seen(x, mask if masked else torch.ones_like(mask), remove=not model.training), labels
+
+        for _ in range(120):
+            optimizer.zero_grad()
+            F.cross_entropy(*told(32, generator, 0.95)).backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            right = []
+            for share in (0.95, 0.0):
+                logits, labels = told(500, torch.Generator().manual_seed(10_000), share)
+                right.append(float((logits.argmax(1) == labels).double().mean()))
+        assert right[0] > 0.85, right
+        return right[0] - right[1]
+
+    return lost(True), lost(False)
+
+
+@check("ifam", "gradients that all terms of the loss leave in a frozen first stage", below=0.0, control="in the second")
+def _() -> tuple[float, float]:
+    model, (images, noise) = made(frozen=True).train(), given()
+    assert not model.first.training and not model.discovery.training and model.second.training
+    terms = ifam_losses(model, images, torch.tensor([0, 2]), 30.0, (1, 0), 1.1, noise)
+    assert set(terms) == set(WEIGHTS) and {name for name, term in terms.items() if term.requires_grad} == {"second"}
+    sum(WEIGHTS[name] * term for name, term in terms.items()).backward()  # type: ignore[union-attr]
+    left = [0.0 if p.grad is None else 1.0 for part in (model.first, model.discovery) for p in part.parameters()]
+    return max(left), max(float(p.grad.abs().max()) for p in model.second.parameters() if p.grad is not None)

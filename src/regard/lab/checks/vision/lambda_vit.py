@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import F64, gap_with_gradients
+from regard.lab.checks.shared import shipped_vit
+from regard.lab.checks.shared.comparing import F64, flops, gap_with_gradients
 from regard.lab.checks.shared.planes import layer_norm
 from regard.lab.checks.shared.training import accuracy
 from regard.lab.checks.shared.vits import block_by_hand, mlp_of, out_of, projected, scores, small_vit, tokens_by_hand
 from regard.lab.verification import check
+from regard.nn.images import timm_host
 from regard.tasks.images import distant_signs
 from regard.zoo.vision.lambda_vit import dilute, entropy_without, layer_entropy, select_layers, transfer_entropy
 
@@ -120,8 +122,6 @@ def _() -> tuple[float, float]:
 )
 def _() -> tuple[float, float]:
     torch.manual_seed(0)
-    from regard.nn.images import timm_host
-
     vit = timm_host.load("timm").models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=4, in_chans=2, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0, num_classes=2
     )
@@ -143,3 +143,43 @@ def _() -> tuple[float, float]:
         diluted.at(epoch, last=100)
         step()
     return accuracy(vit.eval(), distant_signs), abrupt
+
+
+@check(
+    "lambda-vit",
+    "parameters of DeiT-B without the attention of layers 0, 1, 3, 4 and 6, off 86,567,656 - 5 (4 C^2 + 6 C), 2.36 million a layer; products below 86%",
+    below=0.0,
+    control="lam = 0 alone",
+)
+def _() -> tuple[float, float]:
+    def off(strip: bool) -> float:
+        with torch.device("meta"):
+            vit, x = timm_host.load("timm").create_model("deit_base_patch16_224").eval(), torch.zeros(1, 3, 224, 224)
+            before, diluted = flops(lambda: vit(x)), dilute(vit, [0, 1, 3, 4, 6])
+            diluted.lam = 0.0
+            if strip:
+                diluted.strip()
+                assert 0.84 < flops(lambda: vit(x)) / before < 0.86
+            return abs(sum(p.numel() for p in vit.parameters()) - (86_567_656 - 5 * (4 * 768**2 + 6 * 768)))
+
+    return off(True), off(False)
+
+
+@check(
+    "lambda-vit",
+    "accuracy that the ViT on digits loses when the layer of six whose silence costs its entropy least loses its attention, without training",
+    below=0.05,
+    control="the layer whose silence costs most",
+)
+def _() -> tuple[float, float]:
+    drawn = shipped_vit.unseen(500)
+    whole = shipped_vit.accuracy(shipped_vit.shipped(), drawn)
+
+    def lost(layer: int) -> float:
+        vit = shipped_vit.shipped()
+        for p in vit.blocks[layer].attn.proj.parameters():
+            nn.init.zeros_(p)
+        return whole - shipped_vit.accuracy(vit, drawn)
+
+    ranks = select_layers(shipped_vit.shipped(), drawn.images[:64], 6)
+    return lost(ranks[0]), max(lost(layer) for layer in range(6))

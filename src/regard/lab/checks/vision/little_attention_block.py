@@ -57,8 +57,8 @@ def _() -> tuple[float, float]:
     convs = [nn.Conv2d(256, 64, 1, bias=False), nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.Conv2d(64, 256, 1, bias=False)]
     bottleneck = nn.Sequential(*[part for conv in convs for part in (conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU())])
     shape = (1, 256, 32, 16)
-    own, other = (latency_overhead(block, bottleneck, shape) for block in (LiteAttention(256), NonLocal(256)))
-    return own / other, 1.0
+    own, other, again = (latency_overhead(block, bottleneck, shape) for block in (LiteAttention(256), NonLocal(256), NonLocal(256)))
+    return own / other, again / other
 
 
 class Planted(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import gap_with_gradients
+from regard.lab.checks.shared.comparing import flops, gap_with_gradients
 from regard.lab.checks.shared.layers import drawn
 from regard.lab.checks.shared.patch_mixers import mlp, patch_accuracy
 from regard.lab.checks.shared.planes import image, layer_norm
@@ -79,3 +79,27 @@ def _() -> tuple[float, float]:
     x, order = image(2, 8, 16), torch.randperm(8)
     plain, whole = NoTokens().double(), drawn(NiNBlock(16, 8, 32))
     return naive.gap(plain(x[:, order]), plain(x)[:, order]), naive.gap(whole(x[:, order]), whole(x)[:, order])
+
+
+@check(
+    "ninformer",
+    "parameters and products of the classifier of CIFAR-10, off their closed forms: 2,652,170 and 218.9 million",
+    below=0.0,
+    control="one weight a pair of tokens in place of the token MLP",
+)
+def _() -> tuple[float, float]:
+    n, c, h, colours, classes, layers = 64, 256, 512, 48, 10, 4
+    two = 2 * c * h + h + c
+    mixing = {"an MLP of tokens": (2 * n * h + h + n, 2 * n * h * c), "one map": (n * n + n, n * n * c)}
+    with torch.device("meta"):
+        net = NiNformer().eval()
+        count, run = sum(p.numel() for p in net.parameters()), flops(lambda: net(torch.zeros(1, 3, 32, 32))) // 2
+
+    def off(kind: str) -> float:
+        own, products = mixing[kind]
+        size = layers * (2 * c + c * c + c + 4 * c + own + 2 * two) + (colours + 1) * c + (c + 1) * classes
+        made = layers * (n * c * c + products + 4 * n * c * h) + n * colours * c + c * classes
+        return float(abs(count - size) + abs(run - made))
+
+    assert count == 2_652_170 and round(run / 1e6, 1) == 218.9
+    return off("an MLP of tokens"), off("one map")

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.adapt import replace
 from regard.lab import naive
-from regard.lab.checks.shared.comparing import gap_with_gradients
+from regard.lab.checks.shared.comparing import flops, gap_with_gradients
 from regard.lab.checks.shared.planes import batch_norm, image, settled
 from regard.lab.checks.shared.training import middle, trained
 from regard.lab.verification import check
+from regard.nn.images import timm_host
 from regard.tasks.images import cued_bumps
 from regard.zoo.vision.ulsam import ULSAM
 
@@ -108,3 +110,28 @@ def mass_on_target(net: nn.Module) -> float:
 def _() -> tuple[float, float]:
     own = middle(lambda seed: mass_on_target(trained(small_net, cued_bumps, 100, seed=seed, lr=1e-2, batch=32, loss=F.mse_loss)))
     return own, mass_on_target(small_net().eval())
+
+
+@check(
+    "ulsam",
+    "share of MobileNet-V2's products at 224 x 224 saved where ULSAM stands for the two blocks of 160 channels that repeat (and 18% of its parameters)",
+    above=0.1,
+    control="ULSAM behind these blocks",
+)
+def _() -> tuple[float, float]:
+    def saved(instead: bool) -> tuple[float, float]:
+        with torch.device("meta"):
+            net = timm_host.load("torchvision").models.mobilenet_v2().eval()
+            x = torch.zeros(1, 3, 224, 224)
+            before = sum(p.numel() for p in net.parameters()), flops(lambda: net(x))
+            assert before[0] == 3_504_872
+            blocks = [sum(p.numel() for p in net.features[at].parameters()) for at in (15, 16)]
+            replace(net, "features.1[56]", lambda part: ULSAM(160) if instead else nn.Sequential(part, ULSAM(160)))
+            after = sum(p.numel() for p in net.parameters()), flops(lambda: net(x))
+            own = 2 * 160 + 160 + 4 + 2 * 160 + 2 * 4  # weights, biases, and norms of 4 groups
+            assert before[0] - after[0] == (sum(blocks) if instead else 0) - 2 * own
+        return 1 - after[0] / before[0], 1 - after[1] / before[1]
+
+    own = saved(True)
+    assert own[0] > 0.18
+    return own[1], saved(False)[1]

@@ -8,7 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import regard  # noqa: E402
-from regard.interpret import HeadMask, ablated, head_counts, importance, inequality, prune, prune_schedule, removable  # noqa: E402
+from regard.interpret import ablated, head_counts, importance, prune, prune_schedule, removable  # noqa: E402
 from regard.interpret.tables import HeadTable  # noqa: E402
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -142,46 +142,3 @@ def test_schedules_keep_heads_and_rank_anew():
         prune_schedule(model, scores, lambda: 1.0, step=0)
     with pytest.raises(regard.RegardError, match="scores"):
         prune_schedule(model, HeadTable(torch.rand(3, 4)), lambda: 1.0)
-
-
-def test_head_masks_refuse_what_they_cannot_do():
-    model, ids = regard.nn.Decoder(vocab=9, dim=16, layers=2, heads=4).train(), torch.randint(9, (2, 5))
-    for options, message in (
-        ({"n": 4}, "n=4"),
-        ({"n": 1, "mode": "all"}, "mode"),
-        ({"n": 1, "where": [2]}, "where"),
-        ({"n": 1, "where": []}, "where"),
-    ):
-        with pytest.raises(regard.RegardError, match=message):
-            HeadMask(model, **options)
-    with HeadMask(model, 1) as mask:
-        with pytest.raises(regard.RegardError, match=r"draw\(\)"):
-            model(ids)
-        with pytest.raises(regard.RegardError, match=r"expected draw\(\)"):
-            mask.rank(lambda: model(ids).sum())
-        mask.draw()
-        model(ids).sum().backward()
-        assert all(block.mixer.out.weight.grad.view(16, 4, 4)[:, mask.masks[at]].eq(0).all() for at, block in enumerate(model.blocks))
-    with HeadMask(model, 2, where=[1]) as mask, regard.taps(model, "heads") as seen:
-        mask.draw()
-        model(ids)
-    assert seen["heads", 0].any(-1).any(-1).all() and int((~seen["heads", 1].any(-1).any(-1))[0].sum()) == 2
-    for table in (torch.zeros(1, 2), torch.tensor([[-1.0, 2.0]])):
-        with pytest.raises(regard.RegardError, match="importance"):
-            inequality(HeadTable(table))
-    with pytest.raises(regard.RegardError, match="go together"):
-        inequality(HeadTable(torch.ones(1, 2)), HeadTable(torch.ones(1, 2)))
-
-
-def test_retrieval_refuses_what_it_cannot_score():
-    from regard.zoo.analysis.retrieval_head import Needle, find_needle, hidden, retrieval_scores
-
-    model = built("llama", KINDS["llama"][0])
-    with pytest.raises(regard.RegardError, match="answered none of 1 prompts"):
-        retrieval_scores(model, [Needle(torch.arange(1, 20), 3, 8)], limit=3)
-    with pytest.raises(regard.RegardError, match="topk"):
-        retrieval_scores(model, [], topk=0)
-    with pytest.raises(regard.RegardError, match="depth"):
-        hidden(torch.arange(3), torch.arange(2), torch.arange(2), 1.5)
-    with pytest.raises(regard.RegardError, match="nowhere"):
-        find_needle(torch.arange(5), [7, 8])
