@@ -48,6 +48,8 @@ SPEED = """Processor seconds, the least of a few runs that take turns, on a mach
   at every step, and because a group's query heads read their key head once.
 - *Trees.* 64 nodes at 1.3 times the time of a step is out of reach on a processor: the model's linear products alone, on 64 rows, take several times those of one row, where they are bound by arithmetic and
   no longer by reading weights: more than three whole steps of one token, were all else free. It needs a processor on which products are free beside the reading of weights, as a GPU's are up to some hundred rows.
+- *Drafts.* Token Recycling says two tokens a pass on code, from an empty table on and within 64 tokens a prompt, and is slower than plain decoding all the same, for its 81 rows cost more than six steps here; and
+  prompt lookup's 1.6 tokens a pass are eaten up likewise. The target of 1.4 times plain decoding is missed on this processor; where a pass costs little more than a step it is the tokens a pass that count.
 - *Ragged batches.* Sequences that fill a quarter of the padded batch, of one layer of SmolLM2's size and one of a large model's; "keys read once": the query heads of a key head as its rows, the fastest that padding can be.
 
 The greedy table is of fewer prompts and tokens than the slow test's 20 of 200 (`tests/slow/test_greedy_prompts.py`), in float32."""
