@@ -68,3 +68,13 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(RegardError, match="expected"):
             call()
+
+
+def test_layers_of_the_decoder_in_turn():
+    model, used = HGFDecoder(20, 16, 3, 2, 8), []
+    for at, norm in enumerate(model.norms):
+        norm.register_forward_hook(lambda *_, at=at: used.append(at))
+    model(torch.randint(20, (1, 8)))
+    assert used == list(range(7))
+    assert [mixer.first for mixer in model.mixers] == pytest.approx([0.2, 0.35550906759, 0.47071301834])
+    assert HGFAttention(16, 2, differential=True).first == pytest.approx(0.2)

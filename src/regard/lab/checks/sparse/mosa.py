@@ -166,3 +166,15 @@ def _() -> tuple[float, float]:
         told = sparse_flops(64, 16, 512 // sparsity, 512), dense_flops(64, 16, 512)
         ratios.append(alone / dense if told == (alone, dense) else math.inf)
     return ratios[0], ratios[1]
+
+
+@check(
+    "mosa",
+    "first values fill (-b, b), b = dim^-1/2 of the router, (3 head_dim)^-1/2 of projections, (dim sparse)^-1/2 of the output: largest over b, off 1",
+    below=0.02,
+    control="bounds of nn.Linear for the projections",
+)
+def _() -> tuple[float, float]:
+    layer = MoSA(128, 16, head_dim=32)
+    bounds = ((layer.router, 128**-0.5), (layer.qkv, 96**-0.5), (layer.out, 2048**-0.5))
+    return max(abs(float(p.detach().abs().max()) / b - 1) for p, b in bounds), abs(float(layer.qkv.detach().abs().max()) / 128**-0.5 - 1)
