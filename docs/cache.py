@@ -26,19 +26,33 @@ READING = """## What is seen
   but `snapkv` with half of the entries. `duoattention`, whose retrieving heads keep everything, finds what the full cache finds (its gates here are the ranks of heads by how much they copy, not
   trained ones).
 - `keynorm` is worse than chance on the small model, and `pyramidkv` worse than the same budget in all layers there.
+- `recycled-attention` drops nothing and reads little, here 64 entries chosen anew at every tenth step: it is for speed, and what it rereads lies beside the cache once more, so that it keeps more than the full
+  cache. It costs half of the bits that `random` with a quarter of the entries costs, and no fact that is asked for later is found: most of a question's tokens read what was chosen before it.
 - *with notes*: places (8 bytes) and a flag an entry and head, in room for 32 more. `adakv`'s heads keep different numbers; rows of a batch lie in tensors as long as the longest of them, which is
   why a batch keeps more than its budget.
 
-What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies and no `kivi`, `pyramidkv` and `recycled-attention` on smollm2-135m, prompts of 512 tokens, `recycled-attention` on neither. An order of methods here is no order of the papers."""
+What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies on smollm2-135m, prompts of 512 tokens, `recycled-attention` with one budget on the larger model alone. An order of methods here is no order of the papers."""
 
 KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the
-text behind the prompt. They are the same where both follow one paper; `KeyNorm` of regard keeps the newest entry always, which is worth much. Times are processor seconds on a machine that did much other work, two
-runs a side: a difference of less than a fifth is noise. A step is slower than kvpress's, which leaves transformers' own cache behind and cannot drop at later steps, while regard's layers know the places, rows and
-heads of what they hold. The benchmark measures PyramidKV, AdaKV, H2O and random as well; they are not in this run."""
+text behind the prompt. They are the same where both follow one paper, and differ where they do not: `KeyNorm` and `random` of regard keep the newest entry always, which is worth much; `H2O` keeps the newest half of
+its budget and sums weights, as the paper does, where kvpress's ObservedAttention keeps no newest entries and divides by the number of queries that see an entry; `PyramidKV` of kvpress is SnapKV where its last layer
+would get less than a window, so both have a window of 8 and a beta of 10 here, and its first layer's count has no window on top. `AdaKV` of kvpress hides entries of the other heads and frees nothing. Times are
+processor seconds on a machine that did much other work, as medians over the prompts and steps of a row: a difference of less than a fifth is noise. Behind the prompt regard's layers do a dozen small operations a layer and
+step more than kvpress's, which leaves transformers' own cache behind and cannot drop at later steps, while regard's know the places, rows and heads of what they hold: a tenth of a step at the most on the large model, and a
+fifth on the small one, whose whole step takes a few milliseconds."""
 
-SPEED = """Processor seconds, the least of a few runs that take turns, on a machine that did much other work: ratios within a fifth are noise, and an overhead of 5% cannot be told from none. A tree of
-64 nodes is not free on one processor: its products are 64 times those of a step, which is bound by reading the weights once (540 MB in float32). The target of 1.3 steps is missed; it needs a
-processor on which products are free beside the reading of weights. The greedy table is of fewer prompts and tokens than the slow test's 20 of 200 (`tests/slow/test_greedy_prompts.py`), in float32."""
+SPEED = """Processor seconds, the least of a few runs that take turns, on a machine that did much other work: ratios within a tenth are noise, and an overhead of 5% cannot be told from none.
+
+- *At best.* A step reads the weights (540 MB in float32) whatever is remembered. With 16 tokens in the cache a step is as many times as fast as the plain model's at 8,000 as the last line of the table says, with 1,024
+  as the line before it: no policy that keeps or reads 1,024 entries can be faster. `Full` is faster than the plain model because its tensors have room to grow, while transformers' cache copies all keys and values
+  at every step, and because a group's query heads read their key head once.
+- *Trees.* 64 nodes at 1.3 times the time of a step is out of reach on a processor: the model's linear products alone, on 64 rows, take several times those of one row, where they are bound by arithmetic and
+  no longer by reading weights: more than three whole steps of one token, were all else free. It needs a processor on which products are free beside the reading of weights, as a GPU's are up to some hundred rows.
+- *Drafts.* Token Recycling says two tokens a pass on code, from an empty table on and within 64 tokens a prompt, and is slower than plain decoding all the same, for its 81 rows cost more than six steps here; and
+  prompt lookup's 1.6 tokens a pass are eaten up likewise. The target of 1.4 times plain decoding is missed on this processor; where a pass costs little more than a step it is the tokens a pass that count.
+- *Ragged batches.* Sequences that fill a quarter of the padded batch, of one layer of SmolLM2's size and one of a large model's; "keys read once": the query heads of a key head as its rows, the fastest that padding can be.
+
+The greedy table is of fewer prompts and tokens than the slow test's 20 of 200 (`tests/slow/test_greedy_prompts.py`), in float32."""
 
 
 def called(name: str) -> str:
@@ -151,7 +165,8 @@ def serving(found: dict[str, Any]) -> str:
         if "ragged" in own:
             sizes = {name: x for name, x in own["ragged"].items() if name != "load"}
             padded = list(next(iter(sizes.values()))["faster than"])
-            out.append("| a step's attention, LeanAttention's schedule, times as fast as " + " | ".join(padded) + " |\n|" + "---|" * (1 + len(padded)))
+            head = ["LeanAttention's schedule for a step's attention: times as fast as", *padded]
+            out.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
             out += [f"| {name} | " + " | ".join(f"{x['faster than'][key]:.2f}" for key in padded) + " |" for name, x in sizes.items()]
             out.append("")
         if "recycling" in own:
