@@ -31,7 +31,7 @@ READING = """## What is seen
 - *with notes*: places (8 bytes) and a flag an entry and head, in room for 32 more. `adakv`'s heads keep different numbers; rows of a batch lie in tensors as long as the longest of them, which is
   why a batch keeps more than its budget.
 
-What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies on smollm2-135m, prompts of 512 tokens, `recycled-attention` with one budget on the larger model alone. An order of methods here is no order of the papers."""
+What was cut: one seed, few prompts (a fact more or less is a step of 0.1 on tiny, 0.2 on smollm2-135m), one budget for most policies on smollm2-135m, prompts of 512 tokens, `recycled-attention` with one budget on the larger model. An order of methods here is no order of the papers."""
 
 KVPRESS = """Both sides in one process, prompts in turns, entries dropped after the prompt alone; kvpress 0.5.5 with the newest transformers it takes, which is older than regard's. Bits per byte are those of the
 text behind the prompt. They are the same where both follow one paper, and differ where they do not: `KeyNorm` and `random` of regard keep the newest entry always, which is worth much; `H2O` keeps the newest half of

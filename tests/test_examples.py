@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {"train": ["gla", "--steps", "12"], "convert": ["8"], "recommend": ["1"]}
-ARGUMENTS |= {name: ["6"] for name in ("speech_codes", "rank_documents", "blocks_of_tokens", "tables", "classify_documents")}
+ARGUMENTS |= {name: ["6"] for name in ("speech_codes", "rank_documents", "blocks_of_tokens", "classify_tables", "classify_documents")}
 PROMISED = {
     "train": "bits per byte",
     "swap": "regard:moba?block_size=32&top_k=4",
@@ -23,7 +23,7 @@ PROMISED = {
     "speech_codes": "a speaker it has not heard",
     "rank_documents": "by attention of layer 1 alone",
     "blocks_of_tokens": "entries of the block decoder's cache a token of the prompt: 0.2",
-    "tables": "512 rows of context",
+    "classify_tables": "512 rows of context",
     "classify_documents": "the topic word is what some head looks at most",
 }
 

@@ -1,4 +1,4 @@
-"""A table's rows classified in context, and 20,000 rows of context in bounded memory: python examples/tables.py [STEPS]"""
+"""A table's rows classified in context, and 20,000 rows of context in bounded memory: python examples/classify_tables.py [STEPS]"""
 
 import sys
 
