@@ -155,7 +155,7 @@ DROP_INS = {  # of a width; what it takes: maps (B, C, H, W), maps with channels
     "lka unit": ("map", LKAAttention),
     "lite": ("map", lambda width: LiteAttention(width, 4)),
     "a2n": ("map", lambda width: AttentionInAttention(width)),
-    "contmix": ("map", lambda width: ContMix(width, kernel=3, small=3, heads=1, ratio=1.0, pool=2)),
+    "contmix": ("map", lambda width: ContMix(width, kernel=5, small=3, heads=1, ratio=1.0, pool=2)),
     "mambaout": ("last", lambda width: GatedCNNBlock(width, ratio=1.5, kernel=3)),
     "twins local": ("tokens", lambda width: LocallyGroupedAttention(width, 1, 2)),
     "twins global": ("tokens", lambda width: GlobalSubsampledAttention(width, 1, 2)),
