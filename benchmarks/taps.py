@@ -172,7 +172,7 @@ def main() -> None:
     }
     if not asked.long:
         cases.popitem()
-    found = json.loads(asked.out.read_text())["results"] if asked.only else {}
+    found = json.loads(asked.out.read_text())["results"] if asked.only and asked.out.is_file() else {}
 
     def put(name: str, one: dict[str, Any]) -> None:
         found[name] = {**one, "instructions": torch.backends.cpu.get_cpu_capability()}
