@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64, gap_with_gradients
@@ -14,6 +16,7 @@ from regard.lab.checks.shared.layers import silu
 from regard.lab.checks.shared.planes import batch_norm, depthwise, gelu, image, layer_norm, pointwise, settled
 from regard.lab.checks.shared.training import accuracy, trained
 from regard.lab.verification import check
+from regard.nn.images import timm_host
 from regard.nn.images.dynamic_kernels import DynamicKernels
 from regard.nn.images.large_kernels import DilatedReparam, RepConvBlock, Residual, SqueezeExcite, merged
 from regard.tasks.images import scenes
@@ -269,6 +272,26 @@ def _() -> tuple[float, float]:
             return abs(sum(p.numel() for p in overlock("t", **options).parameters()) - 34_990_472.0)
 
     return off(), off(focus=(0, 2))
+
+
+@check(
+    "contmix",
+    "OverLoCK-T at 224 x 224 over ConvNeXt-B: products, and parameters",
+    below=0.42,
+    control="OverLoCK-S",
+)
+@torch.no_grad()
+def _() -> tuple[float, float]:
+    def size(make: Callable[[], torch.nn.Module]) -> tuple[float, float]:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            net = make().eval()
+            net(torch.randn(1, 3, 224, 224))
+        return float(counter.get_total_flops()), float(sum(p.numel() for p in net.parameters()))
+
+    convnext = timm_host.load("timm").models.convnext.ConvNeXt
+    base = size(lambda: convnext(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)))
+    own, larger = ([a / b for a, b in zip(size(lambda kind=kind: overlock(kind)), base, strict=True)] for kind in "ts")  # type: ignore[misc]
+    return max(own), min(larger)
 
 
 @check("contmix", "accuracy of telling squares from discs, a small OverLoCK after 240 steps", above=0.75, control="before them")
