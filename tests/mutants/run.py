@@ -194,6 +194,7 @@ def main() -> int:
     slugs = options.slugs or random.Random(options.seed).sample(working, len(working))
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     done: list[Outcome] = []
+    failing: list[str] = []  # rows whose checks or tests fail as they are: nothing is learned of their mutants
     listed, _ = in_fork(all_tests, 600.0)
     for slug, some in chosen(slugs, options.sample, options.seed):
         if time.monotonic() > end:
@@ -201,7 +202,8 @@ def main() -> int:
         found, seconds = in_fork(partial(unchanged, slug, listed), 600.0)
         if isinstance(found, str) or found[0]:
             print(f"{slug}: fails unchanged ({found if isinstance(found, str) else found[0]})", flush=True)
-            return 1
+            failing.append(slug)
+            continue
         killers, mine = found[1], []
         for mutant in some:
             if time.monotonic() > end:
@@ -220,7 +222,7 @@ def main() -> int:
             options.json.write_text(json.dumps([one.__dict__ for one in done], indent=1))
     score = sum(one.killer is not None for one in done) / max(len(done), 1)
     print(f"{len(done)} mutants, {100 * score:.0f}% killed")
-    return int(score < options.score)
+    return int(bool(failing) or score < options.score)
 
 
 if __name__ == "__main__":
