@@ -1,10 +1,12 @@
 """Limits of LoRA: bad input."""
 
+import math
+
 import pytest
 import torch
 
 from regard import RegardError
-from regard.zoo.systems.lora_computational_limits import Adapted, degree_for, lora_gradients, taylor
+from regard.zoo.systems.lora_computational_limits import Adapted, degree_for, lora_gradients, lora_limits, taylor
 
 
 def made(**other):
@@ -25,3 +27,20 @@ def test_bad_input():
     object.__setattr__(large, "w", large.w * 1000)
     with pytest.raises(RegardError, match="a higher degree"):
         lora_gradients(large, 1)
+
+
+def test_the_least_degree_by_hand():
+    s = torch.randn(6, 6, dtype=torch.float64)
+    for gamma, error in ((0.5, 1e-3), (3.0, 1e-3), (3.0, 0.2)):
+        x = s * gamma / float(s.abs().max())
+        gaps = []
+        for degree in range(1, 30):
+            u = sum(x**n / float(math.factorial(n)) for n in range(degree + 1))
+            gaps.append(6 * float((u / u.sum(1, keepdim=True) - x.softmax(1)).abs().max()))
+        truth = next(n for n, gap in enumerate(gaps, 1) if gap < error)
+        assert degree_for(s, gamma, error) == truth
+        (row,) = lora_limits(s, 2, (gamma,), error)
+        rank = math.comb(2 + truth, truth)
+        assert row == {"gamma": gamma, "degree": truth, "rank": rank, "worthwhile": float(rank < 6)}
+    assert degree_for(s, 3.0) == degree_for(s, 3.0, 1e-3) and [row["gamma"] for row in lora_limits(s, 2)] == [0.5, 1, 2, 4, 6, 8]
+    assert made().scale == 0.5 and Adapted(**{**vars(made()), "alpha": 4.0}).scale == 2.0
