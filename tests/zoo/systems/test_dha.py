@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 from regard import RegardError
 from regard.lab.checks.shared.decoding import llama
-from regard.zoo.systems.dha import FusionLoss, fold_dha, fusing, fusion_loss, search, to_dha
+from regard.zoo.systems.dha import DHAAttention, FusionLoss, fold_dha, fusing, fusion_loss, search, to_dha
 
 PLAN = {"key": [(0, 1, 1, 0), (0, 0, 0, 0)], "value": [(0, 0, 1, 2), (0, 1, 2, 3)]}
 
@@ -118,3 +118,13 @@ def test_attention_drops_in_training_alone():
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_layers_that_dha_has_no_part_for_are_refused():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
+    sliding = MistralForCausalLM(MistralConfig(vocab_size=9, sliding_window=4, **sizes)).model.layers[0].self_attn
+    for layer in (torch.nn.Linear(2, 2), sliding):
+        with pytest.raises(RegardError, match="expected"):
+            DHAAttention(layer, (0, 1), (0, 1))

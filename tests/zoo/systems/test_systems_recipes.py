@@ -45,10 +45,11 @@ def test_stages(name):
 
 
 def test_hgf_and_lragent_hand_their_recipe_on(monkeypatch):
-    seen = []
+    seen, kept = [], []
 
     def fit(model, draw, loss, steps, **options):
         seen.append((steps, options, draw(torch.Generator().manual_seed(0))))
+        kept.append((model, loss))
 
     class Text:
         def batch(self, batch, length, generator):
@@ -62,6 +63,11 @@ def test_hgf_and_lragent_hand_their_recipe_on(monkeypatch):
     assert seen == [(5, {"lr": 0.5, "seed": 3, "optimizer": "adamw"}, (4, 6))] * 2 and list(first) == ["full", "hgf"]
     other = hgf.losses(Text(), 5, names=("full",), seed=4, length=6, dim=16, layers=1, heads=2)
     assert seen[-1] == (5, {"lr": 3e-3, "seed": 4, "optimizer": "adamw"}, (16, 6)) and other["full"] != first["full"]
+    held = hgf.losses(Text(), 5, names=("full", "hgf"), length=6, openness=5.0, dim=16, layers=1, heads=2)
+    ids = torch.randint(256, (3, 7))
+    for (model, loss), weight in zip(kept[-2:], (0, 5), strict=True):
+        task = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        assert torch.allclose(loss(ids), task + (weight * hgf.penalty(model) if weight else 0)) and list(held) == ["full", "hgf"]
     seen.clear()
     from regard.lab.checks.shared.decoding import llama
 
