@@ -136,3 +136,32 @@ def test_moments_of_a_text_leave_out_its_ends():
         assert torch.allclose(own.outer.flatten(), torch.einsum("hnd,hne->hde", keys, keys).flatten().to(own.outer))
     with pytest.raises(RegardError, match="more than sink"):
         calibrate(model, ids)
+
+
+def test_bounds_themselves_are_allowed():
+    for options in ({"sink": 0}, {"local": 1}, {"tau": 0.0}, {"rule": torch.zeros(2, 4, dtype=torch.bool)}, {"rule": "mean"}):
+        QAdA(**options)
+    for options in ({"rule": torch.zeros(2, 4)}, {"rule": torch.zeros(8, dtype=torch.bool)}, {"rule": "far"}, {"tau": float("nan")}):
+        with pytest.raises(RegardError, match="expected sink >= 0"):
+            QAdA(**options)
+    default = QAdA()
+    assert (default.sink, default.local, default.tau, default.rule, default.prompt, default.report) == (
+        16,
+        1024,
+        0.6,
+        "moments",
+        False,
+        False,
+    )
+
+
+def test_curves_count_tokens_in_their_places():
+    model = llama(sharp=2)
+    prompts = [torch.randint(1, 50, (n,)) for n in (30, 25)]
+    own = [model.generate(ids[None], max_new_tokens=5, do_sample=False)[0, len(ids) :] for ids in prompts]
+    answers = [own[0].clone(), own[1][:4].clone()]
+    answers[0][2] = 0 if int(answers[0][2]) else 1
+    for tau, sparsity, accuracy in sparsity_curve(model, list(zip(prompts, answers, strict=True)), (1.5, 0.0), sink=1, local=4):
+        assert sparsity == (tau == 0.0)
+        if tau == 1.5:
+            assert accuracy == pytest.approx(8 / 9)

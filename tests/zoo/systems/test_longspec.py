@@ -78,3 +78,16 @@ def test_loss_reads_the_target_s_last_layer_where_it_stood():
     every = [draft.loss(ids, stale, places).item() for stale in range(1, 5)]
     assert {round(x, 9) for x in drawn} == {round(x, 9) for x in every}
     assert draft.norm1.eps == model.config.rms_norm_eps and LongSpec(model).window == 512 and LongSpec(model).levels == (4, 16, 16, 16, 16)
+
+
+def test_the_draft_s_projections_and_dtype():
+    draft = LongSpec(llama())
+    biased = {name for name, m in draft.named_modules() if isinstance(m, torch.nn.Linear) and m.bias is not None}
+    assert biased == {"q", "k", "v", "cross_q"} and {p.dtype for p in draft.parameters()} == {torch.float64}
+    sizes = {name: (m.in_features, m.out_features) for name, m in draft.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert sizes == {
+        **dict.fromkeys(("q", "out", "cross_q", "cross_out"), (32, 32)),
+        **dict.fromkeys(("k", "v"), (32, 16)),
+        **dict.fromkeys(("gate", "up"), (32, 64)),
+        "down": (64, 32),
+    }
