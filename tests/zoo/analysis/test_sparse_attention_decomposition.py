@@ -7,6 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 import regard  # noqa: E402
 from regard.interpret import removed, sparse_set, trace  # noqa: E402
+from regard.zoo.analysis.sparse_attention_decomposition import Edge, Trace  # noqa: E402
 
 
 def gpt2():
@@ -107,3 +108,12 @@ def test_the_fewest_terms_by_hand():
     found = [sparse_set(terms, frac).tolist() for frac in (0.6, 0.7, 1.0, 1.1, 2.0)]  # 4, 6, 6.5 and 6.75 of it
     assert found == [[2], [2, 3], [2, 3], [2, 3, 0], [2, 3, 0, 4, 1]] and sparse_set(terms).tolist() == [2, 3]
     assert sparse_set(-terms, 0.6).tolist() == [2] and sparse_set(-terms, 1.1).tolist() == [2, 3, 0]
+
+
+def test_edges_as_a_graph():
+    nx = pytest.importorskip("networkx")
+    first = Edge((0, 3), 2, (1, 0), 5, 2, "src", 0.5, (1,))
+    found = Trace((first, Edge("embedding", 5, (1, 0), 5, 2, "dst", 0.25, (1,)), Edge((0, 3), 2, (1, 0), 5, 2, "dst", 0.75, (1,)))).graph()
+    assert isinstance(found, nx.MultiDiGraph) and set(found) == {((0, 3), 2), ("embedding", 5), ((1, 0), 5)}
+    own = sorted(((a, d["weight"], d["side"], d["src"]) for a, _, d in found.edges(data=True)), key=lambda e: e[1])
+    assert own == [(("embedding", 5), 0.25, "dst", 2), (((0, 3), 2), 0.5, "src", 2), (((0, 3), 2), 0.75, "dst", 2)]
