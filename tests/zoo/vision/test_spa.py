@@ -70,6 +70,24 @@ def test_windows_of_a_net():
     assert torch.equal(moved(x, (3, 2))[0][:, :4], moved(torch.cat((x[:, :4], 0 * x[:, 4:]), 1), (3, 2))[0][:, :4])
 
 
+def test_a_net_by_hand():
+    """Stages of blocks on patches, scores as maps, the mean's norm and a linear layer."""
+    torch.manual_seed(0)
+    net = SelectPackNet((8, 16), (2, 1), (2, 2), classes=3, patch=3).double()
+    x, found = torch.randn(2, 3, 13, 12, dtype=torch.float64), []
+    logits, scores = net(x)
+    for patches, blocks in zip(net.patches, net.stages, strict=True):
+        size = patches.kernel_size
+        x = torch.nn.functional.conv2d(x, patches.weight, patches.bias, stride=size)
+        tokens = x.flatten(2).mT
+        for block in blocks:
+            tokens, own = block(tokens)
+            found.append(own.view(2, *x.shape[2:]))
+        x = tokens.mT.reshape(x.shape)
+    torch.testing.assert_close(logits, net.head(net.norm(x.mean((2, 3)))))
+    assert len(scores) == 3 and all(torch.equal(a, b) for a, b in zip(scores, found, strict=True))
+
+
 @pytest.mark.parametrize(
     "make",
     [

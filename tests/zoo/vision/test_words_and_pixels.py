@@ -92,3 +92,23 @@ def test_generated_images_are_what_they_say():
 def test_refusals(make):
     with pytest.raises(RegardError, match="expected"):
         make()
+
+
+def test_comateformer_pair_classifier_by_hand():
+    torch.manual_seed(0)
+    net = PairClassifier(7, 9, 8, 2, 2, 3, double=True).double()
+    tokens, kinds = torch.randint(7, (2, 6)), torch.randint(2, (2, 6))
+    x = torch.stack(
+        [
+            torch.stack([net.words.weight[t] + net.kinds.weight[s] for t, s in zip(*row, strict=True)])
+            for row in zip(tokens, kinds, strict=True)
+        ]
+    )
+    x = x + net.places.weight[:6]
+    for at in range(2):
+        x = x + net.attentions[at](net.norms[2 * at](x))
+        first, _, last = net.mlps[at]
+        x = x + last(nn.functional.gelu(first(net.norms[2 * at + 1](x))))
+    norm, out = net.head
+    torch.testing.assert_close(net(tokens, kinds), out(norm(x[:, 0])))
+    assert net.attentions[1].twice and not net.attentions[1].centre
