@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inspected import dropped, eps, paths, plain, spread, widths
 from layers import vit
 from torch import nn
 
@@ -43,32 +44,9 @@ from regard.zoo.vision.twins import GlobalSubsampledAttention, LocallyGroupedAtt
 from regard.zoo.vision.ulsam import ULSAM
 from regard.zoo.vision.van_lka import LKA, VAN, VANBlock
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)
 SMALL_NET = {"dims": (8, 8, 8, 8), "depths": (1,) * 4, "focus": (1, 1), "heads": (1, 1), "kernels": (5,) * 4, "small": 3}
 TINY = {"side": 8, "patch": 4, "channels": 2, "classes": 3}
 SLOW = {"kernels": (3, 1, 5, 3), "hidden": (4,) * 5, "groups": 2, "omega": 1.0}
-
-
-def of(kind: type | tuple[type, ...], value: str) -> Callable[[nn.Module], set[Any]]:
-    """What all parts of a kind say."""
-    return lambda net: {getattr(m, value) for m in net.modules() if isinstance(m, kind)}
-
-
-def eps(net: nn.Module) -> set[float]:
-    return {m.eps for m in net.modules() if isinstance(m, NORMS)}
-
-
-def dropped(net: nn.Module) -> list[float]:
-    return [m.p for m in net.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
-
-
-def paths(net: nn.Module) -> list[float]:
-    return [round(m.rate, 6) for m in net.modules() if type(m).__name__ == "DropPath"]
-
-
-def plain(net: nn.Module) -> list[str]:
-    """Names of linear and convolutional layers without biases."""
-    return [name for name, m in net.named_modules() if hasattr(m, "bias") and hasattr(m, "weight") and m.bias is None]
 
 
 def at(path: str) -> Callable[[Any], Any]:
@@ -78,10 +56,6 @@ def at(path: str) -> Callable[[Any], Any]:
         return net.tolist() if isinstance(net, torch.Tensor) else net
 
     return read
-
-
-def widths(net: nn.Module) -> list[tuple[int, int]]:
-    return [(m.in_features, m.out_features) for m in net.modules() if isinstance(m, nn.Linear)]
 
 
 Case = tuple[str, Callable[[], Any], Callable[[Any], Any], Any]
@@ -113,14 +87,14 @@ CASES: list[Case] = [
     ("attmask", lambda: MaskedDistiller(vit(), 8), lambda n: widths(n.student["head"]), [(16, 16), (16, 8)]),
     ("attmask", lambda: MaskedDistiller(vit(), 8), lambda n: float(n.mask_token.detach().abs().max()), 0.0),
     ("cbam", lambda: CBAM(8, 4, eps=0.1, momentum=0.2), lambda n: (n.over_pixels.norm.eps, n.over_pixels.norm.momentum), (0.1, 0.2)),
-    ("cbam", lambda: CBAM(8, 4, norm=False, kernel=3), lambda n: (of(NORMS, "eps")(n), n.over_pixels.conv.kernel_size), (set(), (3, 3))),
+    ("cbam", lambda: CBAM(8, 4, norm=False, kernel=3), lambda n: (eps(n), n.over_pixels.conv.kernel_size), (set(), (3, 3))),
     ("comateformer", lambda: CompositionalAttention(8, 2, bias=False), plain, ["q", "k", "v", "out"]),
     ("comateformer", lambda: CompositionalAttention(8, 2, own=True), widths, [(8, 16), (8, 16), (8, 8), (8, 8)]),
     ("comateformer", lambda: PairClassifier(7, 9, 8, 2, 3, 5), lambda n: (len(n.norms), len(n.attentions), widths(n.mlps[2]), widths(n.head)), (6, 3, [(8, 32), (32, 8)], [(8, 5)])),
     ("contmix", lambda: ContMix(8, 4, eps=0.1), lambda n: eps(n.norm1) | eps(n.norm2), {0.1}),
     ("contmix", lambda: ContMix(8, 4, std=0.5), lambda n: 0.3 < float(n.windows.far.std()) < 0.7, True),
     ("contmix", lambda: ContMix(8, 4, kernel=5, small=3), lambda n: [x for x in plain(n) if x[:3] in ("out", "gat", "fus", "las", "mlp")], ["out.0", "gate.0"]),
-    ("contmix", lambda: OverLoCK(**SMALL_NET, eps=0.1), lambda n: of(nn.LayerNorm, "eps")(n), {0.1}),
+    ("contmix", lambda: OverLoCK(**SMALL_NET, eps=0.1), lambda n: eps(n), {0.1}),
     ("contmix", lambda: OverLoCK(**SMALL_NET, focus_ratios=(2, 5)), lambda n: [[b.mlp[0].out_channels for b in blocks] for blocks in n.focus], [[16], [40]]),
     ("convit", lambda: GPSA(8, 4, gate=0.5), at("gate"), [0.5] * 4),
     ("convit", lambda: GPSA(8, 4, qkv_bias=True), plain, []),
@@ -179,7 +153,7 @@ CASES: list[Case] = [
     ("moment-probing", lambda: CrossCovHead(8, 32, 4, "half"), at("pairs"), [(0, 2), (1, 3)]),
     ("moment-probing", lambda: CrossCovHead(8, 32, 4, "all"), lambda n: (n.pairs, n.normed), ([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], False)),
     ("moment-probing", lambda: PSRP(8, 3), lambda n: (plain(n), widths(n)), (["down", "scale", "shift"], [(8, 3), (3, 8), (3, 8)])),
-    ("mossformer", lambda: JointGatedAttention(8, 4, 4, norm="layernorm", dropout=0.25, kernel=3), lambda n: (dropped(n), n.dropout, n.hidden.ends, len(of(nn.LayerNorm, "eps")(n))), ([0.25] * 3, 0.25, (1, 1), 1)),
+    ("mossformer", lambda: JointGatedAttention(8, 4, 4, norm="layernorm", dropout=0.25, kernel=3), lambda n: (dropped(n), n.dropout, n.hidden.ends, len(eps(n))), ([0.25] * 3, 0.25, (1, 1), 1)),
     ("mossformer", lambda: JointGatedAttention(8, 4, 4, causal=True, kernel=5, rotary=0), lambda n: (n.out.ends, n.turn), ((4, 0), None)),
     ("mossformer", lambda: MossFormerSeparator(3, 8, 6, 1, 4, 0.1, group=4, qk_dim=4), lambda n: (n.norm1.eps, n.norm2.eps, n.blocks[-1].eps, n.encoder.stride, n.decoder.stride, n.split.out_channels), (0.1, 0.1, 1e-6, (2,), (2,), 18)),
     ("mossformer", lambda: MossFormerSeparator(2, 8, 6, 1, group=4, qk_dim=4), lambda n: [x for x in plain(n) if "block" not in x], ["encoder", "first", "last", "decoder"]),
@@ -206,7 +180,7 @@ CASES: list[Case] = [
     ("ulsam", lambda: ULSAM(8, 2, bare=True), plain, ["depthwise", "pointwise"]),
     ("van-lka", lambda: LKA(4, 35, 5), lambda n: (n.near.kernel_size, n.near.padding, n.far.weight.shape), ((9, 9), (4, 4), (4, 1, 7, 7))),
     ("van-lka", lambda: VANBlock(4, 3.0, dropout=0.25, drop_path=0.5), lambda n: (set(dropped(n)), paths(n)), ({0.25}, [0.5])),
-    ("van-lka", lambda: VAN((8, 8), (1, 2), (2, 2), 2, 3, 9, 2, 0.5, 0.25, 0.5, 0.1), lambda n: (paths(n), set(dropped(n)), of(nn.LayerNorm, "eps")(n), n.stages[0][2].scale1.tolist()), ([0, 0.25, 0.5], {0.25}, {0.1}, [0.5] * 8)),
+    ("van-lka", lambda: VAN((8, 8), (1, 2), (2, 2), 2, 3, 9, 2, 0.5, 0.25, 0.5, 0.1), lambda n: (paths(n), set(dropped(n)), eps(n), n.stages[0][2].scale1.tolist()), ([0, 0.25, 0.5], {0.25}, {0.1}, [0.5] * 8)),
     ("van-lka", lambda: VAN((8, 8), (1, 1), (2, 2), 2, 3, 9, 2), lambda n: [(s[0].kernel_size[0], s[0].stride[0], s[0].padding[0]) for s in n.stages], [(7, 4, 3), (3, 2, 1)]),
 ]  # fmt: skip
 
@@ -242,5 +216,5 @@ def test_options_reach_their_parts(slug: str, make: Callable[[], Any], read: Cal
 )  # fmt: skip
 def test_first_values_have_their_spread(slug: str, make: Callable[[], nn.Module], name: str, std: float) -> None:
     torch.manual_seed(0)
-    found = dict(make().named_parameters())[name].detach()
-    assert float(found.std()) == pytest.approx(std, rel=0.1) and abs(float(found.mean())) < 0.2 * std
+    mean, found = spread(make(), name)
+    assert found == pytest.approx(std, rel=0.1) and abs(mean) < 0.2 * std
