@@ -94,7 +94,7 @@ CASES: list[Case] = [
     ("contmix", lambda: ContMix(8, 4, eps=0.1), lambda n: eps(n.norm1) | eps(n.norm2), {0.1}),
     ("contmix", lambda: ContMix(8, 4, std=0.5), lambda n: 0.3 < float(n.windows.far.std()) < 0.7, True),
     ("contmix", lambda: ContMix(8, 4, kernel=5, small=3), lambda n: [x for x in plain(n) if x[:3] in ("out", "gat", "fus", "las", "mlp")], ["out.0", "gate.0"]),
-    ("contmix", lambda: OverLoCK(**SMALL_NET, eps=0.1), lambda n: eps(n), {0.1}),
+    ("contmix", lambda: OverLoCK(**SMALL_NET, eps=0.1), eps, {0.1, 1e-5}),
     ("contmix", lambda: OverLoCK(**SMALL_NET, focus_ratios=(2, 5)), lambda n: [[b.mlp[0].out_channels for b in blocks] for blocks in n.focus], [[16], [40]]),
     ("convit", lambda: GPSA(8, 4, gate=0.5), at("gate"), [0.5] * 4),
     ("convit", lambda: GPSA(8, 4, qkv_bias=True), plain, []),
@@ -180,7 +180,7 @@ CASES: list[Case] = [
     ("ulsam", lambda: ULSAM(8, 2, bare=True), plain, ["depthwise", "pointwise"]),
     ("van-lka", lambda: LKA(4, 35, 5), lambda n: (n.near.kernel_size, n.near.padding, n.far.weight.shape), ((9, 9), (4, 4), (4, 1, 7, 7))),
     ("van-lka", lambda: VANBlock(4, 3.0, dropout=0.25, drop_path=0.5), lambda n: (set(dropped(n)), paths(n)), ({0.25}, [0.5])),
-    ("van-lka", lambda: VAN((8, 8), (1, 2), (2, 2), 2, 3, 9, 2, 0.5, 0.25, 0.5, 0.1), lambda n: (paths(n), set(dropped(n)), eps(n), n.stages[0][2].scale1.tolist()), ([0, 0.25, 0.5], {0.25}, {0.1}, [0.5] * 8)),
+    ("van-lka", lambda: VAN((8, 8), (1, 2), (2, 2), 2, 3, 9, 2, 0.5, 0.25, 0.5, 0.1), lambda n: (paths(n), set(dropped(n)), eps(n), n.stages[0][2].scale1.tolist()), ([0, 0.25, 0.5], {0.25}, {0.1, 1e-5}, [0.5] * 8)),
     ("van-lka", lambda: VAN((8, 8), (1, 1), (2, 2), 2, 3, 9, 2), lambda n: [(s[0].kernel_size[0], s[0].stride[0], s[0].padding[0]) for s in n.stages], [(7, 4, 3), (3, 2, 1)]),
 ]  # fmt: skip
 
