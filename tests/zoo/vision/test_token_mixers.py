@@ -23,8 +23,10 @@ def test_parameter_counts_of_activator_convit_mambaout_and_van_lka():
     assert size(ActivatorUnit(c, h)) == 3 * c * h + 4 * h + c
     assert size(LKA(32)) == 32 * 74 + 32**2 + 3 * 32
     with torch.device("meta"):
-        assert abs(size(van("b0")) / 4.1e6 - 1) < 0.01 and abs(size(van("b2")) / 26.6e6 - 1) < 0.01
-        assert abs(size(mambaout("tiny")) / 26.5e6 - 1) < 0.01 and abs(size(mambaout("femto")) / 7.3e6 - 1) < 0.01
+        for name, millions in {"b0": 4.1, "b1": 13.9, "b2": 26.6, "b3": 44.8, "b4": 60.3, "b5": 90.0, "b6": 200.0}.items():
+            assert abs(size(van(name)) / 1e6 / millions - 1) < 0.01
+        for name, millions in {"femto": 7.3, "kobe": 9.1, "tiny": 26.5, "small": 48.5, "base": 84.8}.items():
+            assert abs(size(mambaout(name)) / 1e6 / millions - 1) < 0.01
         assert abs(size(ConViT(4)) / 5.7e6 - 1) < 0.01 and abs(size(ConViT(9)) / 27.8e6 - 1) < 0.01
 
 
