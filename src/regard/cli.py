@@ -146,6 +146,7 @@ def compare(
     batch: Annotated[int, typer.Option(help="sequences a step on text")] = 8,
     launch: Annotated[str | None, typer.Option(help="torchrun: train each model data-parallel, in processes of this machine")] = None,
     processes: Annotated[int | None, typer.Option(help="of --launch (default: 2); one a GPU where there are some")] = None,
+    sharded: Annotated[bool, typer.Option("--sharded", help="of --launch: parameters and optimizer shared among the processes")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the whole report as JSON")] = False,
 ) -> None:
     """Train the same small model with each mechanism on the same text, or with each layer on the same images, measure all, write a report."""
@@ -154,6 +155,8 @@ def compare(
 
     if launch is None and processes is not None:
         raise RegardError(f"--processes {processes} is of --launch torchrun; leave it out, or see --parallel for runs side by side")
+    if launch is None and sharded:
+        raise RegardError("--sharded is of --launch torchrun; leave it out, or train with --launch torchrun")
     if launch is not None and (parallel is not None or backend != "loky"):
         raise RegardError(
             "--parallel and --backend run models side by side, --launch one in several processes; expected one of the two ways"
@@ -190,7 +193,7 @@ def compare(
         raise RegardError(f"--launch {launch}: expected torchrun")
     from .lab.compare.launched import launch as start
 
-    if code := start(config, 2 if processes is None else processes, resume):
+    if code := start(config, 2 if processes is None else processes, resume, sharded):
         raise typer.Exit(code)
     answer(json.loads((directory / "report.json").read_text(encoding="utf-8")), True, directory, as_json)
 

@@ -145,6 +145,18 @@ def test_onnx(tmp_path):
             assert gap(torch.from_numpy(session.run(None, fed)[0]), module(*other)) < 1e-5, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softmax", "softpick", "gla"])
+def test_ahead_of_time(name, tmp_path):
+    """AOTInductor's package of an exported program gives the plain call's numbers."""
+    module, given = next((module, given) for other, module, given in cases_of_export() if other == name)
+    with torch.no_grad():
+        program = torch.export.export(module, given)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        other = tuple(torch.randn_like(x) for x in given)
+        assert gap(torch._inductor.aoti_load_package(path)(*other), module(*other)) < 1e-5
+
+
 def test_export_of_any_length():
     length = torch.export.Dim("length")
     program = torch.export.export(Attend("softmax"), (torch.randn(2, 3, 20, 8),) * 3, dynamic_shapes=({2: length},) * 3)

@@ -112,7 +112,8 @@ def test_runs_side_by_side_give_the_numbers_of_runs_in_turn():
 
 
 def test_processes_that_share_each_batch_train_the_model_of_one(tmp_path):
-    """By torchrun with two processes of gloo: the losses of one process but for rounding; an error of a mechanism is reported, not waited for."""
+    """By torchrun with two processes of gloo, DDP and FSDP2: the losses of one process but for rounding; an error of a mechanism is reported, not waited
+    for."""
     given = {**TINY, "minutes": 0.01, "seeds": 1}
     alone, _ = compare(Config(("softmax",), out=tmp_path / "one", **given))
     assert launch(Config(("softmax", "sparsemax"), out=tmp_path / "two", **given), 2, False) == 0
@@ -122,8 +123,12 @@ def test_processes_that_share_each_batch_train_the_model_of_one(tmp_path):
         one, two = (report["mechanisms"]["softmax"][task]["0"] for report in (alone, shared))
         assert [x for _, x in two["loss"][:5]] == pytest.approx([x for _, x in one["loss"][:5]], rel=0.2)
         assert two["parameters"] == one["parameters"]
-    bits = [report["mechanisms"]["softmax"]["language"]["0"]["bits"]["1"] for report in (alone, shared)]
-    assert bits[1] == pytest.approx(bits[0], rel=1e-4)
+    assert launch(Config(("softmax",), out=tmp_path / "sharded", **given), 2, False, sharded=True) == 0
+    sharded = json.loads((tmp_path / "sharded" / "report.json").read_text())
+    assert sharded["mechanisms"]["softmax"]["copying"]["0"]["parameters"] == two["parameters"]
+    found = [report["mechanisms"]["softmax"]["language"]["0"] for report in (alone, shared, sharded)]
+    assert [one["bits"]["1"] for one in found] == pytest.approx(3 * [found[0]["bits"]["1"]], rel=1e-4)
+    assert found[2]["sink_mass"] == pytest.approx(found[0]["sink_mass"], rel=1e-3)
     for wrong, message in (((3, False), "cannot be shared equally"), ((0, False), "--processes 0")):
         with pytest.raises(RegardError, match=message):
             launch(Config(("softmax",), out=tmp_path / "no", **given), *wrong)
@@ -185,6 +190,7 @@ def bad_inputs(tmp_path):
         (["softmax", "--launch", "slurm"], "--launch slurm"),
         (["softmax", "--launch", "torchrun", "--processes", "3"], "cannot be shared equally"),
         (["softmax", "--processes", "2"], "is of --launch"),
+        (["softmax", "--sharded"], "is of --launch"),
         (["softmax", "--launch", "torchrun", "--parallel", "2"], "expected one of the two ways"),
         (["softmax", "--launch", "torchrun", "--text", str(tmp_path / "none.txt")], "does not exist"),
         (["ela", "--task", "digits", "--dim", "32"], "are of the task text"),

@@ -1,8 +1,8 @@
 """`make mutants`: rows are broken on purpose, one small change at a time, and their checks and tests must notice.
 
 A changed program lives in a fork of this process alone: the import of the row's file is answered with it. Killers, in order: the row's
-checks (`regard verify SLUG`), the quickest first, then every test named after the row (golden vectors, contracts, layers). A mutant that
-runs three times as long as the unchanged row is killed too. Mutants that no caller could tell from the original stand in equivalent.json
+quick checks (`regard verify SLUG`), every test named after the row (golden vectors, contracts, layers), the checks that take longer. A
+mutant that runs three times as long as the unchanged row is killed too. Mutants that no caller could tell from the original stand in equivalent.json
 with the reason.
 
 cosmic-ray and mutmut start a process and import torch for each mutant, and cannot be told a row's own killers.
@@ -38,14 +38,16 @@ from regard.lab import verification
 TESTS = pathlib.Path(__file__).parent.parent
 EQUIVALENT: dict[str, dict[str, str]] = json.loads((TESTS / "mutants" / "equivalent.json").read_text())
 FOLDERS = ["golden", "contract", "zoo", "nn"]  # folders of tests whose cases carry the names of rows
+QUICK = 3.0  # seconds of a check that comes before the tests
 SLACK = 20.0  # seconds a mutant may take beyond three times the unchanged row
 
 
 @dataclass(frozen=True)
 class Killers:
-    """What the unchanged row showed of its killers: the checks' places, quickest first, and the tests that carry its name."""
+    """What the unchanged row showed of its killers: the places of its quick checks and of the others, quickest first, and the tests that carry its name."""
 
-    checks: tuple[int, ...]
+    quick: tuple[int, ...]
+    slow: tuple[int, ...]
     tests: tuple[str, ...]
 
 
@@ -115,8 +117,9 @@ def all_tests() -> list[tuple[str, str]]:
 def unchanged(slug: str, listed: Sequence[tuple[str, str]]) -> tuple[str | None, Killers]:
     """Runs all checks and tests of the row as it is: what fails, and what there is."""
     results = [verification.run(check) for check in verification.checks_of(slug)]
-    quickest = tuple(sorted(range(len(results)), key=lambda at: results[at].seconds))
-    killers = Killers(quickest, named_after(slug, listed))
+    order = sorted(range(len(results)), key=lambda at: results[at].seconds)
+    quick = tuple(at for at in order if results[at].seconds < QUICK)
+    killers = Killers(quick, tuple(order[len(quick) :]), named_after(slug, listed))
     if not all(result.passed for result in results):
         return "checks", killers
     return tests_fail(killers), killers
@@ -129,10 +132,11 @@ def tests_fail(killers: Killers) -> str | None:
 def killer(slug: str, killers: Killers) -> str | None:
     """What notices that the row is broken; None if nothing does."""
     checks = verification.checks_of(slug)
-    for at in killers.checks:
-        if not verification.run(checks[at]).passed:
-            return "checks"
-    return tests_fail(killers)
+
+    def fail(places: tuple[int, ...]) -> str | None:
+        return None if all(verification.run(checks[at]).passed for at in places) else "checks"
+
+    return fail(killers.quick) or tests_fail(killers) or fail(killers.slow)
 
 
 def work(slug: str, mutant: Mutant | None, what: Callable[[], object], pipe: multiprocessing.connection.Connection) -> None:

@@ -1,4 +1,4 @@
-"""Layers and models sharded by FSDP2: forward, backward and steps are those of the whole model."""
+"""Layers and models sharded by FSDP2: forward, backward, steps and parameters drawn anew are those of the whole model."""
 
 import pytest
 import torch
@@ -32,6 +32,12 @@ def run(shard):
             first, state = one.step(tokens[:, :4])
             rest, state = one.step(tokens[:, 4:5], state)
             found += [first, rest, one.step(tokens[:, 5:], state)[0]]
+        torch.manual_seed(1)
+        for one, inputs in ((layer, (x,)), (make("mega"), given("mega"))):
+            if shard is not None and one is not layer:
+                shard(one)
+            one.reset_parameters()
+            found.append(one(*inputs))
     return [out.detach() for out in found]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..engine.reference import numbers_in
+from ..engine.sharding import spread
 from ..errors import RegardError
 
 P = ParamSpec("P")
@@ -33,7 +34,8 @@ def placed(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def reset_parameters(self: nn.Module) -> None:
-    """Draw all parameters and buffers anew, in place, as the constructor does; layers that were handed to it stay as they are."""
+    """Draw all parameters and buffers anew, in place, as the constructor does; layers that were handed to it stay as they are. Of parameters
+    that processes share (FSDP2), the first process's draw counts."""
     args, given = cast(tuple[tuple[Any, ...], dict[str, Any]], self._made_with)
     kept = next((x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point()), None)
     if kept is not None and kept.is_meta:
@@ -43,7 +45,7 @@ def reset_parameters(self: nn.Module) -> None:
     with torch.no_grad():
         for own, new in ((self.named_parameters(), dict(fresh.named_parameters())), (self.named_buffers(), dict(fresh.named_buffers()))):
             for name, x in own:
-                x.copy_(new[name])
+                x.copy_(spread(new[name], x))
 
 
 def placeable(layer: Made) -> Made:

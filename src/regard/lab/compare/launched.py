@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import RegardError
@@ -27,8 +29,8 @@ from .run import compare
 from .train import COUNT, Lesson
 
 
-def launch(config: Config, processes: int, resume: bool) -> int:
-    """Start torchrun on this machine and wait for it; returns its exit status."""
+def launch(config: Config, processes: int, resume: bool, sharded: bool = False) -> int:
+    """Start torchrun on this machine and wait for it; returns its exit status. sharded: FSDP2 in place of DDP."""
     if not 1 <= processes <= 64:
         raise RegardError(f"--processes {processes}: expected between 1 and 64")
     for name, count in (("--batch", config.batch), ("the synthetic tasks' batch", COUNT)):
@@ -38,35 +40,52 @@ def launch(config: Config, processes: int, resume: bool) -> int:
     config.prepare_out()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps({**config.as_dict(), "resume": resume}), encoding="utf-8")
+        path.write_text(json.dumps({**config.as_dict(), "resume": resume, "sharded": sharded}), encoding="utf-8")
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", __name__, str(path)]
         return subprocess.run([sys.executable, *command], check=False).returncode
 
 
-def read(path: Path) -> tuple[Config, bool]:
+def read(path: Path) -> tuple[Config, bool, bool]:
     told = json.loads(path.read_text(encoding="utf-8"))
-    resume = told.pop("resume")
+    resume, sharded = told.pop("resume"), told.pop("sharded")
     kept: dict[str, Any] = {one.name: told[one.name] for one in fields(Config)}
     kept |= {"mechanisms": tuple(kept["mechanisms"]), "lengths": tuple(kept["lengths"]), "out": Path(kept["out"]), "parallel": 1}
-    return Config(**{**kept, "text": kept["text"] and Path(kept["text"])}), resume
+    return Config(**{**kept, "text": kept["text"] and Path(kept["text"])}), resume, sharded
 
 
 class Share:
     """This process's part: every process draws the whole batch of a step and reads every world-th sequence of it, so that the mean of
-    their gradients is the gradient of the whole batch."""
+    their gradients is the gradient of the whole batch. sharded: each process holds a share of every parameter, gradient and state of the
+    optimizer (FSDP2), not a copy (DDP)."""
 
-    def __init__(self, rank: int, world: int, device: torch.device):
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rank: int, world: int, device: torch.device, sharded: bool = False):
+        self.rank, self.world, self.device, self.sharded = rank, world, device, sharded
 
     def __call__(self, own: Lesson) -> Lesson:
         own.model.to(self.device)
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        wrapped: nn.Module = DistributedDataParallel(own.model, device_ids=ids, find_unused_parameters=True)
 
         def batch(step: int) -> tuple[Tensor, ...]:
             return tuple(x[self.rank :: self.world] for x in own.batch(step))
 
-        return Lesson(wrapped, batch, own.loss)
+        if self.sharded:
+            return Lesson(self.shard(own.model), batch, own.loss, gather)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return Lesson(DistributedDataParallel(own.model, device_ids=ids, find_unused_parameters=True), batch, own.loss)
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """The same model, each block and what is left a unit of FSDP2."""
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+def gather(model: nn.Module) -> None:
+    """All parameters in every process, for good: a trained model is measured by calls of its parts too, which FSDP2 does not see."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_forward(False)
+            unit.unshard()
 
 
 def together(config: Config, share: Share, job: Job | None) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def follow(config: Config, share: Share) -> None:
 
 def main(path: Path) -> None:
     """What torchrun runs in every process."""
-    config, resume = read(path)
+    config, resume, sharded = read(path)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -97,7 +116,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        share = Share(dist.get_rank(), dist.get_world_size(), device)
+        share = Share(dist.get_rank(), dist.get_world_size(), device, sharded)
         if share.rank:
             return follow(config, share)
         try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...engine.sharding import gathered, spread
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # the coefficients of Muon's Newton-Schulz iteration
 
 
@@ -27,7 +29,8 @@ def orthogonal(g: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (Nesterov momentum, made orthogonal, times lr sqrt(max(1, rows / columns))) in the dtype of the parameters and for all matrices of
-    one shape at once: PyTorch's own iterates in bfloat16, matrix by matrix, which on a CPU takes longer than the model's whole step."""
+    one shape at once: PyTorch's own iterates in bfloat16, matrix by matrix, which on a CPU takes longer than the model's whole step. Matrices that
+    FSDP2 has sharded keep their momentum sharded and are whole while they are made orthogonal."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -45,7 +48,7 @@ class Muon(torch.optim.Optimizer):
                 grads = torch.stack([p.grad for p in params])  # type: ignore[misc]
                 state = self.state[params[0]]
                 state["momentum"] = state.get("momentum", torch.zeros_like(grads)).lerp(grads, 1 - group["momentum"])
-                update = orthogonal(grads.lerp(state["momentum"], group["momentum"]))
+                update = orthogonal(gathered(grads.lerp(state["momentum"], group["momentum"])))
                 rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
                 for p, direction in zip(params, update, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(spread(direction, p, source=None), alpha=rate)

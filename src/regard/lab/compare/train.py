@@ -97,7 +97,9 @@ def train(
     start = time.perf_counter()
     own = lesson(config, task, spec, seed, corpus)
     model: Any = own.model
-    losses = optimise(model, shared(own), steps)
+    lessons = shared(own)
+    losses = optimise(model, lessons, steps)
+    lessons.gather(model)
     model.eval()
     with torch.no_grad():
         found = {"language": language, "recall": recalled, "copying": copied}[task](config, model, seed, corpus)
@@ -107,11 +109,13 @@ def train(
 
 @dataclass
 class Lesson:
-    """An untrained model of a task, the tensors of each step, and their loss."""
+    """An untrained model of a task, the tensors of each step, and their loss. gather(model): makes a model that processes share whole in each
+    of them, when it is trained."""
 
     model: nn.Module
     batch: Callable[[int], tuple[Tensor, ...]]
     loss: Callable[..., Tensor]
+    gather: Callable[[nn.Module], None] = lambda model: None
 
     def __call__(self, step: int) -> Tensor:
         return self.loss(self.model, *self.batch(step))
