@@ -8,6 +8,7 @@ from torch import nn
 from regard import RegardError
 from regard.nn.retrieval import CentreLoss, retrieval_scores, triplet_batch_hard
 from regard.tasks.identities import patterns, tracks
+from regard.zoo.vision import little_attention_block
 from regard.zoo.vision.attention_cl import ClipReID, OSMCAALoss, TemporalAttentionPool
 from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, attmask, block_mask, momentum, temperature
 from regard.zoo.vision.little_attention_block import LiteAttention, NonLocal, Placement, pareto, placement_search
@@ -175,3 +176,20 @@ def test_little_attention_block_search_stops_where_no_slot_is_within_budget():
     found = placement_search(make, 3, lambda m: float(sum(m)), lambda m: float(len(m)), budget=1.0, exhaustive=2)
     assert found == [Placement((), 0.0, 0.0), Placement((2,), 2.0, 1.0)]
     assert tried == [(), (0,), (1,), (2,), (0, 2), (1, 2)]
+
+
+def test_little_attention_block_latencies_are_medians_after_three_calls(monkeypatch):
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr(little_attention_block.time, "perf_counter", lambda: float(next(clock)) ** 2)
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            calls.append(tuple(x.shape))
+            return x
+
+    took = little_attention_block.seconds(Seen(), (2, 3), 5)
+    assert calls == [(2, 3)] * 8
+    assert took == 8**2 - 7**2  # ticks 0, 1, 2 warm up; of five pairs the third is the median, by a clock that runs faster and faster
+    block, base = Seen(), Seen()
+    monkeypatch.setattr(little_attention_block, "seconds", lambda model, shape, runs: {block: 6.0, base: 4.0}[model] * runs * shape[0])
+    assert little_attention_block.latency_overhead(block, base, (2, 3), 7) == 1.5 and not block.training and not base.training

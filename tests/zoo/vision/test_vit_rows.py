@@ -1,5 +1,7 @@
 """Prompts, probes, pools and diluted layers on vision transformers of timm: refusals, frozen parts and edges."""
 
+import math
+
 import pytest
 import torch
 from layers import vit
@@ -11,7 +13,7 @@ from regard.nn.images.register_tokens import sign_max
 from regard.nn.images.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
 from regard.zoo.vision.dcal import DCAL, chosen, rollout
 from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
-from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, layer_entropy, select_layers, transfer_entropy
+from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, entropy_without, layer_entropy, select_layers, transfer_entropy
 from regard.zoo.vision.moment_probing import PSRP, CrossCovHead, MomentProbe, MomentProbedViT
 from regard.zoo.vision.tcpa import TCPA, PromptPool
 from regard.zoo.vision.test_time_registers import TestTimeRegisters, find_register_neurons, outlier_metrics
@@ -185,6 +187,27 @@ def test_test_time_registers_units_are_ranked_over_images_with_outliers():
     assert sum(map(len, seen.values())) == 64
     with pytest.raises(RegardError, match="above threshold"):
         find_register_neurons(model, X, 1e9)
+
+
+def test_test_time_registers_units_of_first_tokens_count_where_asked_for():
+    model = vit()
+    with torch.no_grad():
+        model.cls_token.fill_(1000.0)
+    with pytest.raises(RegardError, match="above threshold"):
+        find_register_neurons(model, X, 500.0, top=3)
+    found = find_register_neurons(model, X, 500.0, top=3, first_tokens=True)
+    assert sum(map(len, found.values())) == 3
+
+
+def test_lambda_vit_entropy_of_constants_and_in_batches():
+    assert float(layer_entropy(torch.ones(2, 3, 4), 0.5)) == pytest.approx(4 * math.log(0.5))
+    x = torch.tensor([[0.0, 0.0], [2.0, 6.0]])
+    assert float(layer_entropy(x)) == pytest.approx(math.log(1) + math.log(3))
+    model, images = vit().eval(), torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        truth = float(layer_entropy(model.forward_features(images)))
+    for batch in (1, 2, 64):
+        assert entropy_without(model, images, (), batch) == pytest.approx(truth, rel=1e-4)
 
 
 @pytest.mark.parametrize(
