@@ -24,6 +24,7 @@ from regard.zoo.sparse.halonet import HaloAttention2d, HaloBlock, HaloNet
 from regard.zoo.sparse.hip import CachedHip
 from regard.zoo.sparse.landmark_attention import LandmarkAttention
 from regard.zoo.sparse.longheads import LongHeads
+from regard.zoo.sparse.ltri_llm import Ltri, LtriStream
 from regard.zoo.sparse.minicpm_sala import SALAConfig, build_sala, infllm, sala_lightning
 from regard.zoo.sparse.mosa import MoSA
 from regard.zoo.sparse.nats import NAtSAttention
@@ -81,6 +82,8 @@ CASES: list[Case] = [
     ("landmark-attention", lambda: LandmarkAttention(16, 2), lambda n: (plain(n), n.block, n.rope is None), (["qkv", "out"], 63, False)),
     ("landmark-attention", lambda: LandmarkAttention(16, 2, bias=True, rope=False), lambda n: (plain(n), n.rope), ([], None)),
     ("longheads", lambda: LongHeads(4, 20, released=True), lambda n: (n.chunk, n.attend_len, n.chunks, n.released, n.rotated), (4, 20, 5, True, False)),
+    ("ltri-llm", lambda: Ltri(7, window=5, shortest=3), lambda n: (n.rotated, n.chunk, n.options), (False, 7, {"window": 5, "shortest": 3})),
+    ("ltri-llm", lambda: LtriStream(shortest=3, longest=9), lambda n: (n.limits, n.first, n.read, n.index.heads, n.index.resident_after), ((3, 9), 0, [], None, 8)),
     ("minicpm-sala", lambda: SALAConfig(block_size=8, top_k=2, window=6, dense_len=9, kernel=4, stride=2).sparse(), lambda m: m == infllm(8, 2, 6, 9, 4, 2) and m != infllm(8, 2, 6, 9, 8, 2), True),
     ("minicpm-sala", lambda: infllm(), lambda m: (m.recipe.qk_norm, m.recipe.out_gate, m.recipe.rope), ("rms", "sigmoid", False)),
     ("minicpm-sala", lambda: sala_lightning(1, 4), lambda m: (m.recipe.qk_norm, m.recipe.out_norm, m.recipe.out_gate, m.recipe.rope), ("rms", "rms", "sigmoid", True)),

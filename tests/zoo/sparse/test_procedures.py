@@ -18,11 +18,12 @@ from regard.algebra.select import Chosen
 from regard.nn import Decoder
 from regard.search.space import Arch, Space, flops
 from regard.search.supernet import SuperNet
-from regard.zoo.sparse import attention_nas, spargeattn
+from regard.zoo.sparse import attention_nas, dbsa, spargeattn
 from regard.zoo.sparse import flux_attention as flux
 from regard.zoo.sparse import minicpm_sala as sala
 from regard.zoo.sparse.attention_nas import accuracy, attention_search, evolve, train
 from regard.zoo.sparse.dbsa import BM25, many_shot_task
+from regard.zoo.sparse.hylra import ReusedIndices, ReusePlan
 from regard.zoo.sparse.hyperattention import hyper_attention, spectral_parameters
 from regard.zoo.sparse.psa import psa_plan, similarity_cap
 
@@ -251,6 +252,41 @@ def test_dbsa_many_shot_task_is_answered_by_its_demonstrations() -> None:
     for tokens, text, truth in task.queries:
         assert shown[tuple(tokens.tolist())] == truth and text == " ".join(f"w{x}" for x in tokens.tolist())
         assert sum(text in other for other in task.texts) == 1
+
+
+def test_dbsa_scores_of_one_text_and_of_none_that_holds_a_word() -> None:
+    assert BM25(["a b a"]).scores("a")[0] == pytest.approx(math.log(1 + 0.5 / 1.5) * 2 * 2.5 / (2 + 1.5))
+    assert BM25(["", ""]).scores("a b") == [0.0, 0.0]
+
+
+def test_dbsa_many_shot_task_comes_from_its_generator_alone() -> None:
+    one = many_shot_task(generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(99)
+    two, other = (many_shot_task(generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    for a, b in zip(one.groups, two.groups, strict=True):
+        assert torch.equal(a, b)
+    assert one.texts == two.texts != other.texts
+    assert [(text, truth) for _, text, truth in one.queries] == [(text, truth) for _, text, truth in two.queries]
+    assert len(one.groups) == 16 and len(one.groups[0]) == 18 and len(one.labels) == 8 and len(one.queries) == 32
+
+
+def test_dbsa_evaluation_is_timed_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    cache = dbsa.DemonstrationCache(Decoder("softmax", vocab=9, dim=8, layers=1, heads=1))
+    cache.encode_once([torch.tensor([1, 2]), torch.tensor([3])], ["a", "b"])
+    clock = iter((10.0, 16.0))
+    monkeypatch.setattr(dbsa.time, "perf_counter", lambda: next(clock))
+    assert cache.evaluate([(torch.tensor([4]), "a", 0)] * 3, torch.tensor([1, 2]))["seconds"] == 2.0
+
+
+def test_dbsa_and_hylra_keep_a_host_s_layer_scales() -> None:
+    torch.manual_seed(0)
+    model = Decoder("softmax", vocab=9, dim=8, layers=2, heads=2, layer_scale=0.3)
+    tokens = torch.randint(9, (1, 12))
+    cache = dbsa.DemonstrationCache(model, selected=None)
+    cache.encode_once([tokens[0, :4], tokens[0, 4:7]], ["a", "b"])
+    torch.testing.assert_close(cache.answer(tokens[0, 7:], "a"), model(tokens)[0, 7:])
+    torch.testing.assert_close(ReusedIndices(model, ReusePlan((None, None), 0.0), 3)(tokens), model(tokens))
 
 
 def test_hyperattention_spectral_parameters_by_hand() -> None:
