@@ -29,7 +29,7 @@ from regard.zoo.sparse.minicpm_sala import SALAConfig, build_sala, infllm, sala_
 from regard.zoo.sparse.mosa import MoSA
 from regard.zoo.sparse.nats import NAtSAttention
 from regard.zoo.sparse.recurrent_memory_transformer import RecurrentMemoryBlock
-from regard.zoo.sparse.routing_transformer import RoutingAttention
+from regard.zoo.sparse.routing_transformer import RoutingAttention, routing
 from regard.zoo.sparse.seerattention import AttnGate, SeerAttention
 from regard.zoo.sparse.sla import SparseLinearAttention
 from regard.zoo.sparse.sparse_transformer import SparseBlock, position_embedding
@@ -94,6 +94,10 @@ CASES: list[Case] = [
     ("recurrent-memory-transformer", lambda: RecurrentMemoryBlock(16, 3 + 1, slots=5, use_global=True, rope_bases=(10.0, 80.0)), lambda n: (plain(n), largest("bias")(n), largest("mix")(n), [round(r.base, 6) for r in n.ropes], shapes(n)), (["qkv", "out"], 0.0, 0.0, [10.0, 20.0, 40.0, 80.0], {"bias": (4, 5), "mix": (4,)})),
     ("recurrent-memory-transformer", lambda: RecurrentMemoryBlock(16, 1), lambda n: ([r.base for r in n.ropes], n.mix, widths(n.gate)), ([1e3], None, [(64, 1)])),
     ("routing-transformer", lambda: RoutingAttention(16, 4, 3, members=5, window=7, decay=0.5, commitment=0.1), lambda n: (plain(n), n.routed, n.mechanism.members, n.mechanism.shared, n.window, n.decay, n.commitment, n.centroids.shape), (["qkv", "out"], 2, 5, True, 7, 0.5, 0.1, (2, 3, 4))),
+    ("routing-transformer", lambda: [routing(form=form, shared=True) for form in ("paper", "google", "port")], lambda made: [(m.count_eps, m.scaled, m.hide_self) for m in made] + [m.norm_eps for m in made[:2]], [(0.0, True, True), (1e-2, False, False), (1e-5, True, True), 1e-5, 1e-6]),
+    ("routing-transformer", lambda: [routing(form=form, shared=shared) for form in ("paper", "google", "port") for shared in (False, True)], lambda made: [(m.route, m.queries, m.keys) for m in made], [("layer+unit",) * 3] * 2 + [("layer",) * 3] * 2 + [("unit", "", ""), ("unit", "", "unit")]),
+    ("routing-transformer", lambda: routing(form="google", shared=True, scaled=True, hide_self=True, count_eps=0.5, norm_eps=0.25, members=3, clusters=2), lambda m: (m.scaled, m.hide_self, m.count_eps, m.norm_eps, m.members, m.clusters), (True, True, 0.5, 0.25, 3, 2)),
+    ("routing-transformer", lambda: routing(), lambda m: (m.hide_self, m.clusters, m.members), (False, 8, None)),
     ("routing-transformer", lambda: RoutingAttention(16, 4, 3, routed=1), lambda n: bool(torch.allclose(n.centroids.norm(dim=-1), torch.ones(1, 3))), True),
     ("seerattention", lambda: AttnGate(4, 2, 8, width=6, q_pools=("max", "avg"), k_pools=("min",), base=50.0), lambda n: (shapes(n), n.rope.base), ({"q": (4, 16, 6), "k": (2, 8, 6)}, 50.0)),
     ("seerattention", lambda: AttnGate(4, 2, 8, width=8, map_q=False, rope=False), lambda n: (shapes(n), n.rope), ({"k": (4, 24, 8)}, None)),
