@@ -8,6 +8,7 @@ from torch import nn
 from regard import RegardError
 from regard.nn.retrieval import CentreLoss, retrieval_scores, triplet_batch_hard
 from regard.tasks.identities import patterns, tracks
+from regard.zoo.vision import attmask as attmask_row
 from regard.zoo.vision import little_attention_block
 from regard.zoo.vision.attention_cl import ClipReID, OSMCAALoss, TemporalAttentionPool
 from regard.zoo.vision.attmask import IBOTLoss, MaskedDistiller, attmask, block_mask, momentum, temperature
@@ -108,6 +109,27 @@ def test_attmask_blocks_are_a_mode_of_their_own():
 def test_attmask_temperatures_warm_up():
     assert [round(temperature(step, 3), 3) for step in range(5)] == [0.04, 0.055, 0.07, 0.07, 0.07]
     assert temperature(0, 1) == temperature(0, 0) == 0.07
+
+
+def test_attmask_momentum_follows_half_a_cosine():
+    assert [round(momentum(step, 4, 0.9), 6) for step in range(5)] == [0.9, 0.914645, 0.95, 0.985355, 1.0]
+
+
+def test_attmask_ratios_are_drawn_around_their_middle(monkeypatch):
+    asked = []
+
+    def seen(attention, mode, ratio, prob, show, grid):
+        asked.append((mode, ratio, prob, show, grid))
+        return torch.zeros_like(attention, dtype=torch.bool)
+
+    monkeypatch.setattr(attmask_row, "attmask", seen)
+    views, draws = [torch.randn(2, 3, 8, 8) for _ in range(2)], iter((0.0, 0.5, 0.75, 0.0, 0.999))
+    monkeypatch.setattr(attmask_row.torch, "rand", lambda *shape: torch.tensor(next(draws)))
+    for net, count in ((MaskedDistiller(vit(), 8, "hint", 0.3, 0.2, 0.7, 0.05), 3), (MaskedDistiller(vit(), 8, ratio=0.5, spread=0.8), 2)):
+        for _ in range(count):
+            net(views)
+    assert [ratio for _, ratio, *_ in asked] == pytest.approx([0.1, 0.3, 0.4, 0.0, 1.0])
+    assert asked[0][:1] + asked[0][2:] == ("hint", 0.7, 0.05, (2, 2)) and asked[4][:1] + asked[4][2:] == ("high", 0.5, 0.1, (2, 2))
 
 
 def test_attmask_crops_need_a_host_that_takes_their_size():

@@ -129,6 +129,7 @@ CASES: list[Case] = [
     ("gated-prompt-tuning", lambda: GatedPromptTuner(vit(), 3, kind="deep", temperature=False), lambda n: (n.gates, n.temperatures, n.prompts.shape), (None, None, (2, 3, 16))),
     ("hyperzzw", lambda: SFNEBlock(4, 5, **SLOW, dropout=0.25), dropped, [0.25]),
     ("hyperzzw", lambda: Terminator(2, 4, 3, (1,) * 5, (1,) * 5, (0.1, 0.2, 0.3, 0.4, 0.5), **SLOW), dropped, [0.1, 0.2, 0.3, 0.4, 0.5]),
+    ("hyperzzw", lambda: Terminator(2, 4, 3, (1, 2, 1, 1, 1), (1,) * 5, **SLOW), lambda n: (n.biases.tolist(), widths(n)[-1], [b.channels for b in n.blocks], n.blocks[0].after.tolist(), n.blocks[0].locals[0].bias.tolist()), ([0.0] * 5, (4, 3), [2, 2, 4, 4, 4], [0.0], [0.0])),
     ("ifam", lambda: TwoStageFaithful(vit(classes=0), vit(classes=0), 5, 3, soft=True, frozen=True), lambda n: (n.soft, n.first.training, n.discovery.training, n.second.training, n.head.bias, n.discovery.parts), (True, False, False, True, None, 3)),
     ("ifam", lambda: TwoStageFaithful(vit(classes=0), vit(classes=0), 5, 3, frozen=True), lambda n: {p.requires_grad for part in (n.first, n.discovery) for p in part.parameters()}, {False}),
     ("litv2-hilo", lambda: HiLo(8, 4, qkv_bias=True), plain, []),

@@ -11,8 +11,10 @@ from regard import RegardError
 from regard.nn.images import timm_host
 from regard.nn.images.register_tokens import sign_max
 from regard.nn.images.vit_host import attention, closed, embedded, heads_of, host_of, weights_of
+from regard.zoo.vision.attmask import MaskedDistiller
 from regard.zoo.vision.dcal import DCAL, chosen, rollout
 from regard.zoo.vision.gated_prompt_tuning import GatedPromptTuner
+from regard.zoo.vision.ifam import TwoStageFaithful
 from regard.zoo.vision.lambda_vit import DilutedBlock, dilute, entropy_without, layer_entropy, select_layers, transfer_entropy
 from regard.zoo.vision.moment_probing import PSRP, CrossCovHead, MomentProbe, MomentProbedViT
 from regard.zoo.vision.tcpa import TCPA, PromptPool
@@ -187,6 +189,69 @@ def test_test_time_registers_units_are_ranked_over_images_with_outliers():
     assert sum(map(len, seen.values())) == 64
     with pytest.raises(RegardError, match="above threshold"):
         find_register_neurons(model, X, 1e9)
+
+
+NO_HOST = {
+    "attmask": lambda net: MaskedDistiller(net, 8),
+    "dcal": lambda net: DCAL(net, 3),
+    "gated-prompt-tuning": lambda net: GatedPromptTuner(net, 3),
+    "ifam, first": lambda net: TwoStageFaithful(net, vit(classes=0)),
+    "ifam, second": lambda net: TwoStageFaithful(vit(classes=0), net),
+    "lambda-vit, dilute": lambda net: dilute(net, [0]),
+    "lambda-vit, select": lambda net: select_layers(net, X, 1),
+    "lambda-vit, entropy": lambda net: entropy_without(net, X, ()),
+    "moment-probing": lambda net: MomentProbedViT(net, 3),
+    "tcpa": lambda net: TCPA(net, 3),
+    "test-time-registers": lambda net: TestTimeRegisters(net, {}),
+    "test-time-registers, units": lambda net: find_register_neurons(net, X, 0.0),
+    "test-time-registers, metrics": lambda net: outlier_metrics(net, X),
+    "token-pooling": lambda net: PooledViT(net, {}),
+}
+
+
+@pytest.mark.parametrize("name", NO_HOST)
+def test_what_is_no_vision_transformer_is_refused(name):
+    for net in (nn.Linear(3, 3), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))):
+        with pytest.raises(RegardError, match="expected"):
+            NO_HOST[name](net)
+
+
+def test_lambda_vit_of_hosts_with_layer_scales_and_dropped_paths():
+    model = made(init_values=0.3)
+    before = model(X)
+    diluted = dilute(model, [0, 1])
+    assert torch.allclose(model(X), before, atol=1e-5)
+    diluted.lam = 0.0
+    x = embedded(model, X)
+    for part in model.blocks:
+        block = part.block
+        x = 2 * x
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    closed = model.forward_head(model.norm(x))
+    assert torch.allclose(model(X), closed, atol=1e-4) and torch.allclose(diluted.strip()(X), closed, atol=1e-4)
+    torch.manual_seed(0)
+    for lam in (0.5, 0.0):
+        model = made(drop_path_rate=0.5)
+        dropping = dilute(model, [1])
+        dropping.lam = lam
+        assert torch.equal(model(X), model(X))
+        seen = [model.train()(X) for _ in range(16)]
+        assert any(not torch.equal(seen[0], other) for other in seen)
+        if lam == 0:
+            stripped = dropping.strip()
+            seen = [stripped.train()(X) for _ in range(16)]
+            assert any(not torch.equal(seen[0], other) for other in seen)
+
+
+def test_moment_probing_of_hosts_with_layer_scales():
+    model = made(init_values=0.3)
+    before = model.forward_features(X)
+    net = MomentProbedViT(model, 3, rank=2, proj=32)
+    for part in net.modules():
+        if isinstance(part, PSRP):
+            nn.init.zeros_(part.scale.weight)
+            nn.init.zeros_(part.shift.weight)
+    assert torch.allclose(net.vit.forward_features(X), before, atol=1e-6)
 
 
 def test_test_time_registers_units_of_first_tokens_count_where_asked_for():
