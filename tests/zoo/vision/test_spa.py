@@ -42,6 +42,17 @@ def test_noise_moves_choices_in_training_alone():
     assert torch.equal(keep, gate(x)[1]) and torch.equal(keep, scores > 0) and torch.allclose(factor, keep.float(), atol=1e-6)
 
 
+def test_noise_is_logistic():
+    """A score s is kept with probability sigmoid(s / noise)."""
+    torch.manual_seed(0)
+    gate = SelectGate(2, noise=1.5)
+    torch.nn.init.zeros_(gate.score.weight)
+    for s in (-3.0, 0.0, 1.0):
+        torch.nn.init.constant_(gate.score.bias, s)
+        share = float(gate(torch.zeros(1, 20000, 2))[1].float().mean())
+        assert share == pytest.approx(1 / (1 + torch.tensor(-s / 1.5).exp().item()), abs=0.015)
+
+
 def test_labels_are_pooled_by_their_largest():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, 5, 2] = True
