@@ -179,13 +179,16 @@ class Vectors:
         """The official name of a parameter of ours: every (pattern, replacement) of `names` in turn."""
         return functools.reduce(lambda name, pair: re.sub(pair[0], pair[1], name), names, ours)
 
-    def fill(self, module: nn.Module, *names: tuple[str, str]) -> dict[str, Tensor]:
-        """Copy the stored arrays into every parameter and statistic of `module`, named by `stored`; the parameters by their official names."""
+    def fill(self, module: nn.Module, *names: tuple[str, str], without: str = "$.") -> dict[str, Tensor]:
+        """Copy the stored arrays into every parameter and statistic of `module`, named by `stored`; the parameters by their official names.
+        without: pattern of those that the vectors leave out."""
         for ours, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if self.has(self.stored(ours, names)):
                 self.put(tensor, self(self.stored(ours, names)).reshape(tensor.shape))
             else:
-                assert isinstance(tensor, nn.Parameter) is False, f"{self.slug}.npz has no array {self.stored(ours, names)} for {ours}"
+                assert not isinstance(tensor, nn.Parameter) or re.search(without, ours), (
+                    f"{self.slug}.npz has no array {self.stored(ours, names)} for {ours}"
+                )
         module.train(bool(self.get("train")))
         return {self.stored(ours, names): parameter for ours, parameter in module.named_parameters()}
 
