@@ -37,10 +37,10 @@ LAYERS = {
     "dma": lambda: DynamicMaskAttention(32, 4, 2),
     "mosa": lambda: MoSA(32, 2, 2),
     "nats": lambda: First(NAtSAttention(32, 4, 2, window=8)),
-    "landmark": lambda: LandmarkAttention(32, 4, block=7),
-    "superlinear": lambda: SuperlinearAttention(32, 4, 2),
-    "asa": lambda: asa_layers(2, 32, 4, window=8, **SMALL)[1],
-    "infllm": lambda: regard.nn.Attention(32, 4, regard.zoo.sparse.minicpm_sala.infllm(8, 2, 8, 0, 4, 2), kv_heads=2),
+    "landmark-attention": lambda: LandmarkAttention(32, 4, block=7),
+    "superlinear-attention": lambda: SuperlinearAttention(32, 4, 2),
+    "alternating-sparse-attention": lambda: asa_layers(2, 32, 4, window=8, **SMALL)[1],
+    "minicpm-sala": lambda: regard.nn.Attention(32, 4, regard.zoo.sparse.minicpm_sala.infllm(8, 2, 8, 0, 4, 2), kv_heads=2),
 }
 
 
@@ -97,7 +97,7 @@ def test_ssa_loss_falls_and_streams_meet():
     assert not torch.allclose(model(batch(99)[:, :-1]), full) and all(x >= 0 for x in apart)
 
 
-def test_seer_gate_learns_from_dense_attention():
+def test_seerattention_gate_learns_from_dense_attention():
     seer = SeerAttention(4, 2, 8, width=8, block_size=8, ratio=0.5, rope=False)
     q, k = torch.randn(2, 4, 64, 8) * 2, torch.randn(2, 2, 64, 8) * 2
     optimizer = torch.optim.Adam(seer.parameters(), 1e-2)

@@ -61,6 +61,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("minicpm-sala", lambda: of("minicpm-sala", "train_stages")(model(), model(), lambda n: x(1), (1, 1, 1)), "long"),
     ("mosa", lambda: of("mosa", "MoSA")(8, 0), "sparse=0"),
     ("nabla", lambda: regard.get("nabla", tile_window=(3, 3)), "tile_window"),
+    ("neighborhood", lambda: of("neighborhood", "simulate")((8, 8), (3, 3), (1,), (2, 2), (2, 2)), "a number an axis"),
+    ("psa", lambda: regard.get("psa", similarity=(0.7, 0.6)), "three cosines"),
     ("nats", lambda: of("nats", "NAtSAttention")(9, 2), "dim=9"),
     ("pbs-attn", lambda: regard.get("pbs-attn", threshold=0.0), "threshold=0.0"),
     ("pbs-attn", lambda: regard.get("pbs-attn", segment=100), "segment=100"),

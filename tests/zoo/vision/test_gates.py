@@ -18,7 +18,7 @@ def size(layer):
     return sum(p.numel() for p in layer.parameters())
 
 
-def test_parameter_counts():
+def test_parameter_counts_of_cbam_ela_ulsam_and_polarized_attention():
     assert size(CBAM(64, 16)) == 2 * 256 + 4 + 64 + 98 + 2
     assert size(ELA(256, "B")) == 2304 and size(ELA(256, "L")) == 14848
     assert [size(ULSAM(16, g, bare=True)) for g in (1, 2, 4)] == [32, 32, 32]
@@ -32,7 +32,7 @@ def test_squeeze_and_excitation_is_the_channel_gate_of_means():
     assert torch.allclose(gate(x), x * torch.sigmoid(last(torch.relu(first(x.mean((2, 3))))))[..., None, None])
 
 
-def test_running_statistics_move_by_the_papers_momentum():
+def test_running_statistics_move_by_the_papers_momentum_cbam_and_ulsam():
     gate, x = SpatialGate(), torch.randn(4, 8, 6, 6)
     seen = gate.conv(torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1))
     gate(x)
@@ -58,20 +58,20 @@ def test_root_of_squares_has_a_gradient_at_zero():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: CBAM(8, 16),
-        lambda: CBAM(8, 4, pools=()),
-        lambda: CBAM(8, 4, pools=("mean",)),
-        lambda: CBAM(8, 4, order="channels"),
-        lambda: CBAM(8, 4, spatial=False, order="parallel"),
+        pytest.param(lambda: CBAM(8, 16), id="cbam"),
+        pytest.param(lambda: CBAM(8, 4, pools=()), id="cbam"),
+        pytest.param(lambda: CBAM(8, 4, pools=("mean",)), id="cbam"),
+        pytest.param(lambda: CBAM(8, 4, order="channels"), id="cbam"),
+        pytest.param(lambda: CBAM(8, 4, spatial=False, order="parallel"), id="cbam"),
         lambda: SpatialGate(4),
-        lambda: ELA(24),
-        lambda: ELA(64, "X"),
-        lambda: ELA(64, kernel=4),
-        lambda: ULSAM(10, 4),
-        lambda: ULSAM(8, 4, pool=2),
-        lambda: PolarizedSelfAttention(1),
-        lambda: PolarizedSelfAttention(8, "both"),
-        lambda: PolarizedSelfAttention(4, "sequential", released=True),
+        pytest.param(lambda: ELA(24), id="ela"),
+        pytest.param(lambda: ELA(64, "X"), id="ela"),
+        pytest.param(lambda: ELA(64, kernel=4), id="ela"),
+        pytest.param(lambda: ULSAM(10, 4), id="ulsam"),
+        pytest.param(lambda: ULSAM(8, 4, pool=2), id="ulsam"),
+        pytest.param(lambda: PolarizedSelfAttention(1), id="polarized-attention"),
+        pytest.param(lambda: PolarizedSelfAttention(8, "both"), id="polarized-attention"),
+        pytest.param(lambda: PolarizedSelfAttention(4, "sequential", released=True), id="polarized-attention"),
     ],
 )
 def test_refusals(make):
@@ -79,7 +79,7 @@ def test_refusals(make):
         make()
 
 
-def test_first_values():
+def test_first_values_of_ela_and_polarized_attention():
     torch.manual_seed(0)
     layer = PolarizedSelfAttention(256)
     for conv in (layer.q_plane, layer.v_plane, layer.q_channel, layer.v_channel):

@@ -8,8 +8,14 @@ from regard.zoo.vision.a2n import A2N, AttentionInAttention, PixelAttention
 from regard.zoo.vision.acmil import ACMIL, GatedAttentionPool, MultiQueryACMIL, acmil_loss, concentration, diversity, stochastic_topk_mask
 
 
-@pytest.mark.parametrize("make", [lambda: ACMIL(6, 3, 8, 5, 3), lambda: MultiQueryACMIL(6, 3, 8, 2, 3, attention_dropout=0.0)])
-def test_padding_of_a_bag_is_not_read(make):
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: ACMIL(6, 3, 8, 5, 3), id="acmil"),
+        pytest.param(lambda: MultiQueryACMIL(6, 3, 8, 2, 3, attention_dropout=0.0), id="acmil"),
+    ],
+)
+def test_acmil_does_not_read_a_bag_s_padding(make):
     layer, x = make().eval(), torch.randn(2, 9, 6)
     keep = torch.arange(9) < torch.tensor([[9], [4]])
     junk = torch.where(keep[..., None], x, torch.nan)
@@ -20,20 +26,20 @@ def test_padding_of_a_bag_is_not_read(make):
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_small_bags_mask_their_own_share():
+def test_acmil_masks_small_bags_own_share():
     keep = torch.tensor([[True] * 5 + [False] * 7, [True] * 12])
     found = stochastic_topk_mask(torch.randn(2, 12), 10, 0.6, keep)
     assert found.sum(1).tolist() == [3, 6] and not found[0, 5:].any()
     assert stochastic_topk_mask(torch.randn(3, 4), 0, 0.6).sum() == 0 and stochastic_topk_mask(torch.randn(3, 4), 10, 1.0).all()
 
 
-def test_every_score_masked_reads_evenly():
+def test_acmil_with_every_score_masked_reads_evenly():
     layer = ACMIL(6, 3, 8, 5, 2, share=1.0).train()
     assert torch.allclose(layer(torch.randn(1, 4, 6)).weights, torch.full((1, 2, 4), 0.25))
     assert layer.half()(torch.randn(1, 4, 6).half()).bag.isfinite().all()
 
 
-def test_queries_of_heads():
+def test_acmil_queries_of_heads():
     torch.manual_seed(0)
     layer, x = MultiQueryACMIL(6, 3, 16, 4, 3, masked=5, share=0.6), torch.randn(2, 9, 6)
     assert 1e-7 < float(layer.queries.detach().std()) < 1e-5
@@ -48,7 +54,7 @@ def test_queries_of_heads():
     assert layer.train().half()(torch.randn(1, 4, 6).half()).bag.isfinite().all()
 
 
-def test_one_branch_has_no_diversity_and_its_loss_is_the_bag_s():
+def test_acmil_of_one_branch_has_no_diversity_and_its_loss_is_the_bag_s():
     layer, x, y = ACMIL(6, 3, 8, 5, 1, masked=0), torch.randn(2, 9, 6), torch.tensor([0, 2])
     out = layer(x)
     assert float(diversity(out.weights)) == 0
@@ -56,7 +62,7 @@ def test_one_branch_has_no_diversity_and_its_loss_is_the_bag_s():
     assert torch.allclose(concentration(out.weights, 20), torch.ones(2))
 
 
-def test_layers_of_pixels():
+def test_a2n_layers_of_pixels():
     layer = PixelAttention(4)
     x = torch.randn(1, 4, 3, 3)
     assert torch.allclose(layer(x), x * torch.sigmoid(layer.conv(x)))
@@ -67,21 +73,21 @@ def test_layers_of_pixels():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: A2N(5),
-        lambda: AttentionInAttention(8, plain_kernel=2),
-        lambda: AttentionInAttention(8, temperature=0.0),
-        lambda: AttentionInAttention(2),
-        lambda: ACMIL(6, 3, branches=0),
-        lambda: ACMIL(6, 3, share=1.2),
-        lambda: ACMIL(6, 3)(torch.randn(2, 0, 6)),
-        lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool)),
-        lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.ones(2, 4, dtype=torch.bool)),
-        lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), draw=torch.rand(2, 5, 4)),
-        lambda: MultiQueryACMIL(6, 3, 10, 4),
-        lambda: MultiQueryACMIL(6, 3, branches=0),
-        lambda: MultiQueryACMIL(6, 3, 8)(torch.randn(2, 0, 6)),
-        lambda: GatedAttentionPool(6)(torch.randn(5, 6)),
-        lambda: stochastic_topk_mask(torch.randn(2, 5), -1, 0.5),
+        pytest.param(lambda: A2N(5), id="a2n"),
+        pytest.param(lambda: AttentionInAttention(8, plain_kernel=2), id="a2n"),
+        pytest.param(lambda: AttentionInAttention(8, temperature=0.0), id="a2n"),
+        pytest.param(lambda: AttentionInAttention(2), id="a2n"),
+        pytest.param(lambda: ACMIL(6, 3, branches=0), id="acmil"),
+        pytest.param(lambda: ACMIL(6, 3, share=1.2), id="acmil"),
+        pytest.param(lambda: ACMIL(6, 3)(torch.randn(2, 0, 6)), id="acmil"),
+        pytest.param(lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool)), id="acmil"),
+        pytest.param(lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), torch.ones(2, 4, dtype=torch.bool)), id="acmil"),
+        pytest.param(lambda: ACMIL(6, 3)(torch.randn(2, 5, 6), draw=torch.rand(2, 5, 4)), id="acmil"),
+        pytest.param(lambda: MultiQueryACMIL(6, 3, 10, 4), id="acmil"),
+        pytest.param(lambda: MultiQueryACMIL(6, 3, branches=0), id="acmil"),
+        pytest.param(lambda: MultiQueryACMIL(6, 3, 8)(torch.randn(2, 0, 6)), id="acmil"),
+        pytest.param(lambda: GatedAttentionPool(6)(torch.randn(5, 6)), id="acmil"),
+        pytest.param(lambda: stochastic_topk_mask(torch.randn(2, 5), -1, 0.5), id="acmil"),
     ],
 )
 def test_refusals(make):

@@ -54,25 +54,25 @@ def test_twins_of_timm_have_the_same_values(name):
     assert torch.allclose(own(x), host(x), atol=1e-10)
 
 
-def test_parameter_counts():
+def test_parameter_counts_of_twins_and_litv2_hilo():
     with torch.device("meta"):
         assert size(Twins()) == 24060776 and size(pcpvt()) == 24106216
         assert abs(size(LITv2()) / 27.85e6 - 1) < 0.001
 
 
-def test_features_halve_the_map_for_any_size():
+def test_twins_features_halve_the_map_for_any_size():
     own = Twins((8, 16), (2, 2), (2, 2), (7, 7), (4, 2), (2, 2)).eval()
     for side in ((56, 56), (84, 70), (61, 47)):
         found = own.features(torch.randn(1, 3, *side))
         assert [tuple(y.shape[1:]) for y in found] == [(8, side[0] // 4, side[1] // 4), (16, side[0] // 8, side[1] // 8)]
 
 
-def test_merging_starts_as_the_convolution():
+def test_litv2_hilo_merging_starts_as_the_convolution():
     layer, x = DeformableMerging(4, 6).eval(), torch.randn(2, 4, 7, 8)
     assert torch.allclose(layer(x), torch.nn.functional.gelu(layer.norm(layer.conv(x))), atol=1e-5)
 
 
-def test_dropout_stands_in_training():
+def test_dropout_of_twins_and_litv2_hilo_stands_in_training():
     torch.manual_seed(0)
     x = torch.randn(2, 36, 8)
     for layer in (LocallyGroupedAttention(8, 2, 3, dropout=0.5), GlobalSubsampledAttention(8, 2, 2, proj_dropout=0.5)):
@@ -85,16 +85,16 @@ def test_dropout_stands_in_training():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: HiLo(10, 4),
-        lambda: HiLo(8, 4, alpha=1.5),
-        lambda: HiLo(8, 4, window=0),
-        lambda: HiLo(8, 4)(torch.randn(1, 6, 8)),
-        lambda: LITv2(8, (1, 1), (1,), (0, 2)),
-        lambda: LocallyGroupedAttention(8, 3),
-        lambda: LocallyGroupedAttention(8, 2, 0),
-        lambda: GlobalSubsampledAttention(8, 2, 4)(torch.randn(1, 15, 8), (5, 3)),
-        lambda: Twins((8, 16), (2,)),
-        lambda: pair_flops(10, 0),
+        pytest.param(lambda: HiLo(10, 4), id="litv2-hilo"),
+        pytest.param(lambda: HiLo(8, 4, alpha=1.5), id="litv2-hilo"),
+        pytest.param(lambda: HiLo(8, 4, window=0), id="litv2-hilo"),
+        pytest.param(lambda: HiLo(8, 4)(torch.randn(1, 6, 8)), id="litv2-hilo"),
+        pytest.param(lambda: LITv2(8, (1, 1), (1,), (0, 2)), id="litv2-hilo"),
+        pytest.param(lambda: LocallyGroupedAttention(8, 3), id="twins"),
+        pytest.param(lambda: LocallyGroupedAttention(8, 2, 0), id="twins"),
+        pytest.param(lambda: GlobalSubsampledAttention(8, 2, 4)(torch.randn(1, 15, 8), (5, 3)), id="twins"),
+        pytest.param(lambda: Twins((8, 16), (2,)), id="twins"),
+        pytest.param(lambda: pair_flops(10, 0), id="twins"),
     ],
 )
 def test_refusals(make):

@@ -16,23 +16,25 @@ S, BANK = torch.rand(6, 5), torch.rand(9, 5)
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: qb_norm(S, BANK[:, :4]),
-        lambda: qb_norm(S[0], BANK),
-        lambda: qb_norm(S, BANK[:0]),
-        lambda: qb_norm(S.log() * float("inf"), BANK),
-        lambda: qb_norm(S, BANK, "softmax"),
-        lambda: qb_norm(S, BANK, k=6),
-        lambda: qb_norm(S, BANK, "csls", k=10),
-        lambda: qb_norm(S, BANK, "csls", beta=3.0),
-        lambda: qb_norm(S, BANK, "gc", k=3),
-        lambda: qb_norm(S, BANK, "is", k=3),
-        lambda: qb_norm(S, BANK, "gc", logs=True),
-        lambda: qb_norm(100 * S, BANK),
-        lambda: retrieval_metrics(S),
-        lambda: retrieval_metrics(S, torch.zeros(6, dtype=torch.long), keep=torch.zeros(6, dtype=torch.bool)),
-        lambda: norm_loss(nn.LayerNorm(3)),
-        lambda: norm_loss([torch.ones(3)]),
-        lambda: decoupled_norm(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), nn.Linear(2, 2)),
+        pytest.param(lambda: qb_norm(S, BANK[:, :4]), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S[0], BANK), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK[:0]), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S.log() * float("inf"), BANK), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "softmax"), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, k=6), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "csls", k=10), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "csls", beta=3.0), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "gc", k=3), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "is", k=3), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(S, BANK, "gc", logs=True), id="inverted-softmax"),
+        pytest.param(lambda: qb_norm(100 * S, BANK), id="inverted-softmax"),
+        pytest.param(lambda: retrieval_metrics(S), id="inverted-softmax"),
+        pytest.param(
+            lambda: retrieval_metrics(S, torch.zeros(6, dtype=torch.long), keep=torch.zeros(6, dtype=torch.bool)), id="inverted-softmax"
+        ),
+        pytest.param(lambda: norm_loss(nn.LayerNorm(3)), id="norm-loss"),
+        pytest.param(lambda: norm_loss([torch.ones(3)]), id="norm-loss"),
+        pytest.param(lambda: decoupled_norm(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), nn.Linear(2, 2)), id="norm-loss"),
     ],
 )
 def test_refusals(call):
@@ -40,12 +42,12 @@ def test_refusals(call):
         call()
 
 
-def test_logarithms_stay_in_range_and_rank_alike():
+def test_inverted_softmax_logarithms_stay_in_range_and_rank_alike():
     wide = qb_norm(100 * S, BANK, "is", logs=True)
     assert wide.isfinite().all() and (qb_norm(S, BANK, "is").argsort(1) == qb_norm(S, BANK, "is", logs=True).argsort(1)).all()
 
 
-def test_untouched_rows_are_the_same_bits():
+def test_inverted_softmax_leaves_untouched_rows_the_same_bits():
     s, bank = torch.randn(20, 8), torch.zeros(1, 8)
     bank[0, 3] = 1.0
     out = qb_norm(s, bank, beta=1.0)
@@ -53,13 +55,13 @@ def test_untouched_rows_are_the_same_bits():
     assert torch.equal(out[kept], s[kept]) and not torch.equal(out[~kept], s[~kept]) and kept.any() and (~kept).any()
 
 
-def test_even_galleries_have_no_hubs_and_queries_may_be_left_out():
+def test_inverted_softmax_even_galleries_have_no_hubs_and_queries_may_be_left_out():
     assert hubness(torch.eye(5)) == 0
     found = retrieval_metrics(torch.eye(4), keep=torch.tensor([True, False, True, True]))
     assert found["R1"] == 100 and found["MedR"] == 1
 
 
-def test_decay_beside_it_is_refused_and_the_hook_ends():
+def test_norm_loss_refuses_decay_beside_it_and_its_hook_ends():
     layer = nn.Linear(3, 2)
     with pytest.raises(RegardError, match="expected weight_decay=0"):
         decoupled_norm(torch.optim.AdamW(layer.parameters(), 0.1), layer)
@@ -72,7 +74,7 @@ def test_decay_beside_it_is_refused_and_the_hook_ends():
     assert torch.equal(layer.weight, before)  # its gradient is zero
 
 
-def test_rows_of_zeros_stay_finite_and_shared_weights_count_once():
+def test_norm_loss_of_zeros_is_finite_and_shared_weights_count_once():
     layer = nn.Linear(3, 2)
     layer.weight.data.zero_()
     norm_loss(layer).backward()
@@ -86,7 +88,7 @@ def test_rows_of_zeros_stay_finite_and_shared_weights_count_once():
     assert float(norm_loss(nn.Sequential(layer, twin), 1.0).detach()) == 2 and list(row_spread(nn.Sequential(layer, twin))) == ["0.weight"]
 
 
-def test_row_dimension_can_be_chosen():
+def test_norm_loss_row_dimension_can_be_chosen():
     weight = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
     assert float(norm_loss([weight], 1.0, row_dim=1)) == 16
     assert float(norm_loss([weight.half()], 1.0, row_dim=1)) == 16

@@ -36,7 +36,7 @@ class Packed(nn.Module):
 
 
 @torch.no_grad()
-def test_packed_attention_of_all_patches_is_the_vit_and_of_some_hides_the_others():
+def test_spa_of_all_patches_is_the_vit_and_of_some_hides_the_others():
     images, _, ink = some()
     model = vit()
     plain = model(images)
@@ -54,7 +54,7 @@ def test_packed_attention_of_all_patches_is_the_vit_and_of_some_hides_the_others
 
 
 @torch.no_grad()
-def test_a_diluted_layer_ends_without_its_attention():
+def test_lambda_vit_ends_without_its_attention():
     images, labels, _ = some(64)
     model = vit()
     plain, size, dim = model(images), sum(p.numel() for p in model.parameters()), model.embed_dim
@@ -84,7 +84,7 @@ def learned(net, loss_of, steps=12):
     return net
 
 
-def test_gated_prompts_learn_in_front_of_the_frozen_vit():
+def test_gated_prompt_tuning_learns_in_front_of_the_frozen_vit():
     torch.manual_seed(0)
     net = GatedPromptTuner(vit(), 4, 10, pool="class", gate_init=1.0)
     dim = net.vit.embed_dim

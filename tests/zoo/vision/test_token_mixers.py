@@ -18,23 +18,25 @@ def size(layer):
     return sum(p.numel() for p in layer.parameters())
 
 
-def test_parameter_counts():
+def test_parameter_counts_of_activator_convit_mambaout_and_van_lka():
     c, h = 6, 10
     assert size(ActivatorUnit(c, h)) == 3 * c * h + 4 * h + c
     assert size(LKA(32)) == 32 * 74 + 32**2 + 3 * 32
     with torch.device("meta"):
-        assert abs(size(van("b0")) / 4.1e6 - 1) < 0.01 and abs(size(van("b2")) / 26.6e6 - 1) < 0.01
-        assert abs(size(mambaout("tiny")) / 26.5e6 - 1) < 0.01 and abs(size(mambaout("femto")) / 7.3e6 - 1) < 0.01
+        for name, millions in {"b0": 4.1, "b1": 13.9, "b2": 26.6, "b3": 44.8, "b4": 60.3, "b5": 90.0, "b6": 200.0}.items():
+            assert abs(size(van(name)) / 1e6 / millions - 1) < 0.01
+        for name, millions in {"femto": 7.3, "kobe": 9.1, "tiny": 26.5, "small": 48.5, "base": 84.8}.items():
+            assert abs(size(mambaout(name)) / 1e6 / millions - 1) < 0.01
         assert abs(size(ConViT(4)) / 5.7e6 - 1) < 0.01 and abs(size(ConViT(9)) / 27.8e6 - 1) < 0.01
 
 
-def test_long_sequences_and_tasks():
+def test_mambaout_of_long_sequences_and_tasks():
     assert is_long_sequence(4000, 384) and not is_long_sequence(196, 384) and not is_long_sequence(4000, 768)
     assert [needs_memory(t) for t in ("classification", "detection", "segmentation", "generation")] == [False, True, True, True]
     assert not needs_memory("detection", dim=768) and needs_memory("generation", dim=768)
 
 
-def test_first_values():
+def test_first_values_of_convit_and_van_lka():
     torch.manual_seed(0)
     conv, linear, plain = nn.Conv2d(64, 64, 3, groups=4), nn.Linear(256, 128), nn.Conv2d(64, 64, 3)
     for layer in (conv, linear):
@@ -64,7 +66,7 @@ def test_paths_are_dropped_a_sample_at_a_time():
     assert torch.equal(drop.eval()(x), x)
 
 
-def test_dropout_and_dropped_paths_reach_the_blocks():
+def test_dropout_reaches_activator_convit_mambaout_ninformer_and_van_lka():
     torch.manual_seed(0)
     nets = [NiNformer(16, 16, 1, 0.5, side=8), ActivatorViT(16, 16, 1, 0.5), VAN((8,), (2,), (2,), drop_path=0.5)]
     nets += [MambaOut((8,), (2,), drop_path=0.5), ConViT(1, 8, 2, 1, side=8, patch=4, dropout=0.5)]
@@ -78,7 +80,7 @@ def test_dropout_and_dropped_paths_reach_the_blocks():
     assert not torch.equal(gpsa(x), gpsa(x))
 
 
-def test_convolutions_as_attention_have_few_ranks():
+def test_convit_from_convolutions_of_few_ranks():
     with pytest.raises(RegardError, match="rank above 2"):
         conv_to_gpsa(nn.Conv2d(18, 18, 3, padding=1))
     conv = nn.Conv2d(9, 9, 3, padding=1, bias=False)
@@ -89,26 +91,26 @@ def test_convolutions_as_attention_have_few_ranks():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LKA(4, 22, 3),
-        lambda: VAN((4, 8), (1,), (2, 2)),
-        lambda: van("b9"),
-        lambda: GatedCNNBlock(8, conv_ratio=0.0),
-        lambda: GatedCNNBlock(8, kernel=4),
-        lambda: MambaOut((4, 8), (1,)),
-        lambda: mambaout("huge"),
-        lambda: needs_memory("captioning"),
-        lambda: GPSA(10, 4),
-        lambda: ConViT(4, 8, 2, 2, side=8, patch=4),
-        lambda: ConViT(4, 8, 2, 1, side=9, patch=4),
-        lambda: ConViT(4, 8, 2, 1, side=8, patch=4)(torch.randn(1, 3, 8, 12)),
-        lambda: GPSA(8, 4)(torch.randn(1, 6, 8)),
-        lambda: GPSA(8, 4)(torch.randn(1, 6, 8), (2, 4)),
-        lambda: conv_to_gpsa(nn.Conv2d(4, 8, 3)),
-        lambda: conv_to_gpsa(nn.Conv2d(8, 8, 3)),
-        lambda: conv_to_gpsa(nn.Conv2d(9, 9, 3, stride=2)),
+        pytest.param(lambda: LKA(4, 22, 3), id="van-lka"),
+        pytest.param(lambda: VAN((4, 8), (1,), (2, 2)), id="van-lka"),
+        pytest.param(lambda: van("b9"), id="van-lka"),
+        pytest.param(lambda: GatedCNNBlock(8, conv_ratio=0.0), id="mambaout"),
+        pytest.param(lambda: GatedCNNBlock(8, kernel=4), id="mambaout"),
+        pytest.param(lambda: MambaOut((4, 8), (1,)), id="mambaout"),
+        pytest.param(lambda: mambaout("huge"), id="mambaout"),
+        pytest.param(lambda: needs_memory("captioning"), id="mambaout"),
+        pytest.param(lambda: GPSA(10, 4), id="convit"),
+        pytest.param(lambda: ConViT(4, 8, 2, 2, side=8, patch=4), id="convit"),
+        pytest.param(lambda: ConViT(4, 8, 2, 1, side=9, patch=4), id="convit"),
+        pytest.param(lambda: ConViT(4, 8, 2, 1, side=8, patch=4)(torch.randn(1, 3, 8, 12)), id="convit"),
+        pytest.param(lambda: GPSA(8, 4)(torch.randn(1, 6, 8)), id="convit"),
+        pytest.param(lambda: GPSA(8, 4)(torch.randn(1, 6, 8), (2, 4)), id="convit"),
+        pytest.param(lambda: conv_to_gpsa(nn.Conv2d(4, 8, 3)), id="convit"),
+        pytest.param(lambda: conv_to_gpsa(nn.Conv2d(8, 8, 3)), id="convit"),
+        pytest.param(lambda: conv_to_gpsa(nn.Conv2d(9, 9, 3, stride=2)), id="convit"),
         lambda: DropPath(1.0),
-        lambda: NiNformer(8, 8, 1, side=8)(torch.randn(1, 3, 12, 12)),
-        lambda: LKAAttention(4)(torch.randn(1, 5, 6, 6)),
+        pytest.param(lambda: NiNformer(8, 8, 1, side=8)(torch.randn(1, 3, 12, 12)), id="ninformer"),
+        pytest.param(lambda: LKAAttention(4)(torch.randn(1, 5, 6, 6)), id="van-lka"),
     ],
 )
 def test_refusals(make):

@@ -106,13 +106,9 @@ def build_sala(config: SALAConfig | None = None, scores: Sequence[float] | None 
     """A `Decoder` of sparse and lightning layers. Its cache holds a state for each linear layer, keys and values for each sparse one."""
     c = config or SALAConfig()
     kept = softmax_layers(c.layers, c.share, scores)
-    mixers = [
-        Attention(c.dim, c.heads, c.sparse(), kv_heads=c.kv_heads, rope=True)
-        if n in kept
-        else Attention(c.dim, c.heads, sala_lightning(n, c.layers), kv_heads=c.kv_heads, rope=True)
-        for n in range(c.layers)
-    ]
-    return Decoder(mixers, vocab=c.vocab, dim=c.dim, layers=c.layers, heads=c.heads)
+    mechanisms = [c.sparse() if n in kept else sala_lightning(n, c.layers) for n in range(c.layers)]
+    mixers = [Attention(c.dim, c.heads, one, kv_heads=c.kv_heads, rope=True) for one in mechanisms]
+    return Decoder(mixers, vocab=c.vocab, dim=c.dim, layers=c.layers)
 
 
 def importance(losses: Callable[[Decoder], tuple[float, float]], dense: Decoder, config: SALAConfig) -> list[float]:
@@ -151,7 +147,7 @@ def convert(dense: Decoder, config: SALAConfig, kept: Sequence[int] | None = Non
             for part in new.gate.parameters():  # half open everywhere, made up for by the output weights
                 nn.init.zeros_(part)
         mixers.append(new.to(next(dense.parameters()).dtype))
-    model = Decoder(mixers, vocab=dense.embed.num_embeddings, dim=config.dim, layers=config.layers, heads=config.heads)
+    model = Decoder(mixers, vocab=dense.embed.num_embeddings, dim=config.dim, layers=config.layers)
     others = {name: x for name, x in dense.state_dict().items() if ".mixer." not in name}
     model.load_state_dict({**model.state_dict(), **others})
     return model.to(next(dense.parameters()).dtype)

@@ -15,6 +15,7 @@ import torch
 from regard.algebra import Neighborhood, Weighted
 from regard.algebra.neighborhood import window_of
 from regard.catalog.registry import register
+from regard.errors import RegardError
 
 Axes = int | tuple[int, ...]
 
@@ -54,6 +55,8 @@ def simulate(
     causal: bool = False,
 ) -> Simulation:
     """Count, from per-axis windows alone, the (query tile, key tile) pairs that hold a visible pair (dilation 1)."""
+    if len({len(one) for one in (shape, kernel, stride, q_tile, kv_tile)}) > 1:
+        raise RegardError(f"{shape=}, {kernel=}, {stride=}, {q_tile=}, {kv_tile=}; expected a number an axis in each")
     pairs, partial = [], []
     for length, k, s, tq, tk in zip(shape, kernel, stride, q_tile, kv_tile, strict=True):
         x = torch.arange(length)

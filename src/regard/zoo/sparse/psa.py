@@ -45,6 +45,8 @@ def psa(
         raise RegardError(f"mode={mode!r}, tail={tail!r}; expected topk or threshold, and counted or repeated")
     if tile < 1:
         raise RegardError(f"tile={tile}; expected at least 1")
+    if similarity is not None and len(similarity) != 3:
+        raise RegardError(f"similarity={similarity}; expected three cosines, of levels 2, 4 and 8")
     found = ranges or (RANKS if mode == "topk" else MASSES)
     constants = {
         "mode": mode,

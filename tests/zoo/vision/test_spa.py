@@ -42,6 +42,17 @@ def test_noise_moves_choices_in_training_alone():
     assert torch.equal(keep, gate(x)[1]) and torch.equal(keep, scores > 0) and torch.allclose(factor, keep.float(), atol=1e-6)
 
 
+def test_noise_is_logistic():
+    """A score s is kept with probability sigmoid(s / noise)."""
+    torch.manual_seed(0)
+    gate = SelectGate(2, noise=1.5)
+    torch.nn.init.zeros_(gate.score.weight)
+    for s in (-3.0, 0.0, 1.0):
+        torch.nn.init.constant_(gate.score.bias, s)
+        share = float(gate(torch.zeros(1, 20000, 2))[1].float().mean())
+        assert share == pytest.approx(1 / (1 + torch.tensor(-s / 1.5).exp().item()), abs=0.015)
+
+
 def test_labels_are_pooled_by_their_largest():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, 5, 2] = True
@@ -68,6 +79,24 @@ def test_windows_of_a_net():
     x[:, 5] += 1
     moved = SelectPackBlock(8, 2, window=2)
     assert torch.equal(moved(x, (3, 2))[0][:, :4], moved(torch.cat((x[:, :4], 0 * x[:, 4:]), 1), (3, 2))[0][:, :4])
+
+
+def test_a_net_by_hand():
+    """Stages of blocks on patches, scores as maps, the mean's norm and a linear layer."""
+    torch.manual_seed(0)
+    net = SelectPackNet((8, 16), (2, 1), (2, 2), classes=3, patch=3).double()
+    x, found = torch.randn(2, 3, 13, 12, dtype=torch.float64), []
+    logits, scores = net(x)
+    for patches, blocks in zip(net.patches, net.stages, strict=True):
+        size = patches.kernel_size
+        x = torch.nn.functional.conv2d(x, patches.weight, patches.bias, stride=size)
+        tokens = x.flatten(2).mT
+        for block in blocks:
+            tokens, own = block(tokens)
+            found.append(own.view(2, *x.shape[2:]))
+        x = tokens.mT.reshape(x.shape)
+    torch.testing.assert_close(logits, net.head(net.norm(x.mean((2, 3)))))
+    assert len(scores) == 3 and all(torch.equal(a, b) for a, b in zip(scores, found, strict=True))
 
 
 @pytest.mark.parametrize(

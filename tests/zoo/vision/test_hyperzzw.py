@@ -7,7 +7,7 @@ import torch
 
 from regard import RegardError
 from regard.nn.images.hyper_kernels import GroupedStandard, SlowNet, grid_of, standardised
-from regard.zoo.vision.hyperzzw import HyperInteract, HyperZZWLocal, SFNEBlock, Terminator, hyperzzw_global, slow_loss
+from regard.zoo.vision.hyperzzw import HyperInteract, HyperZZWLocal, SFNEBlock, Terminator, hyperzzw_global, slow_loss, terminator_loss
 
 SMALL = {"kernels": (3, 1, 5, 3), "hidden": (4, 4, 4, 4, 4), "groups": 2, "omega": 1.0}
 
@@ -105,3 +105,13 @@ def test_gradients():
     assert torch.autograd.gradcheck(layer.interact, x) and torch.autograd.gradcheck(
         lambda y: layer.slow(y) + hyperzzw_global(layer.net(), y, y), x
     )
+
+
+def test_loss_of_smoothed_labels():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 3, 1])
+    for smoothing in (0.1, 0.4):
+        truth = 0.0
+        for row, label in zip(logits.log_softmax(-1), labels.tolist(), strict=True):
+            truth -= sum(float(row[c]) * (smoothing / 4 + (1 - smoothing) * (c == label)) for c in range(4)) / 3
+        assert float(terminator_loss(logits, labels, torch.tensor(0.25), smoothing)) == pytest.approx(truth + 0.25)
