@@ -29,7 +29,8 @@ def streamed(model, ids, sink, recent):
 
 def test_loss_of_streaming_heads_is_the_distance_of_hidden_states_where_asked():
     model, data = llama(layers=3, sharp=2), batch()
-    model.set_attn_implementation("sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.6
     with torch.no_grad():
         truth = model.model(data[0], use_cache=False).last_hidden_state
         for sink, recent in ((2, 4), (0, 3)):
@@ -50,6 +51,17 @@ def test_gates_fall_by_the_schedule_under_a_strong_penalty(steps):
     warm = max(1, steps // 5)
     rates = [min(1, (at + 1) / warm, (steps - at) / warm) for at in range(steps)]
     assert torch.allclose(gates, torch.full((2, 2), 1 - 0.01 * sum(rates)), atol=1e-4) and seen == list(range(steps))
+
+
+def test_gates_go_down_the_slope_of_the_distance():
+    """Without a penalty the first step of Adam is the rate against the sign of each gate's slope, here by differences."""
+    model, data = llama(layers=2, sharp=2), batch()
+    start, options = torch.full((2, 2), 0.5), {"penalty": 0.0, "sink": 2, "recent": 4}
+    gates = identify_heads(model, lambda step: data, 1, lr=0.01, first=start, **options)
+    for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        ahead, behind = (start.index_put(tuple(map(torch.tensor, at)), torch.tensor(0.5 + step)) for step in (0.05, -0.05))
+        slope = loss(model, data, first=ahead, **options) - loss(model, data, first=behind, **options)
+        assert float(gates[at]) == pytest.approx(0.49 if slope > 0 else 0.51, abs=1e-4)
 
 
 def test_gates_stay_between_none_and_all():
