@@ -129,3 +129,22 @@ def test_hops_and_kinds_by_hand():
     several, x = FORMS["multi-representational"][0](6).double(), torch.randn(2, 4, 3, 6, dtype=torch.float64)
     p = (x @ several.w.weight[0] + several.w.bias).softmax(-1)
     assert torch.allclose(several(x)[0], (p[..., None] * x).sum(2)) and torch.allclose(several(x)[1], p)
+
+
+def test_which_layers_have_biases():
+    biased = {
+        "parallel co-attention": set(),
+        "alternating co-attention": set(),
+        "memory network": set(),
+        "multi-representational": {"w"},
+        "local-p attention": set(),
+        "hierarchical attention": {"of_words.net", "of_sentences.net", "head"},
+    }
+    for name, expected in biased.items():
+        made = FORMS[name][0](*((9, 8, 2) if name == "hierarchical attention" else (8,)))
+        own = {
+            key for key, m in made.named_modules() if isinstance(m, torch.nn.Linear) and m.bias is not None and not key.startswith("align")
+        }
+        assert own == expected, name
+    made = FORMS["hierarchical attention"][0](9, 8, 2)
+    assert made.words.bidirectional and made.sentences.bidirectional and made.words.hidden_size == 4 and not made.embed.weight[0].any()

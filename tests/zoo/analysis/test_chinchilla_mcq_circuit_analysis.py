@@ -121,3 +121,10 @@ def test_a_head_in_few_dimensions_by_hand():
     assert low_rank_head(model, (0, 1), ids, places, 2, values=False).values is None
     assert low_rank_head(model, (0, 1), ids, places, 2).position == -1
     assert recovered(3.0, 2.0, 1.0) == 0.5
+
+
+def test_projections_have_no_more_dimensions_than_vectors():
+    few = torch.randn(2, 5)
+    p = projector([few], 4)
+    assert torch.allclose(p @ p, p, atol=1e-9) and float(p.trace()) == pytest.approx(2) and torch.allclose(few.double() @ p, few.double())
+    assert torch.equal(projector([few], 0), torch.zeros(5, 5).double())
