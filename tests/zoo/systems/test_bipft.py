@@ -67,6 +67,7 @@ def test_a_small_bert_by_hand():
     torch.manual_seed(0)
     model, ids = BinaryBert(20, 8, 2, 2, 7, hidden=12).double(), torch.randint(20, (2, 5))
     keep = torch.arange(5) < torch.tensor([[5], [3]])
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
     model(ids, keep)  # fits the scales
 
     def norm(x, layer):
