@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.algebra import Input, Modified, Weighted
+from regard.algebra import Input, Modified, Rope, Weighted
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.attention import Attention
@@ -114,11 +114,15 @@ class LocalistDecoder(nn.Module):
         self.register_buffer("block_of", block_of)
         self.embed = nn.Embedding(len(block_of), dim)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.blocks = nn.ModuleList(
-            [Block(dim, Attention(dim, heads, localist_dial(), rope=True), hidden or 2 * dim) for _ in range(layers)]
-        )
+        self.blocks = nn.ModuleList([Block(dim, self.layer(dim, heads), hidden or 2 * dim) for _ in range(layers)])
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.dial: float | list[float] = 0.0
+
+    @staticmethod
+    def layer(dim: int, heads: int) -> Attention:
+        made = Attention(dim, heads, localist_dial())
+        made.rope = Rope()  # beside the blocks, which stand where a mechanism's own positions would
+        return made
 
     def forward(self, tokens: Tensor) -> Tensor:
         dials = self.dial if isinstance(self.dial, list) else [self.dial] * len(self.blocks)
