@@ -90,3 +90,19 @@ def test_features_are_standardised_by_the_training_rows():
     assert torch.allclose(mean, x[:, :6].sum(1, keepdim=True) / 6)
     assert torch.allclose(std, ((x[:, :6] - mean).square().sum(1, keepdim=True) / 6).sqrt())
     assert float(model.scales(torch.ones(1, 4, 1))[1]) == pytest.approx(1e-6)
+
+
+def test_a_whole_call_refuses_what_a_fit_refuses():
+    model, x, y = TabPFNLite(), torch.randn(2, 8, 3), torch.randint(0, 2, (2, 5))
+    assert model(x, y).shape == (2, 3, 2)
+    for bad_x, bad_y, told in (
+        (x, y + 2, "classes 0 to 1"),
+        (x, y - 2, "classes 0 to 1"),
+        (x * float("nan"), y, "fill missing"),
+        (x, y[:, :0], "0 < n <= N"),
+        (x[:, :4], y, "0 < n <= N"),
+        (x[0], y, "features"),
+        (x[..., :0], y, "features"),
+    ):
+        with pytest.raises(RegardError, match=told):
+            model(bad_x, bad_y)
