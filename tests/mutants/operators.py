@@ -55,7 +55,7 @@ KEPT_CALLS = {
 Path = tuple[tuple[str, int | None], ...]
 
 
-SILENT_KEYWORDS = {None, "device", "strict"}  # no number depends on them
+SILENT_KEYWORDS = {None, "device", "devices", "strict"}  # no number depends on them
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def alternatives(node: ast.AST, guard: bool) -> Iterator[tuple[str, ast.AST]]:
             yield f"{value} -> {new_value}", ast.Constant(new_value)
         case ast.Call(func=func, args=[ast.expr() as only], keywords=[]) if not isinstance(only, (ast.Starred, ast.GeneratorExp)):
             name = ast.unparse(func)
-            if name.rpartition(".")[2] not in KEPT_CALLS and not name[:1].isupper():
+            placed = name.endswith(".to") and ast.unparse(only).endswith("device")
+            if name.rpartition(".")[2] not in KEPT_CALLS and not name[:1].isupper() and not placed:
                 yield f"{name}() left out", only
         case ast.Call(keywords=[*keywords]) if keywords:
             for keyword in keywords:

@@ -37,7 +37,7 @@ from regard.lab import verification
 
 TESTS = pathlib.Path(__file__).parent.parent
 EQUIVALENT: dict[str, dict[str, str]] = json.loads((TESTS / "mutants" / "equivalent.json").read_text())
-FOLDERS = ["golden", "contract", "zoo", "nn"]  # folders of tests whose cases carry the names of rows
+FOLDERS = ["golden", "contract", "zoo", "nn", "adapt", "cache", "parallel"]  # folders of tests whose cases carry the names of rows
 QUICK = 3.0  # seconds of a check that comes before the tests
 SLACK = 20.0  # seconds a mutant may take beyond three times the unchanged row
 
