@@ -97,6 +97,8 @@ def sites(node: ast.AST, path: Path = (), guard: bool = False) -> Iterator[tuple
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
                 continue
+            if isinstance(child, ast.keyword) and child.arg in SILENT_KEYWORDS - {None}:
+                continue
             here = (*path, (name, index))
             refusing = guard or (name == "test" and isinstance(node, ast.If) and all(isinstance(one, ast.Raise) for one in node.body))
             yield here, child, refusing

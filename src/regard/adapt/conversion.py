@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra import Mechanism
+from ..catalog import get
 from ..errors import RegardError
 from .replace import Replaced, Where, replace, set_part
 
@@ -102,10 +105,16 @@ def attention_parts(model: nn.Module) -> list[str]:
 
 
 def convert(
-    model: nn.Module, make: Callable[[nn.Module], nn.Module], where: Where | None = None, layers: Iterable[int] | None = None
+    model: nn.Module,
+    make: str | Mechanism | Callable[[nn.Module], nn.Module],
+    where: Where | None = None,
+    layers: Iterable[int] | None = None,
 ) -> Conversion:
     """Replace parts of a model by make(part), its student, which starts from copies of the part's weights.
 
+    make: or a mechanism, by name or description: attention layers of a transformers decoder with q_proj, k_proj, v_proj and o_proj become
+    layers of it on the same projections, its gates, maps and norms new (`MechanismStudent`; the projections are then named
+    "attention.q", "attention.k", "attention.v" and "attention.out").
     where: as of `replace` (None: every attention layer with q_proj, k_proj, v_proj and o_proj). layers: which of those attention layers, by
     number. RegardError where nothing fits, or make refuses a part; the model is then as it was.
     """
@@ -123,6 +132,10 @@ def convert(
             return name in wanted
 
         where = fits
+    if isinstance(make, (str, Mechanism)):
+        from .any_mechanism import MechanismStudent
+
+        make = functools.partial(MechanismStudent, mechanism=get(make) if isinstance(make, str) else make)
     before = dict(model.named_modules(remove_duplicate=False))
     replaced = replace(model, where, make)
     return Conversion(model, replaced, {name: (before[name], model.get_submodule(name)) for name in replaced.names})

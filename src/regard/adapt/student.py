@@ -85,6 +85,10 @@ class Student(nn.Module):
         y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[operator]
         return y, state
 
+    def read(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """A whole text (B, L, dim), of which no state is kept."""
+        return self.run(x, rotary)[0]
+
     def forward(
         self, hidden_states: Tensor, position_embeddings: Rotary | None = None, attention_mask: Any = None, **given: Any
     ) -> tuple[Tensor, None]:
@@ -107,14 +111,14 @@ class Student(nn.Module):
     def apart(self, x: Tensor, rotary: Rotary, sight: Sight) -> Tensor:
         """Whole texts, each by itself."""
         if sight.shown is None:
-            return self.run(x, rotary)[0]
+            return self.read(x, rotary)
         y = torch.zeros_like(x)
         cos, sin = (z.expand(x.shape[0], -1, -1) for z in rotary)
         for piece in pieces(sight, x.shape[0]):
             if piece.mask != Causal() or piece.rows is None or piece.queries is None:
                 raise RegardError("attention_mask hides more than padding and other texts; expected one or the other")
             at = (piece.rows[:, None], piece.queries)
-            y = y.index_put(at, self.run(x[at], (cos[at], sin[at]))[0].to(y.dtype))
+            y = y.index_put(at, self.read(x[at], (cos[at], sin[at])).to(y.dtype))
         return y
 
 

@@ -15,6 +15,7 @@ from ..algebra.mechanism import Hybrid, Mechanism, Recurrent, Weighted
 from ..algebra.part import Input, Sizes, asks
 from ..algebra.position_mask import Causal, Window
 from ..algebra.rows import RowWise
+from ..algebra.token_mask import Padding
 from ..errors import RegardError
 from . import recurrent as scans
 from .autocast import autocasting, under_autocast
@@ -168,9 +169,12 @@ def step(
     if isinstance(description, Recurrent):
         return step_scan(description, q, k, v, state, scale, inputs, mask)
     if type(description) in STEP:
-        if not (mask is None or isinstance(mask, Causal)):
-            raise RegardError(f"mask={mask!r}: a stream of {type(description).__name__} reads every token; expected None or Causal()")
-        return STEP[type(description)](description, q, k, v, state, scale, inputs)
+        mask = mask or Causal()
+        if not all(isinstance(part, (Causal, Padding)) for part in conjuncts(mask)):
+            raise RegardError(
+                f"mask={mask!r}: a stream of {type(description).__name__} reads every token that is no padding; expected None, Causal() or Padding()"
+            )
+        return STEP[type(description)](description, q, k, v, state, mask, scale, inputs)
     if isinstance(description, Hybrid) and description.how != "head":
         states = state.states if isinstance(state, ManyStates) else (None,) * len(description.members)
         stepped = [

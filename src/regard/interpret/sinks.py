@@ -19,7 +19,7 @@ from .tables import HeadResult, HeadTable, table_of
 @dataclass(frozen=True)
 class SinkReport(HeadResult):
     """A number a head. dormant, active: mean weight on the first token on dormant and active rows; previous: on the token before, on active
-    rows; total: summed weights of dormant rows (1 under softmax); value: |v_first| over the mean of the others; gap: the first token's logit
+    rows; total: summed weights of dormant rows (1 under softmax); value, key: |v_first|, |k_first| over the mean of the others; gap: the first token's logit
     minus the mean of the others before it, on dormant rows (None where there are no logits). residual (layers,): |h_first| over the mean."""
 
     dormant: HeadTable
@@ -29,12 +29,13 @@ class SinkReport(HeadResult):
     value: HeadTable
     gap: HeadTable | None
     residual: Tensor | None
+    key: HeadTable | None = None
 
 
 @torch.no_grad()
 def sink_report(model: nn.Module, ids: Tensor, active: Tensor, logits: bool = True, residual: bool = False) -> SinkReport:
     """ids (B, L), first token first; active (B, L) bool: rows on which a head should act. Any tapped decoder."""
-    points = ["weights", "v", *(["logits"] if logits else []), *(["residual_out"] if residual else [])]
+    points = ["weights", "k", "v", *(["logits"] if logits else []), *(["residual_out"] if residual else [])]
     with read(model, points) as seen:
         model(ids)
     inner = torch.ones_like(active)
@@ -47,15 +48,16 @@ def sink_report(model: nn.Module, ids: Tensor, active: Tensor, logits: bool = Tr
         """x (B, H, L) over the rows of a kind: (H,)."""
         return x.transpose(1, 2)[rows[kind]].mean(0)
 
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("dormant", "active", "previous", "total", "value", "gap")}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("dormant", "active", "previous", "total", "value", "key", "gap")}
     for layer, w in seen.items("weights"):
         columns["dormant"].append(mean(w[..., 0], "dormant"))
         columns["active"].append(mean(w[..., 0], "active"))
         columns["previous"].append(mean(F.pad(w.diagonal(-1, -2, -1), (1, 0)), "active"))
         columns["total"].append(mean(w.sum(-1), "dormant"))
-        norms = seen["v", layer].norm(dim=-1).mean(0)
-        ratio = norms[:, 0] / norms[:, 1:].mean(1)
-        columns["value"].append(ratio.repeat_interleave(w.shape[1] // len(ratio)))
+        for name, point in (("value", "v"), ("key", "k")):
+            norms = seen[point, layer].norm(dim=-1).mean(0)
+            ratio = norms[:, 0] / norms[:, 1:].mean(1)
+            columns[name].append(ratio.repeat_interleave(w.shape[1] // len(ratio)))
         if logits:
             s = seen["logits", layer]
             others = torch.where(torch.ones_like(s, dtype=torch.bool).tril(-1), s, 0.0)[..., 1:].sum(-1)

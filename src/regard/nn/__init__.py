@@ -7,6 +7,7 @@ from torch import nn
 from ..catalog.making import placeable
 from ..lazy import listed, load
 from .attention import Attention, LayerState
+from .classifier import SequenceClassifier
 from .codes import Codebook
 from .compressed_sparse import NSAAttention
 from .decoder import Block, Decoder
@@ -209,6 +210,7 @@ __all__ = [
     "NSAAttention",
     "NormalizedAttention",
     "QLSTM",
+    "SequenceClassifier",
     "ShortConv",
     "SwiGLU",
     "WindowAttention",

@@ -79,3 +79,21 @@ def darcy(count: int, side: int, seed: int = 0, low: float = 3.0, high: float = 
 def relative_error(found: Tensor, truth: Tensor) -> Tensor:
     """Mean over samples of |found - truth| / |truth|, Euclidean norms over all but the first dimension."""
     return ((found - truth).flatten(1).norm(dim=-1) / truth.flatten(1).norm(dim=-1)).mean()
+
+
+def h1_error(found: Tensor, truth: Tensor, directions: int = 1, periodic: bool = False) -> Tensor:
+    """Mean over samples of |found - truth| / |truth| in the H1 norm, sqrt(|u|^2 + sum |du/dx|^2), of functions (B, n1[, n2]) on [0, 1]: slopes by central
+    differences, one-sided at the ends unless the interval is periodic."""
+
+    def square(u: Tensor) -> Tensor:
+        total = u.square().flatten(1).mean(1)
+        for dim in range(1, 1 + directions):
+            n = u.shape[dim]
+            if periodic:
+                slope = (u.roll(-1, dim) - u.roll(1, dim)) * n / 2
+            else:
+                slope = torch.gradient(u, spacing=1 / (n - 1), dim=dim)[0]
+            total = total + slope.square().flatten(1).mean(1)
+        return total
+
+    return (square(found - truth) / square(truth)).sqrt().mean()

@@ -7,7 +7,15 @@ import torch
 
 from regard import RegardError
 from regard.tasks.item_labels import ItemLabels, item_labels
-from regard.zoo.analysis.abrupt_icl import InductionNet, abruptness, emergence, nested_logits
+from regard.zoo.analysis.abrupt_icl import (
+    Emergence,
+    InductionNet,
+    abruptness,
+    accuracy,
+    emergence,
+    nested_logits,
+    progress,
+)
 
 
 def test_paper_s_settings_run():
@@ -47,3 +55,69 @@ def test_what_does_not_fit_is_refused():
         nested_logits(depth=2)
     with pytest.raises(RegardError, match="every=0"):
         emergence(data, every=0)
+
+
+def test_plateaus_and_cliffs_by_hand():
+    losses = [2.0, 1.95, 1.8, 1.75, 0.9, 0.3, 0.2, 0.1]  # above 1.8 until step 2, at 0.2 from step 6
+    assert abruptness(losses) == (6 - 2) / 2 and abruptness(losses, 0.5, 0.2) == (5 - 4) / 4 and abruptness([1.0, 0.05]) == 0.0
+    with pytest.raises(RegardError, match=r"reach 0\.01"):
+        abruptness(losses, low=0.01)
+    found = Emergence(InductionNet(4, 2), [0, 10, 20, 30, 40], {"novel": [0.3, 0.4, 0.5, 0.7, 0.9], "test": [0.1, 0.3, 0.7, 0.7, 0.9]})
+    assert (
+        found.plateau() == 20
+        and found.plateau("test") == 0
+        and found.plateau("test", 0.2, 0.8) == 30
+        and found.plateau(low=0.35, high=0.95) == 30
+    )
+    assert found.plateau(low=0.95) == -10 or found.plateau(low=0.95, high=0.99) == 0
+
+
+def test_nested_logits_are_gradient_descent():
+    """The model's gradients by autograd, three levels deep and one."""
+    for depth in (1, 3):
+        found = nested_logits(3, 5, lr=0.3, start=0.2, steps=6, depth=depth)
+        logits, losses = torch.full((3,), 0.2, dtype=torch.float64), []
+        for _ in range(6):
+            b1, b2, xi = logits.requires_grad_().unbind()
+            p1 = 1 / (1 + 5 * torch.exp(-b1))
+            p2 = 1 / (1 + 5 * torch.exp(-b2 * p1)) if depth == 3 else torch.ones(())
+            loss = torch.log1p(4 * torch.exp(-xi * p2))
+            losses.append(float(loss))
+            (slope,) = torch.autograd.grad(loss, logits)
+            logits = (logits - 0.3 * slope).detach()
+        assert found == pytest.approx(losses, rel=1e-9)
+
+
+def test_first_weights_sizes_and_the_net_by_hand():
+    torch.manual_seed(0)
+    net = InductionNet(64, 5, 3, key_dim=40, hidden=(50, 30))
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert abs(float(layer.weight.std()) * layer.in_features**0.5 - 1) < 0.15 and (layer.bias is None or not layer.bias.any())
+    assert net.q[0].out_features == 40 and [one.out_features for one in net.mlp] == [50, 30] and len(net.q) == 3
+    assert [one.out_features for one in InductionNet(7, 2).mlp] == [7] * 3 and len(InductionNet(7, 2).q) == 2
+    net, x = InductionNet(6, 3, hidden=(4,)).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    tokens, maps = x, net.weights(x)
+    for layer in range(2):
+        s = (tokens @ net.q[layer].weight.T) @ (tokens @ net.k[layer].weight.T).mT
+        p = s.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
+        assert torch.allclose(maps[layer], p)
+        tokens = tokens + p @ (tokens @ net.v[layer].weight.T)
+    h = (tokens[:, -1] @ net.mlp[0].weight.T + net.mlp[0].bias).clamp_min(0)
+    assert torch.allclose(net(x), h @ net.readout.weight.T + net.readout.bias)
+
+
+def test_progress_by_hand():
+    data = item_labels(8, 8, 6, torch.Generator().manual_seed(0), slots=3, novel=8)
+    asked, net = data.draw(20, torch.Generator().manual_seed(1), pairs=3, copies=1), InductionNet(data.width, 8)
+    maps, given, found = net.weights(asked.tokens), net(asked.tokens).argmax(1), progress(net, asked)
+    previous, copied, target, inside = [], [], [], []
+    for b in range(20):
+        previous += [float(maps[0][b, 2 * n + 1, 2 * n]) for n in range(3)]
+        labels = [float(maps[-1][b, -1, 2 * n + 1]) for n in range(3)]
+        copied.append(sum(labels))
+        target.append(sum(w for w, item in zip(labels, asked.items[b].tolist(), strict=True) if item == int(asked.item[b])))
+        inside.append(int(given[b]) in asked.labels[b].tolist())
+    truth = {"previous": previous, "copied": copied, "target": target, "in_context": inside}
+    assert found == pytest.approx({name: sum(x) / len(x) for name, x in truth.items()}, abs=1e-6)
+    assert accuracy(net, asked) == pytest.approx(float((given == asked.label).double().mean()))

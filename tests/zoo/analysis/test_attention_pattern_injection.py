@@ -9,6 +9,7 @@ from torch import nn
 
 from regard import RegardError, models
 from regard.interpret.patterns import PatternMass, contexts, matching, sentences, shifted
+from regard.interpret.tables import table_of
 from regard.nn import Attention, Decoder
 from regard.nn.embedder import Embedder
 from regard.taps import read
@@ -24,6 +25,7 @@ from regard.zoo.analysis.attention_pattern_injection import (
     discover,
     inject,
     planned,
+    standing_out,
 )
 
 
@@ -121,3 +123,56 @@ def test_what_does_not_fit_is_refused():
             PAL(8, [None] * 4, **{"width": 8, **options})
     with pytest.raises(RegardError, match="expected"):
         PAL(8, [None], width=4)(torch.randn(2, 3, 7), ids[:, :3])
+
+
+def test_heads_that_stand_out_and_plans():
+    table = table_of(torch.tensor([[0.0, 1, 2], [3, 4, 8]]), "")
+    mean, spread = 3.0, float(torch.tensor([0.0, 1, 2, 3, 4, 8]).std(correction=0))
+    for deviations in (0.0, 0.3, 1.0, 2.0):
+        scores = {(0, 0): 0.0, (0, 1): 1.0, (0, 2): 2.0, (1, 0): 3.0, (1, 1): 4.0, (1, 2): 8.0}
+        truth = sorted((at for at, x in scores.items() if x >= mean + deviations * spread), key=lambda at: -scores[at])
+        assert standing_out(table, deviations) == truth
+    assert standing_out(table) == [(1, 2)]
+    uses = [Use(matching()), Use(shifted(1), True)]
+    assert planned(2, uses, 2) == {(layer, head): uses[head % 2] for layer in range(2) for head in range(4)}
+    assert len(planned(1, uses)) == 6
+
+
+def test_the_mask_goes_to_the_model_by_the_name_it_was_given():
+    seen = []
+
+    class Masked(States):
+        def forward(self, ids, real=None):
+            seen.append(real)
+            return super().forward(ids)
+
+    ids, real = torch.randint(1, 50, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    model = Masked()
+    found = discover(model, [(ids, real)], {"shift": shifted(1)}, "real")["shift"]
+    with read(model, "weights") as maps:
+        model(ids)
+    assert seen[0] is real
+    pairs = shifted(1)(ids) & real[:, :, None] & real[:, None]
+    for layer in range(2):
+        mass = (maps["weights", layer] * pairs[:, None]).sum((2, 3)) / real.sum(1)[:, None]
+        assert torch.allclose(found.scores[layer], mass.double().mean(0), atol=1e-6)
+
+
+def test_an_adapter_drops_weights_and_begins_at_zero(monkeypatch):
+    uses, x, ids = [None, Use(matching()), None, None], torch.randn(2, 5, 8), torch.randint(1, 5, (2, 5))
+    dropped, drop = [], F.dropout
+    monkeypatch.setattr(F, "dropout", lambda y, p, training: dropped.append((tuple(y.shape), p, training)) or drop(y, p, training))
+    pal = PAL(8, uses, 12, dropout=0.25)
+    assert not pal(x, ids).any() and pal.q.weight.any() and not pal.eval()(x, ids).any()
+    assert dropped == [((2, 4, 5, 5), 0.25, True), ((2, 4, 5, 5), 0.25, False)]
+    released = PAL(8, uses, start="all")
+    assert not any(p.any() for p in released.parameters()) and released.down.out_features == 256
+    pals = WithAdapters(States(), 32, uses, 8, 0.5, "all").pals
+    assert len(pals) == 2 and {pal.dropout for pal in pals} == {0.5} and {pal.q.in_features for pal in pals} == {8}
+    assert not any(p.any() for p in pals.parameters())
+    lines = BoundaryScorer(64).lines
+    assert lines[0].out_features == 128 and not lines[0].bias.any() and not lines[2].bias.any()
+    for line in (lines[0], lines[2]):
+        bound = (6 / sum(line.weight.shape)) ** 0.5
+        assert 0.9 * bound < float(line.weight.abs().max()) <= bound
+    assert BoundaryScorer(8, 5).lines[2].in_features == 5

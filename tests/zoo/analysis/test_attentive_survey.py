@@ -57,3 +57,75 @@ def test_links_and_errors():
     with pytest.raises(RegardError, match="even"):
         HAN(9, 7, 2)
     assert len(find()) == len(FORMS)
+
+
+def test_forms_are_what_their_names_say():
+    """Each form made and its place among the axes; (kind, what sets it apart, sequences, abstraction, positions, representations)."""
+    forms = {
+        "attention": ((8,), "SurveyAttention", {"positions": "soft"}, "distinctive single soft single"),
+        "hard attention": ((8,), "SurveyAttention", {"positions": "hard"}, "distinctive single hard single"),
+        "local-m attention": ((8,), "SurveyAttention", {"positions": "local-m"}, "distinctive single local single"),
+        "local-p attention": ((8,), "SurveyAttention", {"positions": "local-p"}, "distinctive single local single"),
+        "self-attention": ((8,), "SelfReading", {}, "self single soft single"),
+        "parallel co-attention": ((8,), "CoAttention", {"alternating": False}, "co single soft single"),
+        "alternating co-attention": ((8,), "CoAttention", {"alternating": True}, "co single soft single"),
+        "hierarchical attention": ((9, 8, 2), "HAN", {}, "self multi soft single"),
+        "encoder-decoder": ((9, 8), "RNNSearch", {"pointer": False}, "distinctive single soft single"),
+        "pointer network": ((9, 8), "RNNSearch", {"pointer": True}, "distinctive single soft single"),
+        "memory network": ((8,), "MemoryHops", {}, "distinctive multi soft single"),
+        "multi-representational": ((8,), "MultiRepresentation", {}, "self single soft multi"),
+        "multi-dimensional": ((8,), "MultiDimensional", {}, "distinctive single soft multi-dimensional"),
+    }
+    assert set(FORMS) == set(forms)
+    for name, (args, kind, own, axes) in forms.items():
+        made, tagged = FORMS[name][0](*args), FORMS[name][1]
+        assert type(made).__name__ == kind and {key: getattr(made, key) for key in own} == own
+        assert [tagged[axis] for axis in ("sequences", "abstraction", "positions", "representations")] == axes.split()
+        assert name in find(**tagged)
+    assert set(find(sequences="co")) == {"parallel co-attention", "alternating co-attention"}
+    assert (
+        FORMS["local-p attention"][0](8, width=2.0).width == 2.0
+        and FORMS["self-attention"][0](8, positions="hard").attention.positions == "hard"
+    )
+    assert len(FORMS["memory network"][0](8).a) == 2 and len(FORMS["memory network"][0](8, hops=3).c) == 3
+    assert FORMS["parallel co-attention"][0](8, hidden=5).w_x.in_features == 5 and FORMS["parallel co-attention"][0](8).x.out_features == 8
+    assert FORMS["multi-dimensional"][0](8, value_dim=3).out.out_features == 3 == FORMS["multi-dimensional"][0](3).out.out_features
+
+
+def test_places_near_a_centre_by_hand():
+    q, k, v = (
+        torch.randn(2, 5, 8, dtype=torch.float64),
+        torch.randn(2, 7, 8, dtype=torch.float64),
+        torch.randn(2, 7, 3, dtype=torch.float64),
+    )
+    for width in (4.0, 2.0):
+        for distribution in ("softmax", "sigmoid"):
+            layer = SurveyAttention(8, distribution=distribution, positions="local-p", width=width).double()
+            e = layer.align(q, k)
+            centre = 7 * torch.sigmoid(torch.tanh(q @ layer.centre[0].weight.T) @ layer.centre[2].weight.T)
+            p = (e.softmax(-1) if distribution == "softmax" else e.sigmoid()) * torch.exp(
+                -((torch.arange(7) - centre) ** 2) / (2 * (width / 2) ** 2)
+            )
+            context, found = layer(q, k, v)
+            assert torch.allclose(found, p) and torch.allclose(context, p @ v)
+        near = SurveyAttention(8, positions="local-m", width=width).double()
+        seen = (torch.arange(7) - torch.arange(5)[:, None]).abs() <= width
+        assert torch.allclose(near(q, k, v)[1], near.align(q, k).masked_fill(~seen, -torch.inf).softmax(-1))
+
+
+def test_hops_and_kinds_by_hand():
+    hops, query, memory = (
+        FORMS["memory network"][0](6).double(),
+        torch.randn(2, 6, dtype=torch.float64),
+        torch.randn(2, 4, 6, dtype=torch.float64),
+    )
+    u, weights = query, []
+    for a, c in zip(hops.a, hops.c, strict=True):
+        p = torch.einsum("btd,bd->bt", memory @ a.weight.T, u).softmax(1)
+        u = u + torch.einsum("bt,btd->bd", p, memory @ c.weight.T)
+        weights.append(p)
+    out, found = hops(query, memory)
+    assert torch.allclose(out, u) and torch.allclose(found, torch.stack(weights, 1))
+    several, x = FORMS["multi-representational"][0](6).double(), torch.randn(2, 4, 3, 6, dtype=torch.float64)
+    p = (x @ several.w.weight[0] + several.w.bias).softmax(-1)
+    assert torch.allclose(several(x)[0], (p[..., None] * x).sum(2)) and torch.allclose(several(x)[1], p)

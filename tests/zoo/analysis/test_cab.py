@@ -17,6 +17,7 @@ from regard.nn.pattern_net import PATTERNS, PatternNet, declared, layer_of, supp
 from regard.tasks.long_sequences import FRAMES, IGNORE, MASKED, WORDS, sphere, tasks, voices
 from regard.tasks.pattern_scores import compositional_index, efficiency_length
 from regard.tasks.sequence_measures import chamfer, f_score, psnr, rouge, ssim
+from regard.zoo.analysis import cab as module
 from regard.zoo.analysis.cab import cab
 
 
@@ -184,3 +185,85 @@ def test_the_command_refuses_what_it_does_not_know():
         code = f"import sys; sys.argv = {['regard', 'bench', *words]!r}\nfrom regard.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
+def test_the_report_is_put_together_by_hand(monkeypatch):
+    """Trainings, measurements and costs that say who asked for them: every number of the report by hand."""
+    trained, measured, cost = [], [], []
+
+    def train(spec, cell, pattern, seed, steps, batch, lr, length, **sizes):
+        trained.append((spec, pattern, seed, steps, batch, lr, length, tuple(sizes.items())))
+        return spec, pattern, seed
+
+    def measure(net, cell, count):
+        measured.append((net, count))
+        spec, _, seed = net
+        text = cell.draw(1, torch.Generator().manual_seed(0)).answer
+        longer = 0 if "perplexity" not in cell.measures else text.shape[1]
+        return {name: 10 * seed + {"softmax": 1, "gla": 3, "none": 0}[spec] + len(name) + longer for name in cell.measures}
+
+    def costs(spec, pattern, lengths, dim, heads, peak):
+        cost.append((spec, pattern, tuple(lengths), dim, heads, peak))
+        return [
+            [n * n if spec == "vanilla" else 50 * n for n in lengths],
+            [n * n if spec == "vanilla" else 80 * n for n in lengths] if peak else [],
+        ]
+
+    monkeypatch.setattr(module, "trained", train)
+    monkeypatch.setattr(module, "measured", measure)
+    monkeypatch.setattr(module, "costs", costs)
+    found = cab(
+        ["softmax", "gla"], length=64, steps=7, batch=2, lr=0.5, seeds=(0, 2), samples=3, dim=8, heads=2, depth=3, lengths=(10, 20, 40)
+    )
+    assert {one[3:] for one in trained} == {(7, 2, 0.5, 64, (("dim", 8), ("heads", 2), ("depth", 3)))} and {one[1] for one in measured} == {
+        3
+    }
+    cells, kept = tasks(64), {spec: supported(spec, 8, 2) for spec in ("softmax", "gla")}
+    assert [(spec, pattern, seed) for spec, pattern, seed, *_ in trained] == [
+        (spec, pattern, seed)
+        for _, pattern in cells
+        for spec in ("softmax", "gla", "none")
+        if spec == "none" or not kept[spec][pattern]
+        for seed in (0, 2)
+    ]
+    for (name, pattern), cell in cells.items():
+        for spec, level in (("softmax", 1), ("gla", 3), ("none", 0)):
+            if spec != "none" and kept[spec][pattern]:
+                assert pattern not in found.scores.get(spec, {}) and found.refused[spec][pattern] == kept[spec][pattern]
+                continue
+            own = {key: 10 + level + len(key) + (64 if "perplexity" in cell.measures else 0) for key in cell.measures}
+            assert found.scores[spec][pattern][name] == own
+            if spec != "none":
+                gain = {key: (1 if up else -1) * level for key, (_, up) in cell.measures.items()}
+                assert found.benefit[spec][pattern][name] == gain
+            if name == "language":
+                assert found.perplexity[spec] == {str(n): 10 + level + len("perplexity") + n for n in (32, 64, 128, 256)}
+    assert {one[2:] for one in cost} == {((10, 20, 40), 8, 2, None)} and cost[0][0] == "vanilla"
+    assert {spec: set(own) for spec, own in found.efficiency.items()} == {"softmax": {"time"}, "gla": {"time"}}
+    assert found.efficiency["gla"]["time"] == pytest.approx(50.0)
+    for pattern in PATTERNS:
+        methods = [spec for spec in ("softmax", "gla") if not kept[spec][pattern]]
+        assert set(found.index[pattern]) == set(methods)
+    with_bytes = cab(["softmax"], steps=1, peak=lambda call: 0, lengths=(10, 20, 40))
+    assert with_bytes.efficiency["softmax"] == {"time": pytest.approx(50.0), "memory": pytest.approx(80.0)}
+    assert {one[5:7] for one in trained[-3:]} == {(3e-3, 64)} and trained[-1][3:5] == (1, 8)
+
+
+def test_costs_are_of_calls_behind_a_warm_up(monkeypatch):
+    clock, calls = iter(range(1000)), []
+    ticks = iter([0, 100, 0, 3, 0, 9, 0, 5, *([0, 1] * 4)])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    found = module.costs("vanilla", "causal self", [4, 6], 8, 2, lambda call: calls.append(call().shape) or next(clock), repeats=3)
+    assert found == [[5, 1], [0.0, 1.0]] and calls == [(1, 4, 8), (1, 6, 8)]
+    ticks = iter([0, 7, 0, 2])
+    assert module.costs("softmax", "causal self", [4], 8, 2, None, repeats=1) == [[2], []]
+
+
+def test_measurements_are_of_samples_that_training_does_not_draw():
+    cell = tasks(64)["language", "causal self"]
+    net = PatternNet(cell.source, cell.target, cell.outputs, {"causal self": "softmax"}, context_len=64, dim=8, heads=2, depth=1)
+    data = cell.draw(5, torch.Generator().manual_seed(2**31))
+    with torch.no_grad():
+        out = net(data.source, data.target)
+    assert module.measured(net, cell, 5) == {name: measure(out, data) for name, (measure, _) in cell.measures.items()}
+    assert module.mean([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}]) == {"a": 2.0, "b": 3.0}

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard import RegardError, models
+from regard import RegardError, models, taps
 from regard.interpret.direct import direct_effects
 from regard.tasks.choices import ASK, BEGIN, END, WORDS, choices, vocabulary
 from regard.zoo.analysis.chinchilla_mcq_circuit_analysis import (
     head_pattern_report,
+    letter_kind,
     low_rank_head,
     projector,
     recovered,
@@ -71,3 +72,52 @@ def test_what_does_not_fit_is_refused():
     )
     with pytest.raises(RegardError, match="not the sum of its branches"):
         direct_effects(transformers.Gemma2ForCausalLM(config).eval(), given.ids, torch.ones(2, 40))
+
+
+def test_kinds_of_letter_heads():
+    correct, even = torch.tensor([0, 1]), torch.full((2, 4), 0.2)
+    right = torch.tensor([[0.6, 0.1, 0.1, 0.1], [0.1, 0.6, 0.1, 0.1]])
+    place = torch.tensor([[0.6, 0.1, 0.1, 0.1]]).expand(2, -1)
+    assert [letter_kind(x, correct) for x in (right, place, even, 0.3 * even)] == ["correct", "single", "uniform", "other"]
+    assert letter_kind(0.3 * even, correct, least=0.2) == "uniform" and letter_kind(right, correct, least=0.95) == "other"
+    assert letter_kind(right, correct, share=0.7) == "uniform" == letter_kind(place, correct, share=0.7)
+    assert letter_kind(right, correct, torch.tensor([0.6, 0.5])) == "amplification"
+    assert letter_kind(right, correct, torch.tensor([0.6, 0.4])) == "correct"
+
+
+def test_patterns_at_another_position():
+    model = models.load("tiny")
+    ids = torch.randint(1, 200, (2, 7))
+    roles = {"first": torch.arange(7).expand(2, -1) < 2, "odd": torch.arange(7).expand(2, -1) % 2 == 1}
+    with taps.read(model, "weights") as seen:
+        model(ids)
+    for options, at in (({}, -1), ({"position": 4}, 4)):
+        found = head_pattern_report(model, ids, roles, **options)
+        for name, role in roles.items():
+            truth = torch.stack([(w[:, :, at] * role[:, None]).sum(-1).mean(0) for _, w in seen.items("weights")])
+            assert torch.allclose(found[name].scores, truth.to(found[name].scores), atol=1e-5)
+
+
+def test_a_head_in_few_dimensions_by_hand():
+    """Means and projections of queries at the position and of keys and values at the places; what is not compressed stays."""
+    model, places = models.load("tiny"), [1, 3, 4]
+    ids = torch.randint(1, 200, (6, 7))
+    with taps.read(model, ["q", "k", "v"], layers=[0], heads=[1]) as seen:
+        model(ids)
+    q, k, v = (seen[name, 0][:, 0].double() for name in ("q", "k", "v"))
+    found = low_rank_head(model, (0, 1), ids, places, 2, position=5)
+    q, k, v = q[:, 5], k[:, places].flatten(0, 1), v[:, places].flatten(0, 1)
+    for own, x in ((found.q0, q), (found.k0, k), (found.v0, v)):
+        assert torch.allclose(own, x.mean(0))
+
+    def top(*parts):
+        stacked = torch.cat([x - x.mean(0) for x in parts])
+        _, vectors = torch.linalg.eigh(stacked.T @ stacked)
+        return vectors[:, -2:] @ vectors[:, -2:].T
+
+    assert torch.allclose(found.qk, top(q, k), atol=1e-6) and torch.allclose(found.values, top(v), atol=1e-6)
+    assert found.position == 5 and found.places == (1, 3, 4) and found.at == (0, 1)
+    assert low_rank_head(model, (0, 1), ids, places, 2, scores=False).qk is None
+    assert low_rank_head(model, (0, 1), ids, places, 2, values=False).values is None
+    assert low_rank_head(model, (0, 1), ids, places, 2).position == -1
+    assert recovered(3.0, 2.0, 1.0) == 0.5

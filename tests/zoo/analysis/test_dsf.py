@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from regard import RegardError
 from regard.nn import QLSTM, Attention, Decoder, NormalizedAttention
-from regard.zoo.analysis.dsf import System, from_linear_attention, from_softmax_attention, recall_accuracy
+from regard.zoo.analysis.dsf import Recaller, System, from_linear_attention, from_softmax_attention, monomials, recall_accuracy
 
 
 @pytest.mark.parametrize("make", [lambda: NormalizedAttention(16, 2, 8), lambda: QLSTM(16)])
@@ -62,3 +64,58 @@ def test_what_does_not_fit_is_refused():
     for made in (NormalizedAttention(4), QLSTM(4)):
         with pytest.raises(RegardError, match="expected"):
             made(torch.randn(1, 3, 5))
+
+
+def test_the_reader_of_recall_by_hand():
+    torch.manual_seed(0)
+    model = Recaller([torch.nn.Identity(), torch.nn.Linear(8, 8)], 8, 50, 40)
+    assert all(abs(float(table.weight.std()) / 0.02 - 1) < 0.15 for table in (model.embed, model.place))
+    x = model.embed.weight[torch.arange(7)] + model.place.weight[:7]
+    for block in model.blocks:
+        x = block(x)
+        assert block.mlp.down.in_features == 32 or any(getattr(m, "in_features", 0) == 32 for m in block.mlp.modules())
+    x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model.norm.weight + model.norm.bias
+    assert torch.allclose(model(torch.arange(7)[None])[0], x @ model.head.weight.T, atol=1e-6)
+
+
+def test_forms_of_a_system_with_a_direct_path_by_loops():
+    u, decay = torch.randn(2, 5, 3, dtype=torch.float64), torch.rand(2, 5, 4, dtype=torch.float64)
+    write, read = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(2, 5, 2, 4, dtype=torch.float64)
+    for direct in (None, torch.randn(2, 5, 2, 3, dtype=torch.float64)):
+        system = System(u, decay, write, read, direct)
+        for b in range(2):
+            h = torch.zeros(4, dtype=torch.float64)
+            for t in range(5):
+                h = decay[b, t] * h + write[b, t] @ u[b, t]
+                y = read[b, t] @ h + (direct[b, t] @ u[b, t] if direct is not None else 0)
+                for found in (system.recurrence(), system.scan(), system.explicit()):
+                    assert torch.allclose(found[b, t], y)
+        phi = system.phi()
+        assert system.state == 4 and not torch.stack([phi[:, i, :, j] for i in range(5) for j in range(i + 1, 5)]).any()
+
+
+def test_monomials_multiply_to_powers_of_inner_products():
+    x, y = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    for order in range(5):
+        truth = sum(float(x @ y) ** p / math.factorial(p) for p in range(order + 1))
+        assert float(monomials(x, order) @ monomials(y, order)) == pytest.approx(truth) and len(monomials(x, order)) == math.comb(
+            3 + order, order
+        )
+
+
+def test_linear_attention_with_two_features_by_loops():
+    layer, u = Attention(4, 2, bias=True).double(), torch.randn(1, 5, 4, dtype=torch.float64)
+    phi, psi = (lambda x: x.exp()), (lambda x: x.square() + 1)
+    q, k, v = (one(u)[0].unflatten(-1, (2, 2)) for one in (layer.q, layer.k, layer.v))
+    for eta in ("sum", "one"):
+        system, rows = from_linear_attention(layer, u, phi, psi, eta), []
+        for i in range(5):
+            heads = []
+            for h in range(2):
+                w = torch.stack([phi(q[i, h]) @ psi(k[j, h]) for j in range(i + 1)])
+                heads.append((w / w.sum() if eta == "sum" else w) @ v[: i + 1, h])
+            rows.append(layer.out(torch.cat(heads)))
+        assert torch.allclose(system.recurrence()[0], torch.stack(rows)) and torch.allclose(system.explicit()[0], torch.stack(rows))
+    same = from_linear_attention(layer, u, phi).recurrence()
+    assert torch.allclose(same, from_linear_attention(layer, u, phi, phi, "sum").recurrence())

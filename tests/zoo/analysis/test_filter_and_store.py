@@ -85,3 +85,55 @@ def test_extraction_counts_right_answers():
 
     facts = small()
     assert extraction(Oracle(), facts, torch.arange(6)) == 0.5
+
+
+def test_the_net_by_hand():
+    ids = torch.randint(9, (3, 5))
+    for readout in ("mlp", "linear", "frozen"):
+        model = FilterStore(9, 4, 6, readout).double()
+        model.kq.weight.data.normal_()
+        h = model.embed.weight[ids]
+        s = torch.einsum("btd,bd->bt", h @ model.kq.weight.T, h[:, -1]) / 2
+        z = (s.softmax(1)[..., None] * h).sum(1) @ model.value.weight.T
+        if readout == "mlp":
+            z = (z @ model.readout[0].weight.T + model.readout[0].bias).clamp_min(0)
+        last = model.readout[2] if readout == "mlp" else model.readout
+        assert torch.allclose(model(ids), z @ last.weight.T + last.bias) and torch.allclose(model.weights(ids), s.softmax(1))
+
+
+def test_what_learns_at_low_rank():
+    model = FilterStore(9, 4, 6, "mlp")
+    before, ids = model(torch.arange(9)[:, None]), torch.randint(9, (3, 5))
+    low_rank(model, 2)
+    assert torch.equal(model(torch.arange(9)[:, None]), before)
+    learned = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learned) == 8 and all("parametrizations.weight" in name for name in learned)
+    for layer, (out, inner) in ((model.kq, (4, 4)), (model.readout[0], (6, 4)), (model.readout[2], (9, 6))):
+        part = layer.parametrizations.weight[0]
+        assert part.up.shape == (out, 2) and part.down.shape == (2, inner) and not part.up.any()
+        bound = (1 / inner) ** 0.5
+        assert 0 < float(part.down.abs().max()) <= bound
+    model.value.parametrizations.weight[0].up.data.normal_()
+    part = model.value.parametrizations.weight[0]
+    assert torch.allclose(model.value.weight, model.value.parametrizations.weight.original + part.up @ part.down)
+    model(ids).sum().backward()
+    assert model.readout[2].parametrizations.weight.original.grad is None
+    held = FilterStore(9, 4, 6, "frozen")
+    low_rank(held, 1)
+    assert not hasattr(held.readout, "parametrizations")
+
+
+def test_questions_are_asked_each_so_often_with_other_fillers():
+    seen, facts = [], small()
+
+    class Counter(torch.nn.Module):
+        def forward(self, ids):
+            seen.append(ids)
+            return torch.zeros(len(ids), facts.vocab)
+
+    subjects = torch.tensor([1, 4])
+    extraction(Counter(), facts, subjects)
+    extraction(Counter(), facts, subjects, each=3, seed=5)
+    extraction(Counter(), facts, subjects, each=3, seed=6)
+    assert [len(ids) for ids in seen] == [16, 6, 6] and not torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[1], facts.questions(subjects.repeat(3), torch.Generator().manual_seed(5))[0])

@@ -6,7 +6,7 @@ import torch
 import regard
 from regard.interpret import graph_attention_report, graph_window
 from regard.tasks.ego_graphs import FAR, ego_graphs, hop_distance, perturb
-from regard.zoo.analysis.graph_attention_windows_in_llms import attention_shift
+from regard.zoo.analysis.graph_attention_windows_in_llms import WindowedDecoder, attention_shift
 
 # The centre 4 joins 0 and 1; 0 joins 2 and 1 joins 3.
 EDGES, TOKENS, AT = torch.tensor([[4, 0], [1, 4], [0, 2], [3, 1]]), torch.tensor([10, 11, 12, 13, 14]), torch.tensor([1, 2, 3, 4, 5])
@@ -87,3 +87,81 @@ def test_the_report_of_two_examples_plots():
     assert "<svg" in found.plot()
     shuffled = attention[..., torch.randperm(8, generator=generator())]
     assert bool((attention_shift([attention], [shuffled], [AT, AT]) > 0).all())
+
+
+def test_the_report_and_the_shift_by_hand():
+    attention = [torch.rand(2, 3, 8, 8).softmax(-1) for _ in range(2)]
+    edges, nodes = [EDGES, EDGES[:2]], [AT, AT]
+    found = graph_attention_report(attention, edges, nodes)
+    for layer in range(2):
+        for head in range(3):
+            kept = {name: [] for name in ("text", "node", "sink", "corr")}
+            rings = {r: [] for r in range(5)}
+            for b in range(2):
+                w, hops, at = attention[layer][b, head], hop_distance(edges[b], 5), AT.tolist()
+                kept["text"].append(sum(float(w[i, j]) for i in range(6, 8) for j in at) / 2)
+                kept["node"].append(sum(float(w[i, j]) for i in at for j in at) / 5)
+                kept["sink"].append(sum(float(w[i, 0]) for i in at) / 5)
+                pairs = [(float(w[at[i], at[j]]), float(hops[i, j] == 1)) for i in range(5) for j in range(5) if i != j]
+                kept["corr"].append(float(torch.corrcoef(torch.tensor(pairs).T)[0, 1]))
+                for r in range(5):
+                    ring = [float(w[at[-1], at[j]]) for j in range(5) if hops[-1, j] == r]
+                    rings[r] += [sum(ring) / len(ring)] if ring else []
+            for name, own in (
+                ("text", found.text_to_node),
+                ("node", found.node_to_node),
+                ("sink", found.sink),
+                ("corr", found.correlation),
+            ):
+                assert float(own[layer, head]) == pytest.approx(sum(kept[name]) / 2, abs=1e-5)
+            for r, own in rings.items():
+                value = float(found.rings[layer, head, r])
+                assert value == pytest.approx(sum(own) / len(own), abs=1e-6) if own else value != value
+    changed = [torch.rand(2, 3, 8, 8).softmax(-1) for _ in range(2)]
+    shift = attention_shift(attention, changed, nodes)
+    for layer in range(2):
+        for head in range(3):
+            total = 0.0
+            for b in range(2):
+                p, q = (x[layer][b, head, 5, 1:6] for x in (attention, changed))
+                p, q = p / p.sum(), q / q.sum()
+                m = (p + q) / 2
+                total += float((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+            assert float(shift[layer, head]) == pytest.approx(total / 2, abs=1e-6)
+
+
+def test_windows_with_every_option_by_hand():
+    hops = hop_distance(EDGES, 5)
+    for k in (1, 2, None):
+        for both in (True, False):
+            for last in ("causal", "window"):
+                mask = graph_window([EDGES], [AT], 8, k, bidirectional=both, last=last)[0, 0]
+                for i in range(8):
+                    for j in range(8):
+                        if 1 <= i <= 5 and 1 <= j <= 5:
+                            a, b = i - 1, j - 1
+                            near = k is None or int(hops[a, b]) <= k
+                            if last == "causal" and k is not None:
+                                near = True if a == 4 else int(hops[a, b]) <= 1 if b == 4 else near
+                            truth = near and (both or j <= i)
+                        else:
+                            truth = j <= i
+                        assert bool(mask[i, j]) == truth
+
+
+def test_the_decoder_by_its_sizes():
+    torch.manual_seed(0)
+    model = WindowedDecoder(9, 3, dim=16, heads=2, layers=3, length=20)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    ids = torch.randint(9, (2, 6))
+    x = model.embed.weight[ids] + model.place[:6]
+    for block in model.blocks:
+        x = block(x, mask=mask)
+    last = torch.nn.functional.layer_norm(x[:, -1], (16,), model.norm.weight, model.norm.bias)
+    assert torch.allclose(model(ids, mask), last @ model.out.weight.T + model.out.bias, atol=1e-6) and len(model.blocks) == 3
+    assert (
+        abs(float(model.place.std()) / 0.02 - 1) < 0.15
+        and WindowedDecoder(5, 2).place.shape == (32, 32)
+        and len(WindowedDecoder(5, 2).blocks) == 2
+    )
+    assert any(getattr(m, "out_features", 0) == 32 for m in model.blocks[0].modules())  # 2 dim within

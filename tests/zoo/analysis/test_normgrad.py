@@ -1,11 +1,13 @@
 """What the checks of normgrad do not hold: bad input, other shapes, frozen models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import regard
-from regard.interpret import combine, meta_saliency, saliency
+from regard.interpret import class_sensitivity, combine, meta_saliency, saliency
 
 
 def net():
@@ -55,3 +57,80 @@ def test_bad_input_is_refused():
             combine([x[:, :1]], weights)
     even = combine([torch.ones(1, 1, 2, 2), torch.rand(1, 1, 2, 2)])
     assert bool(even.isfinite().all())
+
+
+def test_maps_as_one_by_hand():
+    maps = [torch.rand(2, 1, 4, 6), 3 * torch.rand(2, 1, 4, 6) + 1, torch.rand(2, 1, 2, 3)]
+    unit = []
+    for m in maps:
+        m = nn.functional.interpolate(m, (4, 6), mode="bilinear") if m.shape[2] == 2 else m
+        low, high = m.flatten(1).min(1).values[:, None, None, None], m.flatten(1).max(1).values[:, None, None, None]
+        unit.append((m - low) / (high - low))
+    for weights, w in (("uniform", (1, 1, 1)), ("linear", (1, 2, 3)), ((2, 0, 6), (2, 0, 6))):
+        w = [x / sum(w) for x in w]
+        torch.testing.assert_close(combine(maps, weights), sum(x * m for x, m in zip(w, unit, strict=True)))
+        product = unit[0] ** w[0] * unit[1] ** w[1] * unit[2] ** w[2]
+        torch.testing.assert_close(combine(maps, weights, "product"), product)
+    torch.testing.assert_close(combine(maps), combine(maps, "uniform", "sum"))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "stride": 2}, {"padding": (0, 2), "dilation": (1, 2), "stride": (2, 1)}])
+def test_a_convolution_s_own_weights(options):
+    """|d score / d y_u| times the length of what the kernel reads at u, place by place."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, (3, 2), **options)
+    model, x = nn.Sequential(conv, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), torch.randn(2, 2, 7, 8)
+    y = conv(x).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model[1:](y)[:, 1].sum(), y)
+    pad, step, gap = (one if isinstance(one, tuple) else (one, one) for one in (conv.padding, conv.stride, conv.dilation))
+    padded = nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]))
+    found = saliency(model, x, 1, "0", "true_layer")
+    for i in range(y.shape[2]):
+        for j in range(y.shape[3]):
+            patch = torch.stack([padded[:, :, i * step[0] + a * gap[0], j * step[1] + b * gap[1]] for a in range(3) for b in range(2)], -1)
+            truth = slope[:, :, i, j].norm(dim=1) * patch.flatten(1).norm(dim=1)
+            torch.testing.assert_close(found[:, 0, i, j], truth)
+    with torch.no_grad():
+        resized = nn.functional.interpolate(found, (7, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(saliency(model, x, 1, "0", "true_layer", resize=True), resized)
+
+
+def test_scores_of_dense_outputs_and_classes_of_each_example():
+    dense, x = nn.Conv2d(2, 3, 1), torch.randn(2, 2, 4, 5)
+    found = saliency(dense, x, torch.tensor([2, 0]), dense, "gradient")
+    assert torch.equal(found, torch.ones(2, 1, 4, 5))  # logits (B, classes, H, W) are summed over places
+    model, x = net(), torch.randn(3, 3, 7, 9)
+    both = saliency(model, x, torch.tensor([1, 3, 0]), "1")
+    torch.testing.assert_close(both, torch.cat([saliency(model, x[n : n + 1], k, "1") for n, k in enumerate((1, 3, 0))]))
+    named = nn.Module()
+    named.inner, named.forward = model, lambda pixels: SimpleNamespace(logits=model(pixels))
+    torch.testing.assert_close(saliency(named, {"pixels": x}, 1, "inner.1"), saliency(model, x, 1, "1"))
+
+
+def test_sensitivity_and_the_step_before_a_map_by_hand():
+    model, x = net(), torch.randn(4, 3, 7, 9)
+    maps = {k: torch.rand(4, 1, 3, 3) for k in range(4)}
+    logits = model(x)
+
+    def method(classes):
+        return torch.stack([maps[int(k)][n] for n, k in enumerate(classes)])
+
+    found = class_sensitivity(method, model, x)
+    for n in range(4):
+        a, b = (maps[int(at[n])][n].flatten() for at in (logits.argmax(1), logits.argmin(1)))
+        assert float(found[n]) == pytest.approx(float(torch.corrcoef(torch.stack((a, b)))[0, 1]), abs=1e-5)
+    assert not class_sensitivity(lambda classes: torch.ones(4, 1, 3, 3), model, x).any()
+    model.train()
+    for options, sign in (({"lr": 0.5}, -1), ({"lr": 0.5, "negate_loss": True}, 1), ({}, -0.0002)):
+        loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 3]))
+        slope = torch.autograd.grad(loss, model[5].weight)[0]
+        before, seen = model[5].weight.detach().clone(), []
+        meta_saliency(
+            lambda seen=seen: seen.append((model[5].weight.detach().clone(), model.training)),
+            model,
+            x,
+            torch.tensor([0, 1, 2, 3]),
+            **options,
+        )
+        torch.testing.assert_close(seen[0][0], before + sign * 0.5 * slope)
+        assert not seen[0][1] and model.training and torch.equal(model[5].weight, before)

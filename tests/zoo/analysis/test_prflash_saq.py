@@ -1,18 +1,20 @@
 """PrFlashAttention's parts: bad input, packed documents, caches that quantise, and what is fitted."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 import regard
 from regard import Causal, RegardError
-from regard.algebra import Harmonic, Modified, Segments, Weighted
+from regard.algebra import Harmonic, Modified, Rope, Segments, Weighted
 from regard.cache import Staircase
 from regard.cache.staircase import quantised
 from regard.lab.checks.shared.decoding import llama
 from regard.search import Choice, Normal, cross_entropy
 from regard.tasks.subwords import Subwords, fitted, learn_subwords
+from regard.zoo.analysis.prflash_saq import expected_density
 
 
 def drawn(*shape):
@@ -177,3 +179,42 @@ def test_cross_entropy_stops_and_refuses():
         cross_entropy(lambda x: float("nan"), {"n": Normal(0.0, 1.0)})
     with pytest.raises(RegardError, match="elite"):
         cross_entropy(lambda x: 0.0, {"n": Normal(0.0, 1.0)}, elite=0.0)
+
+
+@pytest.mark.parametrize(("law", "c"), [("harmonic", 1.0), ("harmonic", 3.0), ("geometric", 0.6)])
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("position", [None, "additive", "multiplicative"])
+def test_blocks_are_kept_by_lots_below_their_chance(law, c, unbiased, position):
+    """The whole formula in loops, with lots that are given."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 4, dtype=torch.float64) for _ in range(3))
+    lots = torch.rand(2, 4, 4)
+    own = regard.get("prflash-saq", block_size=3, law=law, c=c, unbiased=unbiased, position=position)
+    found = regard.attend(q, k, v, own, draws=lots)
+    harmonic = [sum(1 / (n + 1) for n in range(d)) for d in range(13)]
+    turn = Rope()
+    qs, ks = (turn.rotate(x, torch.arange(12)) if position else x for x in (q, k))
+    slopes = [2 ** (-8 * (h + 1) / 2) for h in range(2)]
+    for h in range(2):
+        for i in range(12):
+            s, kept = [], []
+            for j in range(i + 1):
+                d = i // 3 - j // 3
+                p = min(1.0, c / (d + 1)) if law == "harmonic" else c**d
+                if d and float(lots[h, i // 3, j // 3]) >= p:
+                    continue
+                own = float(qs[0, h, i] @ ks[0, h, j]) / 2
+                if position == "additive":
+                    own -= slopes[h] * harmonic[i - j]
+                elif position == "multiplicative":
+                    own /= 1 + i - j
+                s.append(own - (math.log(p) if unbiased else 0.0))
+                kept.append(j)
+            assert torch.allclose(found[0, h, i], torch.tensor(s, dtype=torch.float64).softmax(0) @ v[0, h, kept], atol=1e-9), (h, i)
+
+
+def test_density_by_hand():
+    for law, c, p in (("harmonic", 2.0, lambda d: min(1, 2 / (d + 1))), ("geometric", 0.5, lambda d: 0.5**d)):
+        pairs = [p(a - b) for a in range(7) for b in range(a + 1)]
+        assert expected_density(7, law, c) == pytest.approx(sum(pairs) / len(pairs))
+    assert expected_density(9) == expected_density(9, "harmonic", 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard import RegardError, models
+from regard import RegardError, models, taps
 from regard.cache.moments import Moments
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.analysis.qada import QAdA, attend_adaptively, calibrate, sparsity_curve
@@ -106,3 +106,33 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RegardError, match="more than"):
         calibrate(models.load("tiny"), torch.ones(1, 30, dtype=torch.long))
     assert [len(p) for p in sparsity_curve(models.load("tiny"), [(torch.arange(1, 30), torch.tensor([65, 66]))] * 2, [0.5], local=8)] == [3]
+
+
+def test_scale_of_scores():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 5)
+    for options in ({}, {"scale": 0.9}):
+        scale = options.get("scale", 8**-0.5)
+        out, local = attend_adaptively(q, k, v, QAdA(sink=2, local=6, rule="oracle", tau=0.5), **options)
+        for h in range(4):
+            for n in range(3):
+                place = 37 + n
+                p = (scale * k[0, h // 2, : place + 1] @ q[0, h, n]).softmax(0)
+                near = [j for j in range(place + 1) if j < 2 or j > place - 6]
+                is_local = float(p[near].sum()) >= 0.5
+                kept = near if is_local else list(range(place + 1))
+                truth = (p[kept] / p[kept].sum()) @ v[0, h // 2, kept]
+                assert bool(local[0, h, n]) == is_local and torch.allclose(out[0, h, n], truth, atol=1e-5)
+
+
+def test_moments_of_a_text_leave_out_its_ends():
+    model, ids = llama(), torch.randint(1, 50, (2, 30))
+    with taps.read(model, "k") as seen:
+        model(ids)
+    found = calibrate(model, ids, 3, 7)
+    for layer, own in enumerate(found):
+        keys = seen["k", layer][:, :, 3:23].transpose(0, 1).flatten(1, 2)
+        assert own.count.flatten().tolist() == [40.0] * 2 and torch.allclose(own.total.flatten(), keys.sum(1).flatten().to(own.total))
+        assert torch.allclose(own.outer.flatten(), torch.einsum("hnd,hne->hde", keys, keys).flatten().to(own.outer))
+    with pytest.raises(RegardError, match="more than sink"):
+        calibrate(model, ids)

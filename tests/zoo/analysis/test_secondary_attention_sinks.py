@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import regard
+from regard import taps
 from regard.interpret import detect_sinks, mlp_alignment, sink_score, suppress
 
 pytest.importorskip("transformers")
@@ -56,3 +57,62 @@ def test_lives_of_l_less_fifteen_layers_are_primary_and_without_clipping_all_lay
     first, *others = detect_sinks(states, clip=False)[0]
     assert first.layers == tuple(range(24)) and first.kind == "primary"
     assert [(one.position, one.life, one.kind) for one in others] == [(1, 9, "primary"), (2, 8, "secondary"), (3, 4, "noise")]
+
+
+def test_scores_within_a_window_by_hand():
+    maps = [torch.rand(2, 3, 6, 6) for _ in range(2)]
+    for window in (None, 1, 3):
+        found = sink_score(maps, window)
+        for b in range(2):
+            for layer in range(2):
+                for t in range(6):
+                    rows = [i for i in range(t + 1, 6) if window is None or i <= t + window]
+                    truth = maps[layer][b, :, rows, t].mean() if rows else 0.0
+                    assert float(found[b, layer, t]) == pytest.approx(float(truth), abs=1e-6)
+
+
+def test_states_made_by_hand_get_their_kinds():
+    """Eight layers; the first token's norm rises behind layer 1 and falls behind layer 6."""
+    states = torch.zeros(8, 1, 5, 4)
+    states[..., 1] = 1.0
+    states[:, 0, 0] = torch.tensor([1.0, 0, 0, 0])
+    states[1:6, 0, 0] *= 50
+    states[2:5, 0, 2] = torch.tensor([0.95, 0.3, 0, 0])  # a life of three
+    states[3:4, 0, 3] = torch.tensor([-1.0, 0.1, 0, 0])  # of one, against it
+    for options, kinds in (
+        ({"margin": 3, "least": 1}, ["primary", "secondary", "noise"]),
+        ({"margin": 3, "least": 2}, ["primary", "secondary", "noise"]),
+        ({"margin": 3, "least": 3}, ["primary", "noise", "noise"]),
+        ({"margin": 5, "least": 1}, ["primary", "primary", "noise"]),
+    ):
+        (found,) = detect_sinks(states, **options)
+        assert [sink.kind for sink in found] == kinds
+        assert [(sink.position, sink.layers) for sink in found] == [(0, (1, 2, 3, 4, 5)), (2, (2, 3, 4)), (3, (3,))]
+        assert [(sink.creation, sink.life) for sink in found] == [(1, 5), (2, 3), (3, 1)]
+    assert len(detect_sinks(states, threshold=0.97, margin=3)[0]) == 2 and len(detect_sinks(states, threshold=0.999, margin=3)[0]) == 1
+    assert detect_sinks(states, clip=False, margin=1)[0][0].layers == tuple(range(8))
+    behind = torch.cat((states[:, :, 1:2], states), 2)
+    assert [sink.position for sink in detect_sinks(behind, (0, 1), margin=3)[0]] == [1, 3, 4]
+
+
+def test_outputs_along_a_direction_are_shortened():
+    pytest.importorskip("transformers")
+    from regard.lab.checks.shared.decoding import llama
+
+    model, ids = llama(), torch.randint(1, 50, (1, 7))
+    with taps.read(model, "mlp", layers=[0]) as seen:
+        model(ids)
+    y = seen["mlp", 0]
+    direction = y[0, 5] + 0.05 * y[0, 5].norm() * torch.nn.functional.normalize(torch.randn(32, dtype=y.dtype), dim=0)
+    near = torch.nn.functional.cosine_similarity(y[0], direction, dim=-1)
+    for options, skip, cosine, length in (
+        ({"threshold": 7.0}, 3, 0.98, 7.0),
+        ({}, 3, 0.98, 100.0),
+        ({"cosine": 0.0, "skip": 1}, 1, 0.0, 100.0),
+    ):
+        with suppress(model, 0, direction, **options), taps.read(model, "mlp", layers=[0]) as seen:
+            model(ids)
+        for t in range(7):
+            hit = t >= skip and float(near[t]) > cosine
+            truth = y[0, t] * (length / y[0, t].norm() if hit else 1.0)
+            assert torch.allclose(seen["mlp", 0][0, t], truth) and (hit or t != 5)

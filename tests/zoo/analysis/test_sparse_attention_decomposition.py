@@ -100,3 +100,10 @@ def test_what_cannot_be_traced_is_refused():
         removed(model, ids, 2, 0, [0], "key", 5, 3)
     with pytest.raises(regard.RegardError, match="terms"):
         sparse_set(torch.zeros(0))
+
+
+def test_the_fewest_terms_by_hand():
+    terms = torch.tensor([0.5, -1.0, 4.0, 2.0, 0.25])  # a score of 5.75
+    found = [sparse_set(terms, frac).tolist() for frac in (0.6, 0.7, 1.0, 1.1, 2.0)]  # 4, 6, 6.5 and 6.75 of it
+    assert found == [[2], [2, 3], [2, 3], [2, 3, 0], [2, 3, 0, 4, 1]] and sparse_set(terms).tolist() == [2, 3]
+    assert sparse_set(-terms, 0.6).tolist() == [2] and sparse_set(-terms, 1.1).tolist() == [2, 3, 0]

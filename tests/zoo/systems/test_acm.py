@@ -10,7 +10,19 @@ pytest.importorskip("transformers")
 from regard import RegardError, adapt
 from regard.lab.checks.shared.decoding import llama
 from regard.nn.conditional import GumbelGate, spent
-from regard.zoo.systems.acm import ACM, BudgetLoss, acmize, budgeted, choices, distilling, gate_labels, gating, width_for
+from regard.zoo.systems.acm import (
+    ACM,
+    BudgetLoss,
+    GateLoss,
+    acmize,
+    budgeted,
+    choices,
+    distilled,
+    distilling,
+    gate_labels,
+    gating,
+    width_for,
+)
 
 
 def draw(generator):
@@ -105,3 +117,40 @@ def test_as_released_the_task_s_loss_reaches_no_gate():
         layer = ACM(6, 3, 5, straight=straight)
         layer(torch.randn(2, 30, 6)).square().sum().backward()
         assert (layer.gate.layers[0].weight.grad is not None) == straight
+
+
+def test_losses_of_the_stages_by_hand():
+    layer = ACM(6, 3, 5, least=1, out=4).double()
+    x, y = torch.randn(2, 7, 6, dtype=torch.float64), torch.randn(2, 7, 4, dtype=torch.float64)
+    h = layer.outputs(x).detach()
+    squared = sum((h[:, :, n] - y).square().mean() for n in range(4)) / 4
+    for lesson in (((x,), {}, y), ((), {"hidden_states": x}, (y, None))):
+        assert torch.allclose(distilled(layer, lesson), squared)
+        for options, factor in (({}, 1.2), ({"factor": 1.01, "released": True}, 1.01)):
+            total = []
+            logits = layer.gate.logits(x)
+            for b in range(2):
+                for t in range(7):
+                    errors = [float((h[b, t, n] - y[b, t]).square().sum().sqrt()) for n in range(4)]
+                    enough = [n for n in range(1, 4) if errors[n - 1] / errors[n] < factor]
+                    label = enough[0] if enough and not (options.get("released") and enough[0] == 1) else 3
+                    total.append(-logits[b, t].log_softmax(0)[max(label - 1, 0)])
+            assert torch.allclose(GateLoss(**options)(layer, lesson), sum(total) / 14)
+    model = llama()
+    acmize(model, ("ffn",), learners=2)
+    ids, loss = torch.randint(1, 50, (2, 6)), BudgetLoss(0.4, kind="l2")
+    model.eval()
+    found = loss(model, ids)
+    task = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(found, task + loss.terms(model)) and found.dtype == torch.float64
+    assert float(BudgetLoss(0.4, task=lambda model, batch: torch.zeros(()).double())(model, ids)) == pytest.approx(
+        float(loss.terms(model) * 0 + BudgetLoss(0.4).terms(model))
+    )
+
+
+def test_how_many_learners_run_without_a_gate():
+    layer, x = ACM(6, 3, 5).double().eval(), torch.randn(2, 4, 6, dtype=torch.float64)
+    for n in range(4):
+        layer.fixed = n
+        assert torch.allclose(layer(x), layer.outputs(x)[:, :, n]) and bool((layer.choice.argmax(-1) == n).all())
+        assert torch.allclose(layer.few(x, torch.full((2, 4), n)), layer.outputs(x)[:, :, n])

@@ -8,7 +8,7 @@ from torch import nn
 
 from regard import RegardError
 from regard.adapt.task_vectors import TaskVectors
-from regard.zoo.systems.atlas import Atlas, adaptation_loss, trusted
+from regard.zoo.systems.atlas import Atlas, adaptation_loss, penalty, trusted
 
 
 class Tied(nn.Module):
@@ -71,6 +71,27 @@ def test_nothing_is_sure_enough():
     loss = adaptation_loss(logits, logits)
     loss.backward()
     assert loss == 0 and logits.grad.isfinite().all()
+
+
+def test_targets_as_sure_as_the_bound_are_left_out_and_what_each_block_got_is_told():
+    even = torch.zeros(2, 4)
+    assert adaptation_loss(even, torch.randn(2, 4), above=0.25) == 0
+    weak = torch.tensor([[9.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    strong = torch.randn(2, 4)
+    only = -(weak[0].softmax(-1) * strong[0].log_softmax(-1)).sum()
+    assert adaptation_loss(weak, strong) == pytest.approx(float(only))  # the second is not sure enough
+    base = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for options, values, told in (
+        ({}, torch.arange(8.0).view(2, 4), {"1.bias": [3, 7], "0.weight": [0, 4]}),
+        ({"isotropic": True}, torch.tensor([2.0, -3]), {"1.bias": [2, -3], "0.weight": [2, -3]}),
+        ({"partition": 2}, torch.arange(16.0).view(2, 4, 2), {"1.bias": [6.5, 14.5], "0.weight": [0.5, 8.5]}),
+    ):
+        made = Atlas(base, TaskVectors(base, [moved(base), moved(base)]), **options)
+        made.coefficients.data.copy_(values)
+        assert told.items() <= dict(made.report()).items()
+        sizes = [max(abs(x) for x in own) for _, own in made.report()]
+        assert sizes == sorted(sizes, reverse=True) and len(sizes) == 4
+    assert penalty(torch.tensor([3.0, -4]), l1=2, l2=10) == 14 + 250 and penalty(torch.ones(2)) == 0
 
 
 def test_linearised_learns_and_wants_a_tensor():

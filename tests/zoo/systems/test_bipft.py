@@ -61,3 +61,32 @@ def test_masking_asks_for_a_share_of_tokens():
 def test_cost_at_bert_s_sizes():
     found = cost(768, 12, 128, layers=12)
     assert found["full_operations"] / found["operations"] > 40 and found["full_bits"] / found["bits"] > 20
+
+
+def test_a_small_bert_by_hand():
+    torch.manual_seed(0)
+    model, ids = BinaryBert(20, 8, 2, 2, 7, hidden=12).double(), torch.randint(20, (2, 5))
+    keep = torch.arange(5) < torch.tensor([[5], [3]])
+    model(ids, keep)  # fits the scales
+
+    def norm(x, layer):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt() * layer.weight + layer.bias
+
+    x = norm(model.embed.weight[ids] + model.place.weight[:5], model.norm)
+    for block in model.blocks:
+        x = block(x, keep)
+        assert {block.norm1.eps, block.norm2.eps} == {1e-12}
+    h = x @ model.transform.weight.T + model.transform.bias
+    truth = norm(h * (1 + torch.erf(h / 2**0.5)) / 2, model.norm2) @ model.embed.weight.T + model.head.bias
+    assert torch.allclose(model(ids, keep), truth, atol=1e-10)
+    assert not torch.allclose(model(ids)[1, :3], truth[1, :3])
+
+
+def test_cost_without_estimators():
+    """Products alone: 64 of one bit are one, and a bit a weight but for scales, shifts and norms."""
+    one, two = cost(8, 2, 5, rank=0), cost(8, 2, 5, rank=0, layers=2)
+    weights = 4 * 8 * 8 + 2 * 8 * 32
+    assert one["binary"] == 2 * 5 * weights + 4 * 5 * 5 * 8 and one["full"] == 0 and one["operations"] == one["binary"] / 64
+    assert one["bits"] == weights + 32 * (12 * 8 + 2 * (8 + 32) + 10) and one["full_bits"] == 32 * (weights + 4 * 8 + 32 + 8 + 4 * 8)
+    assert two == {name: 2 * value for name, value in one.items()}

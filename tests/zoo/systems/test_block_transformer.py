@@ -71,3 +71,37 @@ def test_bad_input():
         BlockTransformerLM(20, 4, 18)
     with pytest.raises(RegardError, match="GPTNeoXForCausalLM"):
         BlockTransformerLM.from_vanilla(torch.nn.Linear(1, 1))
+
+
+def test_both_decoders_are_gpt_neox_of_these_sizes():
+    model = BlockTransformerLM(20, 4, 16, 2, 3, 2, None, rotary=0.5, positions=33, eps=1e-3)
+    for decoder, layers in ((model.block_decoder, 2), (model.token_decoder, 3)):
+        config = decoder.config
+        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+        assert sizes == (layers, 16, 2, 64) and config.max_position_embeddings == 33 and config.vocab_size == 20
+        assert config.rope_parameters["rope_theta"] == 10000.0 and config.rope_parameters["partial_rotary_factor"] == 0.5
+        assert {m.eps for m in decoder.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-3}
+        assert decoder.get_input_embeddings() is None and decoder.rotary_emb.inv_freq.shape == (2,)
+    assert BlockTransformerLM(20, 4, 16, 1, 1, 2, 24).token_decoder.config.intermediate_size == 24
+    assert (model.parts, model.expand.out_features, small(strategy="summation").parts, small(parts=3).expand.out_features) == (2, 32, 4, 48)
+
+
+def test_from_a_plain_model_layer_by_layer():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 40}
+    plain = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=20, layer_norm_eps=1e-4, rope_parameters=rope, **sizes)).double()
+    for p in plain.parameters():
+        p.data.normal_()
+    made = BlockTransformerLM.from_vanilla(plain, 2, parts=3)
+    assert (made.block_len, made.parts, len(made.block_decoder.layers), len(made.token_decoder.layers)) == (2, 3, 1, 2)
+    for own, other in zip((*made.block_decoder.layers, *made.token_decoder.layers), plain.gpt_neox.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own.state_dict().values(), other.state_dict().values(), strict=True))
+    assert torch.equal(made.embed.weight, plain.gpt_neox.embed_in.weight) and torch.equal(
+        made.head.weight, plain.get_output_embeddings().weight
+    )
+    assert torch.equal(made.token_decoder.final_layer_norm.weight, plain.gpt_neox.final_layer_norm.weight)
+    config = made.token_decoder.config
+    assert made.head.weight.dtype == torch.float64 and config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert (config.layer_norm_eps, config.intermediate_size, config.max_position_embeddings) == (1e-4, 24, 40)

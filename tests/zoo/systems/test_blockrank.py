@@ -69,3 +69,35 @@ def test_bad_input():
         model = llama()
         with ranking(model, mask, 1):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def test_scale_places_and_temperature_by_hand():
+    q, mask = torch.randn(2, 2, 24, 8), torch.ones(2, 4, 6)
+    assert torch.allclose(blockrank_attention(q, q, q, mask, scale=0.1), blockrank_attention(q * 0.1 * 8**0.5, q, q, mask), atol=1e-6)
+    for options, first in (({}, 16384), ({"offset": 50}, 50)):
+        own = [*range(6), *range(6, 12), *range(6, 12), *range(first, first + 6)]
+        assert blockrank_positions(mask, **options)[0].tolist() == own
+    scores, answers = torch.randn(2, 2, 8, 24), torch.tensor([[0, -1], [1, 0]])
+    labels = torch.full((2, 24), -100)
+    labels[:, -2:] = 7
+    r = document_scores(scores, labels, mask)
+    for options, t in (({}, 0.05), ({"temperature": 0.5}, 0.5)):
+        share = (r / t).softmax(1)
+        truth = -(share[0, 0].log() + share[1].sum().log()) / 2
+        assert torch.allclose(blockrank_aux_loss(scores, labels, answers, mask, **options), truth, atol=1e-6)
+
+
+def test_ranking_reads_the_last_queries_that_were_asked_for():
+    model, (ids, labels, mask) = llama(layers=3), batch()
+    own = ids, blockrank_positions(mask, 40)
+    with torch.no_grad():
+        for last in (5, 16, 99):
+            with ranking(model, mask, 1, last) as seen:
+                model(input_ids=own[0], position_ids=own[1], use_cache=False)
+            assert seen.scores.shape == (2, 4, min(last, 6), 24)
+        truth = document_scores(seen.scores, labels, mask).argsort(1, descending=True)
+    assert torch.equal(rank_by_attention(model, ids, mask, labels, 1, offset=40), truth)
+    asked = labels.clone()
+    asked[:, -2] = -100
+    with pytest.raises(RegardError, match="one before it, among the last 1 queries"):
+        rank_by_attention(model, ids, mask, asked, 1, last=1)

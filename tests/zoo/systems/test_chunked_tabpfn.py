@@ -65,3 +65,28 @@ def test_bad_input():
             TabPFNLite(**options)
     constant = torch.cat((x[:, :2], torch.ones(8, 1)), 1)
     assert TabPFNLite().fit(constant, y).predict_proba(constant).isfinite().all()
+
+
+def test_sizes_eps_and_scale():
+    model = TabPFNLite(3, 16, 2, 2, hidden=24, group=2, eps=1e-3, most_features=5)
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-3} and model.place.shape == (3, 4)
+    assert [m.out_features for m in model.head if isinstance(m, torch.nn.Linear)] == [32, 3] and model.y_in.in_features == 4
+    widths = {m.out_features for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)}
+    assert 24 in widths and 32 in {
+        m.out_features for layer in TabPFNLite(dim=16).layers for m in layer.modules() if hasattr(m, "out_features")
+    }
+    assert torch.equal(TabPFNLite().place, TabPFNLite(seed=0).place) and not torch.equal(TabPFNLite().place, TabPFNLite(seed=1).place)
+    q = torch.randn(3, 2, 9, 4)
+    with chunking(4, 5, 2):
+        found = F.scaled_dot_product_attention(q, q[:, :1], q[:, :1], scale=0.2, enable_gqa=True)
+    assert torch.allclose(found, (0.2 * q @ q[:, :1].mT).softmax(-1) @ q[:, :1], atol=1e-6)
+
+
+def test_features_are_standardised_by_the_training_rows():
+    model, x, y = TabPFNLite(2, 8, 2, 1), torch.randn(1, 9, 3), torch.randint(0, 2, (1, 6))
+    moved = x * torch.tensor([3.0, 0.1, 50]) + torch.tensor([5.0, -1, 2])
+    assert torch.allclose(model(x, y), model(moved, y), atol=1e-4)
+    mean, std = model.scales(x[:, :6])
+    assert torch.allclose(mean, x[:, :6].sum(1, keepdim=True) / 6)
+    assert torch.allclose(std, ((x[:, :6] - mean).square().sum(1, keepdim=True) / 6).sqrt())
+    assert float(model.scales(torch.ones(1, 4, 1))[1]) == pytest.approx(1e-6)

@@ -183,3 +183,18 @@ def test_calls_are_refused():
         with pytest.raises(RegardError, match="expected"):
             warm_basis(x, start, iterations)
     assert energy_ratio(torch.zeros(3), 2) == 0 and float(spectral_norm(torch.zeros(3, 2))) == 0
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_the_policy_reads_how_much_energy_each_rank_keeps(iterations):
+    """Of all the singular values there are where the SVD is exact, else of those that subspace iteration follows."""
+    torch.manual_seed(0)
+    layer, seen = DynamicRankAttention(8, 2, (1, 2), segment=4, causal=True, energy=True, iterations=iterations).double().eval(), []
+    layer.policy.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    x = torch.randn(2, 8, 8, dtype=torch.float64)
+    layer(x)
+    truth = torch.zeros(2, 2, dtype=torch.float64)
+    for one in (layer.q, layer.k):
+        s = torch.linalg.svdvals(one(x)[:, :4].unflatten(-1, (2, 4)).transpose(1, 2)).square()[..., : None if iterations == 0 else 2]
+        truth += torch.stack([(s[..., :rank].sum(-1) / s.sum(-1)).mean(1) for rank in (1, 2)], -1) / 2
+    assert len(seen) == 1 and torch.allclose(seen[0], truth, atol=1e-6)

@@ -47,3 +47,12 @@ def test_bad_input():
     for bad in ({"rank": 0}, {"rank": 9}, {"rank": 2, "fisher": torch.ones(8), "gram": torch.eye(8)}):
         with pytest.raises(RegardError, match="expected 1 to 8"):
             factorised(torch.randn(8, 12), **bad)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_outputs_have_the_dtype_of_what_is_projected(absorb):
+    made = [(p.bfloat16(), right, bias) for p, right, bias in (factors(), factors(), factors())]
+    out = flashsvd_attention(*made, absorb=absorb)
+    assert out.dtype == torch.bfloat16
+    truth = flashsvd_attention(*((p.float(), right, bias) for p, right, bias in made), absorb=absorb)
+    assert (out.float() - truth).abs().max() < 0.05

@@ -1,5 +1,8 @@
 """Hidden transfer: eager attention, bad input, and a model left as it was."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -33,3 +36,17 @@ def test_bad_input():
     )
     with pytest.raises(RegardError, match="no rotary positions"):
         HiddenTransfer(transformers.OPTForCausalLM(config).eval(), [1])
+
+
+def test_maps_and_tree_by_default_and_otherwise():
+    model = llama(layers=4)
+    draft = HiddenTransfer(model, [1, 2, 2])
+    assert all(torch.equal(one.weight, torch.eye(32).double()) and not one.bias.any() for one in draft.maps)
+    paths = set(map(tuple, draft.shape.paths))
+    truth = {p for n in (1, 2, 3) for p in itertools.product(range(6), repeat=n) if math.prod(r + 1 for r in p) <= 6}
+    assert paths == truth
+    bare = HiddenTransfer(model, [1], bias=False, identity=False)
+    assert bare.maps[0].bias is None and not torch.equal(bare.maps[0].weight, torch.eye(32).double())
+    drawn = HiddenTransfer(model, [1], identity=False).maps[0]
+    assert float(drawn.weight.abs().max()) <= 32**-0.5 and bool(drawn.bias.any())
+    assert HiddenTransfer(model, [1, 2], tree=[[0], [1], [0, 0]]).shape.paths and HiddenTransfer(model, [1]).layers == (1,)

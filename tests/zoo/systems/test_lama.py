@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.zoo.systems.lama import LAMAClassifier, LAMAPool
+from regard.zoo.systems.lama import LAMAClassifier, LAMAPool, diversity
 
 
 @pytest.mark.parametrize("context", ["learned", "mean"])
@@ -28,3 +28,26 @@ def test_bad_input():
             model(ids, keep)
     with pytest.raises(RegardError, match="expected"):
         LAMAPool(6, 2)(torch.randn(2, 3, 5))
+
+
+def test_sizes_and_what_the_classifier_says():
+    model = LAMAClassifier(9, 3, embedding=5, units=4, heads=2, context="mean").double().eval()
+    assert (model.embed.embedding_dim, model.gru.hidden_size, model.head.in_features, model.head.out_features) == (5, 4, 16, 3)
+    ids, keep = torch.randint(9, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    for row, n in ((0, 6), (1, 4)):
+        states = model.gru(model.embed(ids[row : row + 1, :n]))[0][0]
+        a = torch.tanh((states @ model.pool.p) * (states.mean(0) @ model.pool.q)).softmax(0)
+        truth = (a.T @ states).flatten() @ model.head.weight.T + model.head.bias
+        assert torch.allclose(model(ids, keep)[row], truth)
+    assert torch.allclose(model(ids)[:1], model(ids, keep)[:1])
+    assert LAMAPool(6, 2, tanh=False).tanh is False and LAMAClassifier(9, 2).pool.context is not None
+
+
+def test_scores_scaled_over_the_heads_and_how_far_heads_are_apart():
+    pool, x = LAMAPool(6, 3, normalise=True, tanh=False).double(), torch.randn(2, 4, 6, dtype=torch.float64)
+    s = (x @ pool.p) * (pool.context @ pool.q)
+    truth = (s / s.norm(dim=-1, keepdim=True)).softmax(1)
+    assert torch.allclose(pool(x)[1], truth.transpose(1, 2))
+    same = torch.eye(4)[None, [0, 0, 1]]  # two heads alike
+    assert float(diversity(same)) == 2 and float(diversity(torch.eye(4)[None, :3])) == 0
+    assert float(diversity(torch.cat((same, torch.eye(4)[None, :3])))) == 1

@@ -65,3 +65,44 @@ def test_bad_input():
             small(**options)
     with pytest.raises(RegardError, match="rank=0"):
         InitialStateTuner(model, 0)
+
+
+def test_first_states_and_the_steps_of_tuning():
+    model = small(dropout=0.0)
+    tuner = InitialStateTuner(model, rank=2, scale=0.5, generator=torch.Generator().manual_seed(3))
+    states = tuner.states()
+    assert len(states) == len(model.blocks) == 3
+    for state, u, w in zip(states, tuner.u, tuner.w, strict=True):
+        assert torch.allclose(state[0], 0.5 * sum(u[:, :, r, None] * w[:, r, None] for r in range(2)))
+    assert InitialStateTuner(model).scale == 0.02 and torch.equal(
+        InitialStateTuner(model, 2, generator=torch.Generator().manual_seed(3)).u[0], tuner.u[0]
+    )
+    batch, seen = (torch.tensor([[3, 4]]), delayed(torch.randint(0, 5, (1, 2, 6)))), []
+    before = [p.detach().clone() for p in tuner.parameters()]
+    first = model.loss(*batch, tuner.states()).item()
+    tuner.fit(model, [batch] * 3, lr=0.1, watch=seen.append)
+    assert all(torch.equal(p, old) for p, old in zip(tuner.parameters(), before, strict=True))  # no step before the fourth
+    assert seen == pytest.approx([first] * 3)
+    tuner.zero_grad()
+    tuner.fit(model, [batch] * 5, lr=0.1, accumulate=2)
+    moved = torch.cat([(p - old).flatten() for p, old in zip(tuner.parameters(), before, strict=True)]).abs()
+    assert 0.15 < float(moved.max()) < 0.21  # two steps of Adam of 0.1 each
+    before = [p.detach().clone() for p in tuner.parameters()]
+    tuner.zero_grad()
+    tuner.fit(model, [batch] * 4)
+    moved = torch.cat([(p - old).flatten() for p, old in zip(tuner.parameters(), before, strict=True)]).abs()
+    assert 0.09 < float(moved.max()) < 0.11 and model.loss(*batch, tuner.states()).item() < first
+
+
+def test_drawing_is_by_temperature_among_the_likeliest():
+    model, text = small(), torch.tensor([[3, 4, 5]]).expand(400, -1)
+    with torch.no_grad():
+        logits = model(text[:1], torch.ones(1, 1, 2, dtype=torch.long))[0, 0]
+    for options, t, top in (({}, 1.0, 100), ({"temperature": 0.3}, 0.3, 100), ({"top": 2}, 1.0, 2)):
+        drawn = model.generate(text, 1, generator=torch.Generator().manual_seed(0), **options)[:, 1]
+        kept = logits[0].topk(min(top, 8)).indices
+        p = torch.zeros(8).index_put((kept,), (logits[0, kept] / t).softmax(0))
+        share = torch.bincount(drawn[:, 0], minlength=8) / 400
+        assert float((share - p).abs().max()) < 0.1 and not bool(share[p == 0].any())
+        assert bool((drawn[:, 1] == logits[1].argmax()).all())  # the second stream is greedy
+    assert small().generate(text[:1], 3, sampled=0).shape[1] <= 4

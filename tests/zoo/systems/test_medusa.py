@@ -43,3 +43,31 @@ def test_bad_input():
             Medusa(model, **bad)
     with pytest.raises(RegardError, match="needs more than a name"):
         generate(model, torch.tensor([[1]]), "medusa")
+
+
+def test_joint_loss_by_labels_and_decay():
+    model = llama(20)
+    heads, ids = Medusa(model, 2).double(), torch.randint(20, (2, 7))
+    for head in heads.heads:
+        head[0].linear.weight.data.normal_(std=0.3)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    out = model(ids, output_hidden_states=True, use_cache=False)
+    hidden = out.hidden_states[-1]
+
+    def ce(logits, late):
+        there = labels[:, late:] != -100
+        return -logits[:, :-late].log_softmax(-1).gather(-1, ids[:, late:, None])[..., 0][there].mean()
+
+    truth = ce(out.logits, 1) + 0.7 * (0.5 * ce(heads(hidden)[0], 2) + 0.25 * ce(heads(hidden)[1], 3))
+    assert torch.allclose(heads.joint_loss(model, ids, labels, weight=0.7, decay=0.5), truth)
+
+
+def test_the_tree_and_the_ranks_that_are_taken():
+    model = llama(20)
+    heads, ids = Medusa(model, 3), torch.randint(20, (2, 9))
+    assert heads.accuracies(model, ids).shape == (3, 10) and heads.accuracies(model, ids, 4).shape == (3, 4)
+    assert len(Medusa(model).heads) == 5 and len(heads.heads[0]) == 2 and len(Medusa(model, 2, layers=0).heads[0]) == 1
+    assert len(heads.shape.levels) == 3 and len(Medusa(model).shape.paths) + 0 <= 63 and max(map(len, Medusa(model, 4).shape.paths)) == 4
+    found = heads.search_tree(model, ids, 5)
+    assert len(found.paths) == 5 and len(heads.search_tree(model, ids).paths) == 63

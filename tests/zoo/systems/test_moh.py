@@ -47,3 +47,54 @@ def test_bad_input():
             convert_moh(llama(), **bad)
     with pytest.raises(RegardError, match="q_proj and o_proj"):
         convert_moh(torch.nn.Linear(2, 2))
+
+
+def test_gates_by_hand():
+    """Shared heads alone, routed heads alone, and both, with the balance loss."""
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    for shared, routed in ((2, 1), (1, 2), (0, 2), (4, 0)):
+        layer = MoHAttention(8, 4, shared, routed).double()
+        found, rows = layer.gates(x), []
+        for b in range(2):
+            for t in range(5):
+                own = shared * (layer.share.weight @ x[b, t]).softmax(0) if shared > 1 else torch.ones(shared).double()
+                if not routed:
+                    rows.append(own)
+                    continue
+                s = (layer.route.weight @ x[b, t]).softmax(0)
+                kept = torch.zeros_like(s).index_fill(0, s.topk(routed).indices, 1.0) * s
+                kept = routed * kept / kept.sum()
+                a = 2 * (layer.weigh.weight @ x[b, t]).softmax(0) if shared else torch.ones(2).double()
+                rows.append(torch.cat((a[0] * own, a[1] * kept)))
+        assert torch.allclose(found, torch.stack(rows).view(2, 5, 4))
+        if routed:
+            s = (x @ layer.route.weight.T).softmax(-1).flatten(0, 1)
+            taken = torch.zeros_like(s).scatter(1, s.topk(routed).indices, 1.0)
+            count = 4 - shared
+            assert float(layer.aux_loss) == pytest.approx(
+                float(sum(count**2 * taken[:, i].mean() * s[:, i].mean() for i in range(count)) / count)
+            )
+        else:
+            assert float(layer.aux_loss) == 0
+
+
+def test_sizes_and_norms():
+    layer = MoHAttention(6, 4, 1, 1, head_dim=5, qkv_bias=True, bias=False, qk_norm=True)
+    assert layer.qkv.out_features == 60 and layer.out.in_features == 20 and layer.qkv.bias is not None and layer.out.bias is None
+    assert isinstance(layer.q_norm, torch.nn.LayerNorm) and layer.k_norm.eps == 1e-5 and layer(torch.randn(1, 3, 6)).shape == (1, 3, 6)
+    plain = MoHAttention(8, 4)
+    assert (
+        plain.qkv.bias is None and plain.out.bias is not None and isinstance(plain.q_norm, torch.nn.Identity) and plain.share.bias is None
+    )
+    assert plain.route.bias is None and plain.weigh.bias is None and plain.route.out_features == 2
+
+
+def test_the_share_of_heads_is_rounded_down():
+    model, ids = llama(heads=4, kv_heads=4), torch.randint(1, 50, (1, 4))
+    for shared, routed, s, k in ((0.5, 0.25, 2, 1), (0.3, 0.6, 1, 2), (0.0, 0.25, 0, 1)):
+        with convert_moh(model, shared, routed) as routing:
+            model(ids, use_cache=False)
+            gates = [routing.gates[at].detach() for at in range(2)]
+            assert all(bool((one[..., :s] == 1).all()) and bool((one[..., s:].sum(-1).round(decimals=6) == k).all()) for one in gates)
+            assert float(routing.aux_loss) == pytest.approx(float(sum(routing.losses.values()) / 2))
+    assert not model.model.layers[0].self_attn.q_proj._forward_hooks

@@ -1,9 +1,12 @@
 """First values, options, half precision and refusals of RADLADS, and its stages."""
 
+import sys
+
 import pytest
 import torch
 
 from regard import RegardError, adapt
+from regard.engine import stream
 from regard.lab.checks.shared.converting import student_of, turned
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.radlads import KINDS, output_distance, radlads_convert, radlads_stages
@@ -71,3 +74,45 @@ def test_stages():
 def test_refusals(options):
     with pytest.raises(RegardError, match="expected"):
         radlads_convert(llama(), **options)
+
+
+def test_decays_begin_by_channel_and_by_depth():
+    for layers in (1, 3):
+        for kind, own in (
+            ("rad_rwkv6", lambda at, depth: -6 + 5 * at ** (0.7 + 1.3 * depth)),
+            ("rad_rwkv7", lambda at, depth: -7 + 5 * at ** (0.85 + depth**0.5) + 0.5),
+        ):
+            made = radlads_convert(llama(layers=layers), kind)
+            for number, layer in enumerate(made.students.values()):
+                depth = number / max(1, layers - 1)
+                truth = torch.tensor([own(n / 31, depth) for n in range(32)], dtype=torch.float64)
+                assert torch.allclose(layer.decay.bias, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dim", "heads", "ranks"), [(4096, 4, (64, 128)), (4095, 5, (32, 64))])
+def test_ranks_of_wide_models(dim, heads, ranks):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, hidden_size=dim, **sizes))
+    six = student_of(radlads_convert(model, "rad_rwkv6"))
+    assert (six.mix_b.shape[1], six.decay.a.shape[1]) == ranks
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, hidden_size=dim, **sizes))
+    assert student_of(radlads_convert(model, "rad_rwkv7")).decay.a.shape[1] == ranks[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recurrence_is_kept_in_single_precision_under_autocast(kind, monkeypatch):
+    layer, seen, real = student_of(radlads_convert(llama().float(), kind)), [], stream.step
+
+    def step(*given, **inputs):
+        seen.append(
+            torch.is_autocast_enabled("cpu") or {x.dtype for x in (*given[:3], *(v for v in inputs.values() if torch.is_tensor(v)))}
+        )
+        return real(*given, **inputs)
+
+    monkeypatch.setattr(sys.modules[type(layer).__module__], "step", step)
+    x = torch.randn(1, 9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.run(x, tuple(y.float() for y in turned(llama(), x)))
+    assert seen == [{torch.float32}]

@@ -8,7 +8,8 @@ from regard import RegardError
 from regard.adapt.gptq import Grid, gptq
 from regard.adapt.rotation import fold_norms, hadamard, rotate_stream, rotation_of
 from regard.lab.checks.shared.decoding import llama
-from regard.zoo.systems.rsq import chunks, rsq_quantize
+from regard.zoo.systems import rsq
+from regard.zoo.systems.rsq import IMPORTANCES, Text, chunks, rsq_quantize, scaled
 
 
 def test_a_copy_is_rounded_and_says_its_scales():
@@ -102,3 +103,40 @@ def test_importance_is_the_same_in_blocks_of_queries():
     text = Text(model.model.layers[0], x, x, SimpleNamespace(), {"position_embeddings": (cos, sin)})
     assert torch.allclose(attncon(text, 4), attncon(text, 256), atol=1e-4)
     assert abs(float(attncon(text).sum()) - 4 * 11) < 1e-3
+
+
+def text_of(x, y=None, counts=None):
+    return Text(None, x, x if y is None else y, counts, {})
+
+
+def test_importances_by_hand():
+    x, y, counts = torch.randn(7, 4), torch.randn(7, 4), torch.randint(1, 9, (7,))
+    text = text_of(x, y, counts)
+    near = [IMPORTANCES[name](text) for name in ("actnorm", "actdiff", "tokenfreq", "tokensim", "uniform")]
+    apart = torch.stack([torch.stack([(a - b).square().sum() for b in x]).mean() for a in x])
+    truth = [x.square().sum(1).sqrt(), -(x - y).square().sum(1).sqrt(), -counts.float(), apart, torch.ones(7)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(near, truth, strict=True))
+    assert chunks((0, 2), 3)(text_of(torch.randn(9, 2))).tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert chunks((1,), 2)(text_of(torch.randn(5, 2))).tolist() == [0, 0, 1, 1, 0]
+    assert scaled(torch.tensor([2.0, 4, 3]), 0.1, 0.5).tolist() == pytest.approx([0.1, 0.5, 0.3])
+    assert scaled(torch.full((3,), 4.0), 0.1, 0.5).tolist() == [1, 1, 1]
+
+
+def test_every_option_reaches_the_rounding(monkeypatch):
+    """Defaults and others; weights of a text sum to its length, and features are scaled by their powers."""
+    model, ids, seen, turned = llama(layers=1), torch.randint(50, (3, 8)), [], []
+    monkeypatch.setattr(rsq, "gptq", lambda weight, gram, *given: seen.append((gram, *given)) or gptq(weight, gram, *given))
+    monkeypatch.setattr(rsq, "rotation_of", lambda *given: turned.append(given[:2]) or rotation_of(*given))
+    for options, told in (({}, (0.01, 128, False)), ({"damp": 0.2, "block": 7, "order": True, "rotation": "none"}, (0.2, 7, True))):
+        seen.clear()
+        rsq_quantize(model, ids, 4, **options)
+        assert {one[2:] for one in seen} == {told} and {one[1].bits for one in seen} == {4}
+    assert turned == [(32, "hadamard"), (32, "none")]
+    r = torch.arange(1.0, 9)
+    for exponent in (0.5, 2.0):
+        seen.clear()
+        rsq_quantize(model, ids, importance=lambda text: r, exponent=exponent, rotation="none")
+        h = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)) / model.model.layers[0].input_layernorm.weight
+        weight = (r * 8 / r.sum()) ** exponent
+        x = (h * weight[:, None]).flatten(0, 1).double()
+        assert torch.allclose(seen[0][0].double(), 2 / 3 * x.T @ x, rtol=1e-4, atol=1e-4) and seen[0][1].bits == 3

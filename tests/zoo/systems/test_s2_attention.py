@@ -60,3 +60,46 @@ def test_bad_input():
     with S2Cache(s2_block_mask(2, 16, 8), 8)(model), pytest.raises(RegardError, match="expected"):
         model(torch.randint(1, 50, (1, 17)))
     assert s2_attention(q[:0], q[:0], q[:0], layout, 8).shape == q[:0].shape
+
+
+def test_scale_and_parts_that_merge():
+    q, k, v = (torch.randn(1, 4, 40, 8, dtype=torch.float64) for _ in range(3))
+    layout = s2_block_mask(4, 40, 8, 1, 3)
+    seen = layout.repeat_interleave(8, 1).repeat_interleave(8, 2) & torch.ones(40, 40, dtype=torch.bool).tril()
+    s = (0.3 * q @ k.mT).masked_fill(~seen, -torch.inf)
+    out, lse = s2_attention(q, k, v, layout, 8, scale=0.3, return_lse=True)
+    assert torch.allclose(out, s.softmax(-1) @ v) and torch.allclose(lse, s.logsumexp(-1))
+    assert torch.allclose(s2_attention(q, k, v, layout, 8, scale=0.3), out)
+    assert torch.allclose(s2_attention(q[:, :, 35:], k, v, layout, 8, scale=0.3), out[:, :, 35:])
+
+
+def test_shares_of_heads_by_hand():
+    """(key heads, blocks, blocks) from the formula, with every option."""
+    for heads, kv, options in (
+        (8, 4, {}),
+        (2, 2, {"stride": 6}),
+        (8, 4, {"step": 3, "offset": 1}),
+        (4, 4, {"n_dense_heads": 1}),
+        (4, 4, {"homo_head": True, "offset": 2}),
+        (4, 2, {"relative": True, "local_blocks": 2, "stride": 3}),
+        (4, 4, {"relative": True, "local_blocks": 2, "causal": False}),
+    ):
+        own = {"local_blocks": 1, "stride": 4, **options}
+        layout = s2_block_mask(heads, 70, 8, n_kv_heads=kv, **own)
+        step = own.get("step", max(1, own["stride"] // heads))
+        truth = [
+            [
+                [
+                    (j <= i or not own.get("causal", True))
+                    and (
+                        (i - j if own.get("causal", True) else abs(i - j)) < own["local_blocks"]
+                        or ((i - j if own.get("relative") else j) + g * step + own.get("offset", 0)) % own["stride"] == 0
+                        or g >= kv - own.get("n_dense_heads", 0)
+                    )
+                    for j in range(9)
+                ]
+                for i in range(9)
+            ]
+            for g in range(1 if own.get("homo_head") else kv)
+        ]
+        assert torch.equal(layout, torch.tensor(truth)), options

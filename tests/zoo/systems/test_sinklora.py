@@ -53,3 +53,43 @@ def test_bad_input():
     assert sf_attention(q[:, :, :3], q[:, :, :3], q[:, :, :3], 2).isfinite().all()  # shorter than the sinks
     with pytest.raises(RegardError, match="plain rotary"):
         longer(longer(llama(length=16), 32).get_base_model(), 64)
+
+
+def test_what_learns_and_how_far_positions_are_divided():
+    for length, factor in ((64, 4.0), (60, 4.0), (17, 2.0), (16, None)):
+        model = llama(length=16)
+        tuned = longer(model, length, rank=3, alpha=12, targets=("q_proj",), also=("norm",))
+        config = model.config
+        assert config.max_position_embeddings == length and config.rope_parameters["rope_type"] == ("linear" if factor else "default")
+        assert config.rope_parameters.get("factor") == factor and config.rope_parameters["rope_theta"] == 10000.0
+        plain = llama(length=16).model.rotary_emb.inv_freq
+        assert torch.allclose(model.model.rotary_emb.inv_freq.float() * (factor or 1), plain.float())
+        learned = {name.split(".")[-2] if "lora" not in name else "lora" for name, p in tuned.named_parameters() if p.requires_grad}
+        assert learned == {"lora", "input_layernorm", "post_attention_layernorm", "norm"}
+        adapters = {name: p.shape for name, p in tuned.named_parameters() if "lora_A" in name}
+        assert all("q_proj" in name and shape[0] == 3 for name, shape in adapters.items()) and len(adapters) == 2
+        assert {m.scaling["default"] for m in tuned.modules() if isinstance(getattr(m, "scaling", None), dict)} == {4.0}
+    plain = longer(llama(length=16), 32)
+    learned = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert any("embed" in name for name in learned) and {name.split(".")[-4] for name in learned if "lora_A" in name} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert {p.shape[0] for name, p in plain.named_parameters() if "lora_A" in name} == {8}
+    assert not any(m.p for m in plain.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_scale_and_what_else_is_hidden():
+    q, k, v = (torch.randn(2, 2, 16, 4, dtype=torch.float64) for _ in range(3))
+    there = torch.arange(16) < torch.tensor([[16], [11]])
+    found = sf_attention(q, k, v, 4, 1, visible=there[:, None, None], scale=0.3)
+    for b, n in ((0, 16), (1, 11)):
+        for h in range(2):
+            for i in range(n):
+                part = i // 4 if h == 0 else (i + 2) // 4
+                seen = [j for j in range(min(i + 1, n)) if j < 1 or (j // 4 if h == 0 else (j + 2) // 4) == part]
+                p = (0.3 * k[b, h, seen] @ q[b, h, i]).softmax(0)
+                assert torch.allclose(found[b, h, i], p @ v[b, h, seen])
+    assert torch.equal(sf_attention(q, k, v), sf_attention(q, k, v, 4, 4, 0.5, 1.0))

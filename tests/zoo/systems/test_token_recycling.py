@@ -1,5 +1,7 @@
 """Token Recycling: the table outlives a prompt and belongs to one vocabulary."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,3 +33,19 @@ def test_bad_input():
         generate(llama(60), torch.tensor([[1, 2]]), how, max_new_tokens=2)
     with pytest.raises(RegardError, match="at most the 5 tokens"):
         generate(llama(5), torch.tensor([[1, 2]]), TokenRecycling(), max_new_tokens=2)
+
+
+def test_the_table_takes_the_likeliest_of_every_node_that_was_read():
+    how, model = TokenRecycling(2, [[0], [1], [0, 0]]), llama()
+    state = SimpleNamespace(host=SimpleNamespace(model=model), root=torch.tensor([7, 9]))
+    how.begin(state)
+    assert how.table.shape == (50, 2) and not how.table.any()
+    how.table[7], how.table[3] = torch.tensor([3, 4], dtype=torch.int32), torch.tensor([5, 6], dtype=torch.int32)
+    draft = how.draft(state)
+    assert draft.tokens.tolist() == [[7, 3, 4, 5], [9, 0, 0, 0]] and draft.parents.tolist() == [[0, 0, 0, 1]]
+    logits = torch.randn(2, 4, 50)
+    how.learn(state, draft, SimpleNamespace(logits=logits), None, None)
+    top = logits.topk(2).indices
+    assert torch.equal(how.table[[7, 3, 4, 5, 9, 0]].long(), torch.cat((top[0], top[1, [0, 3]])))  # of equal tokens the last node's
+    assert torch.equal(how.table[11], torch.zeros(2, dtype=torch.int32))
+    assert len(DEFAULT_80.parents) == 81 and len(DEFAULT_80.levels) == 6 and TokenRecycling().k == 8

@@ -6,7 +6,7 @@ import torch
 from regard import RegardError
 from regard.lab.checks.shared.decoding import llama
 from regard.nn import Attention
-from regard.zoo.systems.wgqa import convert_wgqa, to_wgqa
+from regard.zoo.systems.wgqa import WeightedHeads, convert_wgqa, to_wgqa
 
 
 def test_a_converted_model_learns_and_generates():
@@ -38,3 +38,37 @@ def test_bad_input():
             to_wgqa(bad, 1)
     with pytest.raises(RegardError, match="has no attention layers"):
         convert_wgqa(torch.nn.Linear(2, 2), 1)
+
+
+@pytest.mark.parametrize("mode", ["scalar", "col", "row"])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_what_is_made_by_hand(mode, repeat):
+    linear = torch.nn.Linear(6, 8)  # four heads of two channels
+    size = {"scalar": (4, 1, 1), "col": (4, 1, 2), "row": (4, 1, 6)}[mode]
+    init, x = torch.randn(size), torch.randn(3, 6)
+    made = WeightedHeads(linear, 4, 2, mode, init, repeat)
+    parts = []
+    for group in range(2):
+        total = torch.zeros(3, 2)
+        for head in (2 * group, 2 * group + 1):
+            w, b = linear.weight[2 * head : 2 * head + 2], linear.bias[2 * head : 2 * head + 2]
+            scale = init[head, 0]
+            if mode == "row":  # of the inputs; a bias has none, and is averaged
+                total = total + (x * scale) @ w.T + b / 2
+            else:
+                total = total + (x @ w.T + b) * scale
+        parts += [total] * (2 if repeat else 1)
+    assert torch.allclose(made(x), torch.cat(parts, 1), atol=1e-6)
+
+
+def test_first_weights():
+    linear = torch.nn.Linear(6, 8, dtype=torch.float64)
+    assert bool((WeightedHeads(linear, 4, 2).mix == 0.5).all()) and bool((WeightedHeads(linear, 4, 1, init=3).mix == 3).all())
+    drawn = [WeightedHeads(linear, 4, 2, "row", "random", generator=torch.Generator().manual_seed(seed)).mix for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], torch.rand(4, 1, 6, generator=torch.Generator().manual_seed(0)).double())
+    layers = [to_wgqa(Attention(16, 4), 2, "row", "random", torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(layers[0].k.mix, layers[1].k.mix) and not torch.equal(layers[0].k.mix, layers[0].v.mix)
+    assert layers[0].kv_heads == 2 and not layers[0].k.repeat
+    model = convert_wgqa(llama(heads=4, kv_heads=4), 2)
+    assert model.config.num_key_value_heads == 2 == model.model.layers[0].self_attn.num_key_value_groups

@@ -79,10 +79,17 @@ def run(
 
 
 def step(
-    mechanism: LogLinear, q: Tensor, k: Tensor, v: Tensor, state: LevelState | None, scale: float | None, given: Mapping[str, Any]
+    mechanism: LogLinear,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LevelState | None,
+    mask: Mask,
+    scale: float | None,
+    given: Mapping[str, Any],
 ) -> tuple[Tensor, LevelState]:
     first = 0 if state is None else state.length
-    scan, scales = prepared(mechanism, Causal(), q, k, v, scale, given, first)
+    scan, scales = prepared(mechanism, mask, q, k, v, scale, given, first)
     if first == 0 and scan.length > 1:  # a prompt: whole chunks at once, then the tokens that fill no chunk
         whole = scan.length // SIZE * SIZE
         out, levels = chunked(cut(scan, 0, whole), scales[..., :whole, :]) if whole else (scan.v[..., :0, :], ())

@@ -162,9 +162,12 @@ def first_slots(mechanism: Slots, state: tuple[Tensor, Tensor], q: Tensor, k: Te
 
 
 def step(
-    mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, state: SlotState | None, scale: float | None, given: Mapping[str, Any]
+    mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, state: SlotState | None, mask: Mask, scale: float | None, given: Mapping[str, Any]
 ) -> tuple[Tensor, SlotState]:
-    return run(mechanism, q, k, v, scale, given, state)
+    """The next tokens of a stream; the keep of Padding() covers all tokens so far."""
+    first = state.length if isinstance(state, SlotState) else 0
+    keep, given = kept_keys(mask, given, sizes_of(q, k, v), first)
+    return run(mechanism, q, k, v, scale, given, state, keep)
 
 
 def run(
@@ -177,11 +180,11 @@ def run(
     state: SlotState | None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, SlotState]:
-    """(out (B, H, L, Dv), the state after the last token); keep (B, L): tokens that are no padding, where a stream begins."""
+    """(out (B, H, L, Dv), the state after the last token); keep (B, all tokens so far): those that are no padding."""
     state = first_slots(mechanism, state, q, k, v) if isinstance(state, tuple) else state
     dtype, length = v.dtype, k.shape[-2]
     read = 0 if state is None else state.length
-    real = None if keep is None else keep[:, None, :, None]
+    real = None if keep is None else keep[:, None, read:, None]
     q, k, v, decay, write, last = prepared(mechanism, q, k, v, scale, given, None if state is None else state.last, real)
     window = mechanism.window or 0
     old = (k, v, decay, write) if state is None else state.recent
@@ -211,8 +214,8 @@ def joined(mechanism: Slots, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logit
     if keep is None:
         reached = torch.arange(read, read + length, device=q.device)[:, None] >= window  # before the first write slots are out of sight
     else:
-        near_mask, given = near_mask & Padding(), {"keep": keep}
-        reached = (pad(keep.cumsum(-1), (window, 0))[:, :length] > 0)[:, None, :, None]
+        near_mask, given = near_mask & Padding(), {"keep": keep[:, -k.shape[-2] :]}
+        reached = (pad(keep.cumsum(-1), (window, 0))[:, read : read + length] > 0)[:, None, :, None]
     near, stats = attend_with_stats(q, k, v, local, mask=near_mask, scale=1.0, **given)
     return blend(near, stats, out, logits.logsumexp(-1, keepdim=True), reached)
 

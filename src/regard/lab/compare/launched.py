@@ -68,16 +68,17 @@ class Share:
             return tuple(x[self.rank :: self.world] for x in own.batch(step))
 
         if self.sharded:
-            return Lesson(self.shard(own.model), batch, own.loss, gather)
+            self.shard(own.model)
+            return Lesson(own.model, batch, own.loss, gather)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return Lesson(DistributedDataParallel(own.model, device_ids=ids, find_unused_parameters=True), batch, own.loss)
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        """The same model, each block and what is left a unit of FSDP2."""
+    def shard(self, model: nn.Module) -> None:
+        """Makes each block, and what is left of the model, a unit of FSDP2."""
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
 
 def gather(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """FLatten: focused linear attention, a power that sharpens directions and keeps norms (id 58; Han et al., 2023).
 
 f_p(x) = |x| x^p / |x^p| of x = (relu(x) + 1e-6) / softplus(a),   o_i = f_p(q_i) S / (f_p(q_i).mean f_p(k) + eps) (+ a depthwise convolution of v)
-Not built: a probe of focus, and the swap into Swin, PVT and CSwin models; ranks of weights: `regard.zoo.linear.mamba_rank_analysis.rank_report`.
+Not built: the swap into Swin, PVT and CSwin models. Focus: `focus_gap`; ranks of weights: `regard.zoo.linear.mamba_rank_analysis.rank_report`.
 """
 
 import torch
@@ -43,3 +43,12 @@ def flatten(power: float = 3.0, norm: str = "all", eps: float = 1e-6) -> Recurre
         scaled=False,
         recipe=Recipe(rope=False),
     )
+
+
+def focus_gap(power: float, pairs: int = 2000, dim: int = 16, seed: int = 0) -> float:
+    """How much f_p tells directions apart: the mean cosine of random positive pairs (uniform entries) with the same largest channel, minus that of
+    the others. It grows with p."""
+    x, y = torch.rand(2, pairs, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1e-6
+    same = x.argmax(-1) == y.argmax(-1)
+    cosine = F.cosine_similarity(focused(x, power), focused(y, power), dim=-1)
+    return float(cosine[same].mean() - cosine[~same].mean())

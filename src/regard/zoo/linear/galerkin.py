@@ -1,7 +1,7 @@
 """Galerkin and Fourier attention: no softmax, sums over points as integrals (id 69; Cao, 2021).
 
 galerkin: o = q (k^T v) / n;   fourier: o = (q k^T / sqrt(D)) v / n;   linear: softmax_d(q) (softmax_n(k)^T v) / n
-Not built: a regressor by spectral convolutions, and the H1 loss.
+Losses: `regard.tasks.operators.relative_error` (L2) and `h1_error`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.spectral import SpectralRegressor
 
 
 def integral(s: Tensor, n: Tensor) -> Tensor:
@@ -102,17 +103,23 @@ class OperatorAttention(nn.Module):
 class OperatorModel(nn.Module):
     """A function's samples u (B, n, inputs) at place (B, n, pos_dim) -> another's (B, n, outputs), at any resolution.
 
-    Layers of x + attention(x), x + mlp(x), without norms before them: the ones inside must be able to rescale.
+    Layers of x + attention(x), x + mlp(x), without norms before them: the ones inside must be able to rescale. regressor: behind them, "pointwise" (an
+    MLP) or "spectral" (convolutions of `modes` frequencies over a grid of pos_dim directions, which the points must be, a square one in two).
     """
 
     def __init__(
-        self, inputs: int = 1, outputs: int = 1, dim: int = 32, heads: int = 2, layers: int = 2, kind: str = "galerkin", pos_dim: int = 1
-    ):
+        self, inputs: int = 1, outputs: int = 1, dim: int = 32, heads: int = 2, layers: int = 2, kind: str = "galerkin", pos_dim: int = 1,
+        regressor: str = "pointwise", modes: int = 8,
+    ):  # fmt: skip
         super().__init__()
+        if regressor not in ("pointwise", "spectral"):
+            raise RegardError(f"regressor={regressor!r}; expected pointwise or spectral")
         self.start = nn.Linear(inputs + pos_dim, dim)
         self.mixers = nn.ModuleList([OperatorAttention(dim, heads, kind, pos_dim) for _ in range(layers)])
         self.mlps = nn.ModuleList([nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)) for _ in range(layers)])
-        self.end = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, outputs))
+        self.end: nn.Module = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, outputs))
+        if regressor == "spectral":
+            self.end = SpectralRegressor(dim, outputs, modes, directions=pos_dim)
 
     def forward(self, u: Tensor, place: Tensor) -> Tensor:
         x = self.start(torch.cat((u, place), -1))

@@ -1,7 +1,7 @@
 """Gated slot attention: a bounded memory of m slots with forgetting, read by softmax (id 106; Zhang et al., 2024).
 
 K_t = diag(f_t) K_{t-1} + (1 - f_t) k_t^T,   V_t = diag(f_t) V_{t-1} + (1 - f_t) v_t^T,   o_t = V_t^T softmax(K_t q_t),   f = sigmoid(x W)^(1/tau)
-Not built: the converter from pretrained softmax layers (T2R): `adapt.patch` refuses gates, which are projections of a layer's x.
+Pretrained softmax layers become layers of it by `regard.adapt.convert(model, "gsa")` (T2R: q, k, v and o are kept, the gate is new), then trained.
 """
 
 from regard.algebra import Input, Projected, Recipe, Slots, bind

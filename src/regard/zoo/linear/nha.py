@@ -1,7 +1,7 @@
 """Native hybrid attention: one softmax over the last w tokens and over m slots that hold what came before (id 49; Du et al., 2025).
 
 Token t - w is written into the slots when it leaves the window (as in gated slot attention);  o_t = softmax(q_t [K_slots; k_{t-w+1..t}]^T / sqrt(D)) [V_slots; v]
-Not built: a converter of pretrained models: `adapt.patch` refuses gates, which are projections of a layer's x.
+Pretrained layers become layers of it by `regard.adapt.convert(model, regard.get("nha", rope=base))`: with w at least the length they give what they gave.
 """
 
 from regard.algebra import Recipe, Slots

@@ -2,7 +2,7 @@
 
 phi_q(q) = exp(q - max_d q), phi_k(k_t) = exp(k_t - max_{s <= t, d} k_s);   S_t = G_t S_{t-1} + phi_k(k_t) v_t^T,   o_t = a phi_q(q_t) S_t
 G = (1 - r) g^2 + r (1 - (1 - g)^2),   a = 1 / (e sqrt(m (e^2 - 1)))
-Not built: a converter of pretrained models: `adapt.patch` refuses gates, which are projections of a layer's x.
+Pretrained layers, all of a model or half of them, become layers of it by `regard.adapt.convert(model, "regla", layers=[...])`, then trained.
 """
 
 import math

@@ -1,14 +1,17 @@
 """SLAB's simplified linear attention: ReLU features and a plain sum (id 197; Guo et al., 2024).
 
 o_i = relu(q_i) (sum_j relu(k_j) v_j^T) / (relu(q_i).sum_j relu(k_j) + eps) (+ a depthwise convolution of v)
-Not built: the converter that swaps norms and attention of pretrained models.
+Pretrained models: `convert_norms` puts `PRepBN` where LayerNorm stood; attention by `regard.adapt.patch(model, "slab")` or `regard.adapt.convert`.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from regard.adapt.replace import Replaced, Where, replace
 from regard.algebra import FeatureMap, Recipe, Recurrent, bind
 from regard.algebra.readouts import sum_divided
 from regard.catalog.registry import register
@@ -87,3 +90,22 @@ class PRepBN(nn.Module):
         fused.weight.copy_(linear.weight * c)
         fused.bias.copy_(linear.weight @ h + (0 if linear.bias is None else linear.bias))
         return fused
+
+
+def convert_norms(model: nn.Module, steps: int, *, start: float = 1.0, warm_up: int = 0, where: Where = nn.LayerNorm) -> Replaced:
+    """Every LayerNorm over one dimension of a model becomes a `PRepBN` that begins as it (with start=1, exactly) and lets go of it over `steps` steps of
+    training; the result puts the old ones back. where: which norms, as of `regard.adapt.replace`. RegardError: norms over several dimensions."""
+
+    def made(old: nn.Module) -> nn.Module:
+        if not isinstance(old, nn.LayerNorm) or len(old.normalized_shape) != 1:
+            raise RegardError(f"{type(old).__name__} {getattr(old, 'normalized_shape', '')}: expected LayerNorm over one dimension")
+        new = PRepBN(old.normalized_shape[0], steps, start, warm_up)
+        new.layer = copy.deepcopy(old)
+        with torch.no_grad():
+            if old.weight is not None:
+                new.rep.norm.weight.copy_(old.weight)
+            if old.bias is not None:
+                new.rep.norm.bias.copy_(old.bias)
+        return new
+
+    return replace(model, where, made)

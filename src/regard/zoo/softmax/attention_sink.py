@@ -2,7 +2,7 @@
 
 Where nothing is asked of attention, rows that must sum to one park their weight on the first token (Gu et al., 2024; Guo et al., 2024).
 
-Not built: prefix, windowed and post-norm variants; probes of massive activations and of key and value norms.
+Massive activations, and norms of keys and values at the sink, in any tapped decoder: `regard.interpret.sink_report(model, ids, active, residual=True)`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.algebra import FeatureMap, Headwise, Input, Mechanism, Recurrent, RowLocal, Weighted, elu_plus_one, identity
+from regard.algebra import (
+    Causal,
+    FeatureMap,
+    Headwise,
+    Input,
+    Mechanism,
+    Prefix,
+    Recurrent,
+    RowLocal,
+    Weighted,
+    Window,
+    elu_plus_one,
+    identity,
+)
 from regard.algebra.normalizer import exp_shifted, with_sink
 from regard.catalog import get
 from regard.catalog.registry import register
+from regard.engine import weights
 from regard.errors import RegardError, nearest
 from regard.nn.attention import Attention
 from regard.plots import figure
@@ -61,27 +75,52 @@ def bigrams() -> Tensor:
 
 class Tiny(nn.Module):
     """The chain's log probabilities, plus one layer of attention read by the output alone: a head that adds to every token what only
-    triggers ask for spoils the others."""
+    triggers ask for spoils the others. post_norm: the norm stands behind attention, not before it. prefix: tokens that see one another both
+    ways (a prefix language model); window: how many tokens back, its own included, a token sees."""
 
     known: Tensor
 
-    def __init__(self, mechanism: str | Mechanism, dim: int, heads: int, length: int):
+    def __init__(
+        self,
+        mechanism: str | Mechanism,
+        dim: int,
+        heads: int,
+        length: int,
+        post_norm: bool = False,
+        prefix: int = 0,
+        window: int | None = None,
+    ):
         super().__init__()
+        self.post_norm, self.prefix = post_norm, prefix
+        causal = Causal() if window is None else Causal() & Window(window)
+        self.mask = causal | Prefix(prefix) if prefix else causal
         self.embed, self.head, self.norm = nn.Embedding(VOCAB, dim), nn.Linear(dim, VOCAB, bias=False), nn.RMSNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, heads, mechanism, rope=True, context_len=length)
+        self.attention = Attention(dim, heads, mechanism, rope=True, context_len=length, causal=not prefix)
         self.register_buffer("known", bigrams().clamp_min(1e-4).log())
 
     def stream(self, tokens: Tensor) -> Tensor:
         """What attention reads, (B, L, dim)."""
-        return self.norm(self.embed(tokens))  # type: ignore[no-any-return]
+        x = self.embed(tokens)
+        return x if self.post_norm else self.norm(x)  # type: ignore[no-any-return]
+
+    def added(self, x: Tensor) -> Tensor:
+        """What attention gives, (B, L, dim)."""
+        y = self.attention(x, mask=self.mask)
+        return self.norm(y) if self.post_norm else y  # type: ignore[no-any-return]
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        q, k, v, _ = self.attention.heads_of(x, x, 0, None)
+        made = self.attention.inputs(x, {"q": q, "k": k, "v": v})
+        return weights(q, k, self.attention.mechanism, mask=self.mask, **made)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.known[tokens] + self.head(self.attention(self.stream(tokens)))  # type: ignore[no-any-return]
+        return self.known[tokens] + self.head(self.added(self.stream(tokens)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class SinkResult:
-    """head_rates: for each head the share of samples whose first token gets over 0.3; sink_rate: their mean. accuracy: of copies. kurtosis: of
+    """head_rates: for each head the share of samples whose first token gets over 0.3; sink_rate: their mean. positions (L,): `sink_metric` of every
+    place, in percent (None without weights). accuracy: of copies. kurtosis: of
     what attention adds. logit_range: mean over rows of the largest minus the smallest visible logit. loss: of training."""
 
     head_rates: tuple[float, ...]
@@ -89,6 +128,7 @@ class SinkResult:
     kurtosis: float
     logit_range: float
     loss: tuple[float, ...]
+    positions: tuple[float, ...] | None = None
 
     @property
     def sink_rate(self) -> float:
@@ -124,16 +164,20 @@ def sink_experiment(
     lr: float = 1e-2,
     batch: int = 32,
     seed: int = 0,
+    post_norm: bool = False,
+    prefix: int = 0,
+    window: int | None = None,
 ) -> SinkResult:
-    """Train one layer of `mechanism` for `steps` of `batch` sequences (a few seconds) and look at its weights."""
+    """Train one layer of `mechanism` for `steps` of `batch` sequences (a few seconds) and look at its weights. post_norm, prefix, window: the
+    model's (`Tiny`); the tokens of a prefix, which see what comes, are not learned."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = Tiny(mechanism, dim, heads, length)
+    model = Tiny(mechanism, dim, heads, length, post_norm, prefix, window)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     losses = []
     for tokens in text(steps * batch, length, generator)[0].split(batch):
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = F.cross_entropy(model(tokens[:, :-1])[:, prefix:].flatten(0, 1), tokens[:, 1 + prefix :].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -141,13 +185,21 @@ def sink_experiment(
         losses.append(float(loss.detach()))
     with torch.no_grad():
         tokens, copied = text(256, length, generator)
+        copied[:, :prefix] = False
         right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
         x = model.stream(tokens[:, :-1])
-        found = model.attention.weights(x)
+        found = model.weights(x)
         spread = logit_range(model.attention, x)
-        added = kurtosis(model.attention(x))
+        added = kurtosis(model.added(x))
     rates = () if found is None else tuple(sink_rate(found[:, h]) for h in range(heads))
-    return SinkResult(rates, float(right[copied].double().mean()), added, spread, tuple(losses))
+    return SinkResult(
+        rates,
+        float(right[copied].double().mean()),
+        added,
+        spread,
+        tuple(losses),
+        None if found is None else tuple(sink_metric(found).tolist()),
+    )
 
 
 @functools.cache

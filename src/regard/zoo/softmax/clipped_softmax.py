@@ -2,7 +2,7 @@
 
 p_ij = clip((zeta - gamma) softmax(s_i)_j + gamma, 0, 1),   gamma = -alpha / T        gated: o_h times sigmoid(G_h(x))
 
-Not built: quantised activations (W8A8). In the tiny copying task clipping narrows the range of logits; gating does not.
+Rounded weights and activations (W8A8): `regard.lab.quantisation.quantised_throughout`. In the tiny copying task clipping narrows the range of logits; gating does not.
 """
 
 import torch

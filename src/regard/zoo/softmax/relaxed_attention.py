@@ -2,11 +2,12 @@
 
 p_i = (1 - gamma) softmax_j(s_ij) + gamma / n_i,   n_i = number of visible keys
 
-Not built: decoding with an external language model (shallow fusion).
+Decoding beside an external language model: `shallow_fusion`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,3 +71,53 @@ class RelaxedAttention(Attention):
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv)
         o, inner = step(q, k, v, "softmax", state.inner, mask=mask, **inputs)
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
+
+
+Scores = Callable[[Tensor], Tensor]  # tokens (B, L) -> logits (B, L, V)
+
+
+@torch.no_grad()
+def shallow_fusion(
+    decoder: Scores,
+    language: Scores,
+    start: Tensor,
+    count: int,
+    *,
+    weight: float = 0.3,
+    internal: Scores | None = None,
+    internal_weight: float = 0.0,
+    beams: int = 1,
+    end: int | None = None,
+) -> Tensor:
+    """Beam search by log p_decoder + weight log p_language - internal_weight log p_internal: start (B, n) -> the best (B, n + count) of each row.
+
+    decoder, language, internal: tokens (B, L) -> logits (B, L, V), of which the last row counts; internal: what the decoder knows of the language
+    without its source, which relaxed cross-attention weakens. end: a token behind which a beam goes on with itself alone, at no cost. RegardError:
+    vocabularies that differ, bad numbers.
+    """
+    if count < 1 or beams < 1 or internal_weight < 0 or (internal is None) != (internal_weight == 0):
+        raise RegardError(
+            f"count={count}, beams={beams}, internal_weight={internal_weight}: expected positive numbers, and internal=... where it has a weight"
+        )
+    rows, n = start.shape
+    beam = start[:, None]
+    scores = start.new_zeros(rows, 1, dtype=torch.float64)
+    for _ in range(count):
+        flat = beam.flatten(0, 1)
+        parts = [(decoder, 1.0), (language, weight), *([(internal, -internal_weight)] if internal is not None else [])]
+        logs = [share * part(flat)[:, -1].double().log_softmax(-1) for part, share in parts]
+        if len({one.shape for one in logs}) > 1:
+            raise RegardError(
+                f"decoder and language model give {' and '.join(str(x.shape[-1]) for x in logs)} symbols; expected the same ones"
+            )
+        step = sum(logs[1:], logs[0]).view(rows, beam.shape[1], -1)
+        if end is not None:
+            done = (beam[:, :, n:] == end).any(-1)
+            only = torch.full_like(step[0, 0], float("-inf"))
+            only[end] = 0.0
+            step = torch.where(done[..., None], only, step)
+        total = (scores[..., None] + step).flatten(1)
+        scores, at = total.topk(min(beams, total.shape[1]), dim=1)
+        from_beam, token = at // step.shape[-1], at % step.shape[-1]
+        beam = torch.cat((beam.gather(1, from_beam[..., None].expand(-1, -1, beam.shape[-1])), token[..., None]), -1)
+    return beam[:, 0]

@@ -2,7 +2,7 @@
 
 A = I + softmax(Y / (tau0 sqrt(width))) - 1/m 11^T,   Y = q.k / sqrt(D)        under a mask 1/m is 1 / n_i on the visible keys
 
-Not built: a trainable residual block and its initialiser (`Layer` is random and without parameters).
+`ShapedBlock` trains; `Layer` is its theory's random layer, without parameters.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.algebra import Dot, RowWise, Weighted, bind, row_count, row_softmax
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.nn.attention import Attention
 
 
 def shaped(s: Tensor, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -145,3 +146,39 @@ def token_cosine(kind: str, depth: int = 64, width: int = 128, tokens: int = 8, 
     unit = torch.nn.functional.normalize(x, dim=-1)
     cosines = (unit @ unit.transpose(-1, -2)).abs()
     return float((cosines.sum((-1, -2)) - tokens).mean() / (tokens * (tokens - 1)))
+
+
+class ShapedBlock(nn.Module):
+    """x (B, m, dim) -> lam x + gamma attention(x), then lam x + gamma W_2 act(W_1 x), lam^2 + gamma^2 = 1: no norms, and none are needed.
+
+    Weights start from N(0, 1 / fan in), W_2's over E act(g)^2 of a normal g, so that deep stacks keep tokens apart and their size. act: a shaped ReLU with slopes
+    1 + c_+ / sqrt(dim) above 0 and 1 + c_- / sqrt(dim) below. hidden: width between W_1 and W_2 (None: dim).
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 1, *, gamma: float = 0.5, tau0: float = 1.0, slopes: tuple[float, float] = (0.0, -1.0),
+        hidden: int | None = None, causal: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if not 0 < gamma < 1:
+            raise RegardError(f"gamma={gamma}: expected a number between 0 and 1")
+        hidden = hidden or dim
+        self.gamma, self.keep, self.slopes = gamma, math.sqrt(1 - gamma**2), tuple(1 + c / math.sqrt(dim) for c in slopes)
+        self.attention = Attention(dim, heads, shaped_attention(dim, tau0), causal=causal)
+        self.attention.out = nn.Identity()  # type: ignore[assignment]  # values are projected once: A x W_V
+        self.up, self.down = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        lost = sum(slope**2 for slope in self.slopes) / 2  # E shaped(g)^2 of a normal g, which the last matrix gives back
+        for part in (self.attention.q, self.attention.k, self.attention.v, self.up, self.down):
+            nn.init.normal_(part.weight, std=(part.in_features * (lost if part is self.down else 1)) ** -0.5)
+
+    def shaped(self, x: Tensor) -> Tensor:
+        above, below = self.slopes
+        return torch.where(x > 0, above * x, below * x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.keep * x + self.gamma * self.attention(x)
+        return self.keep * x + self.gamma * self.down(self.shaped(self.up(x)))  # type: ignore[no-any-return]

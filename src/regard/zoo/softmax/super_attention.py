@@ -4,7 +4,7 @@
     standard: Q, K, V projected;  optimised: V_h = X_h;  efficient: K_h = V_h = X_h;  super: K_h = X_h, V_h = W_A X_h
 X_h are the head's columns of x, W_A mixes positions and is shared by heads.
 
-Not built: counters of operations, the classifier of sequences.
+A classifier of sequences: `regard.nn.SequenceClassifier([FrugalAttention(...), ...], classes=...)`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ class FrugalAttention(nn.Module):
         if kind == "super" and length is not None:
             self.mix = nn.Parameter(torch.eye(length) if start == "eye" else nn.init.xavier_uniform_(torch.empty(length, length)))
             self.mix_bias = nn.Parameter(torch.zeros(length)) if mix_bias else None
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def operations(self, length: int) -> int:
+        """Multiplications and additions of a sequence of `length` tokens, two a product, softmax left out: 2 L dim^2 a projection, 2 L^2 dim for
+        scores, for values and (super) for mixing positions, of which causal layers need half of the pairs, (L + 1) / 2L."""
+        projections = sum(part is not None for part in (self.q, self.out, self.k, self.v))
+        pairs = length * (length + 1) // 2 if self.causal else length * length
+        return 2 * length * self.dim**2 * projections + 2 * pairs * self.dim * (2 + (self.mix is not None))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 p_ij = T(x_ij) / sum_j T(x_ij),   T(x) = a x^2 + b x + c,   x_ij = tau_h cos(q_i, k_j)
 
-Not built: the classifier of long sequences.
+A classifier of long sequences: `regard.nn.SequenceClassifier([TaylorShiftAttention(dim, heads), ...], classes=...)`.
 """
 
 from __future__ import annotations

@@ -60,12 +60,11 @@ def identify_heads(
     over the first fifth of the steps and falls over the last; gates are clamped after every step. The model comes back as it was.
     """
     host: Any = model
-    config = host.config.get_text_config()
     modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and hasattr(m, "k_proj")]
     if not modules or steps < 1 or sink < 0 or recent < 0:
         raise RegardError(f"{type(model).__name__}, steps={steps}, sink={sink}, recent={recent}: expected a decoder, and positive numbers")
     device: torch.device = modules[0].o_proj.weight.device  # type: ignore[union-attr, assignment]
-    start = torch.ones(len(modules), config.num_key_value_heads) if first is None else first.detach().float()
+    start = torch.ones(len(modules), host.config.get_text_config().num_key_value_heads) if first is None else first.detach().float()
     gates = nn.Parameter(start.clone().to(device))
     optimizer = torch.optim.AdamW([gates], lr, weight_decay=0.0)
     warm = max(1, steps // 5)
