@@ -49,7 +49,19 @@ def refuses(*configs: str, why: str) -> Callable[[Adapter], Adapter]:
 @functools.lru_cache(maxsize=4)
 def arrays(slug: str) -> dict[str, np.ndarray]:
     with np.load(DATA / f"{slug}.npz") as file:
-        return {name: file[name] for name in file.files}
+        found = {name: file[name] for name in file.files}
+    if "index" not in found:
+        return found
+    made, starts = (
+        {},
+        dict.fromkeys(found, 0),
+    )  # many small arrays stand end to end, one array a dtype; a line of the index is: name dtype shape
+    for line in found["index"].tobytes().decode().splitlines():
+        name, dtype, *shape = line.split(" ")
+        size = int(np.prod([int(n) for n in shape]))
+        made[name] = found[dtype][starts[dtype] : starts[dtype] + size].reshape([int(n) for n in shape])
+        starts[dtype] += size
+    return made
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,7 +88,7 @@ class Vectors:
 
     def __init__(self, slug: str, config: str, dtype: torch.dtype, float32: float | None = None):
         self.slug, self.config, self.dtype = slug, config, dtype
-        self.arrays, self.meta = arrays(slug), meta(slug)
+        self.arrays, self.meta = {**arrays(slug)}, meta(slug)
         given = self.meta["tolerance"]
         given = given if isinstance(given, dict) else {"values": given}
         self.value = first_number(given.get(f"_{config}", given.get("values", given.get("float64", given.get("direct")))), 1e-10)
@@ -150,6 +162,41 @@ class Vectors:
             for part in ("weight", "bias"):
                 if getattr(found, part, None) is not None:
                     self.put(getattr(found, part), f"{value}.{part}")
+
+    def split(self, pattern: str, *parts: str, sizes: Sequence[int] | None = None) -> None:
+        """Arrays (and gradients) whose names match, cut along their first dimension in parts, equal or as `sizes` to one another."""
+        for key in list(self.arrays):
+            name = key.removesuffix(f"_{self.config}")
+            if not (found := re.fullmatch(f"(?:grad_)?{pattern}", name)):
+                continue
+            one = len(self.arrays[key]) // sum(sizes or [1] * len(parts))
+            cuts = np.cumsum([one * size for size in sizes or [1] * len(parts)])[:-1]
+            for part, piece in zip(parts, np.split(self.arrays[key], cuts), strict=True):
+                made = found.expand(part)
+                self.arrays[f"grad_{made}" if name.startswith("grad_") else made] = piece
+
+    def stored(self, ours: str, names: Sequence[tuple[str, str]]) -> str:
+        """The official name of a parameter of ours: every (pattern, replacement) of `names` in turn."""
+        return functools.reduce(lambda name, pair: re.sub(pair[0], pair[1], name), names, ours)
+
+    def fill(self, module: nn.Module, *names: tuple[str, str], without: str = "$.") -> dict[str, Tensor]:
+        """Copy the stored arrays into every parameter and statistic of `module`, named by `stored`; the parameters by their official names.
+        without: pattern of those that the vectors leave out."""
+        for ours, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if self.has(self.stored(ours, names)):
+                self.put(tensor, self(self.stored(ours, names)).reshape(tensor.shape))
+            else:
+                assert not isinstance(tensor, nn.Parameter) or re.search(without, ours), (
+                    f"{self.slug}.npz has no array {self.stored(ours, names)} for {ours}"
+                )
+        module.train(bool(self.get("train")))
+        return {self.stored(ours, names): parameter for ours, parameter in module.named_parameters()}
+
+    def moved(self, module: nn.Module, *names: tuple[str, str]) -> None:
+        """Statistics that a step of training leaves, against the stored ones."""
+        for ours, tensor in module.named_buffers():
+            if self.has(name := f"after_{self.stored(ours, names)}"):
+                self.same(tensor, name, what=name)
 
     def same(self, got: Tensor, want: str | Tensor, tolerance: float | None = None, *, what: str = "") -> None:
         """|got - want| <= tolerance max(1, |want|), in the largest entries."""

@@ -76,13 +76,15 @@ class DynamicKernels(nn.Module):
         parts = logits.split([self.small**2, self.kernel**2], -1)
         return tuple((x + window_bias(t, query.shape[2], query.shape[3])).softmax(-1) for x, t in zip(parts, (self.near, self.far)))  # type: ignore[return-value]
 
-    def forward(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, context: Tensor, value: Tensor, project: nn.Module | None = None) -> Tensor:
+        """project: of the value, behind the stretching: the statistics of a BatchNorm in it are those of the stretched map."""
         shape = (query.shape[2], query.shape[3])
         size = self.working_size(*shape)
         if size != shape:
             same = context.shape[2:] == query.shape[2:]
             query, value = (F.interpolate(x, size, mode="bilinear", align_corners=False) for x in (query, value))
             context = F.interpolate(context, size, mode="bilinear", align_corners=False) if same else context
+        value = value if project is None else project(value)
         near, far = self.weights(query, context)
         first, second = value.unflatten(1, (2, self.groups, -1)).unbind(1)
         out = torch.cat((window_sums(first, near, self.small), window_sums(second, far, self.kernel)), 1).flatten(1, 2)

@@ -27,7 +27,8 @@ class Atlas(nn.Module):
     blocks, (n, m, K) with partition=K, (n,) with isotropic=True (task arithmetic). Buffers are base's.
 
     linearised: the first-order expansion around base, for a model that returns a tensor. groups: entries' group numbers by shape of tensor
-    (as the released code shares them); None draws them. `base` itself is copied and stays as it is.
+    (as the released code shares them); None draws them. matrices: with partition, tensors that are no matrices stay as they are, as released; False:
+    their entries are in groups too. `base` itself is copied and stays as it is.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Atlas(nn.Module):
         isotropic: bool = False,
         linearised: bool = False,
         groups: dict[tuple[int, ...], Tensor] | None = None,
+        matrices: bool = True,
     ):
         super().__init__()
         self.base, self.names, self.linearised = copy.deepcopy(base).requires_grad_(False), list(vectors.names), linearised
@@ -46,11 +48,11 @@ class Atlas(nn.Module):
             raise RegardError("vectors: made for another architecture; expected TaskVectors of this base")
         if (partition is not None and (partition < 1 or isotropic)) or (groups is not None and partition is None):
             raise RegardError(f"partition={partition}, isotropic={isotropic}: expected partition of at least 1 and no isotropic with it")
-        self.count, self.partition = len(vectors.vectors), partition
+        self.count, self.partition, self.matrices = len(vectors.vectors), partition, matrices
         for j, name in enumerate(self.names):
             for i, vector in enumerate(vectors.vectors):
                 self.register_buffer(f"tau_{i}_{j}", vector.get(name), persistent=False)
-        self.shapes = sorted({tuple(blocks[name].shape) for name in self.names}) if partition else []
+        self.shapes = sorted({tuple(blocks[name].shape) for name in self.names if self.moves(blocks[name])}) if partition else []
         for at, shape in enumerate(self.shapes):
             drawn = torch.randint(partition or 1, shape) if groups is None else groups.get(shape)
             if drawn is None or tuple(drawn.shape) != shape or not 0 <= int(drawn.min()) <= int(drawn.max()) < (partition or 1):
@@ -60,11 +62,17 @@ class Atlas(nn.Module):
         size = (self.count,) if isotropic else (self.count, len(self.names), *([partition] if partition else []))
         self.coefficients = nn.Parameter(torch.zeros(size, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device))
 
+    def moves(self, block: Tensor) -> bool:
+        return not (self.partition and self.matrices) or block.dim() == 2
+
     def change(self) -> dict[str, Tensor]:
         """theta(l) - theta_0, by name of parameter."""
         blocks, made = dict(self.base.named_parameters()), {}
         for j, name in enumerate(self.names):
             own = self.coefficients if self.coefficients.dim() == 1 else self.coefficients[:, j]
+            if not self.moves(blocks[name]):
+                made[name] = torch.zeros_like(blocks[name])
+                continue
             if self.partition:
                 own = own[:, getattr(self, f"groups_{self.shapes.index(tuple(blocks[name].shape))}")]
             total = torch.zeros_like(blocks[name])

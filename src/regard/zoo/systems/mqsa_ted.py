@@ -20,7 +20,8 @@ from regard.nn.parts import takes
 
 
 class QueryBlock(nn.Module):
-    """One block: queries from one stream, keys and values from another. x, q (B, L, dim), keep (B, L) bool."""
+    """One block: queries from one stream, keys and values from another. x, q (B, L, dim), keep (B, L) bool. Weights start as Glorot's uniform ones,
+    biases at 0."""
 
     def __init__(self, dim: int, heads: int = 1, hidden: int | None = None, dropout: float = 0.5, eps: float = 1e-24):
         super().__init__()
@@ -28,6 +29,9 @@ class QueryBlock(nn.Module):
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
         self.up, self.down = nn.Linear(dim, hidden or dim), nn.Linear(hidden or dim, dim)
         self.heads, self.dropout = heads, dropout
+        for layer in (self.q, self.k, self.v, self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, q: Tensor, keep: Tensor) -> Tensor:
         y = self.norm1(q)

@@ -87,7 +87,7 @@ class ContMix(nn.Module):
         """Normed (B, dim + context_dim, H, W) -> the branch's output."""
         f = self.fuse(u)
         key = u[:, self.dim :] if self.context_dim else u
-        found = self.out(self.windows(u[:, : self.dim], key, self.value(f)))
+        found = self.out(self.windows(u[:, : self.dim], key, f, self.value))
         return self.last(self.gate(f) * self.excite(found + self.place(f)))  # type: ignore[no-any-return]
 
     @takes(x="batch dim height width", context="batch context_dim height width", origin="batch context_dim height width")

@@ -37,6 +37,7 @@ class GPSA(nn.Module):
 
     shape in the call: the grid (H, W) (None: a square). local_init: the start as a convolution; with heads no square number, those beyond the
     largest square start as other weights do. locality: alpha. gate: lam's first value. dropout: of weights; proj_dropout: of the output.
+    scale: of q k^T (None: head_dim ** -0.5).
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class GPSA(nn.Module):
         gate: float = 1.0,
         dropout: float = 0.0,
         proj_dropout: float = 0.0,
+        scale: float | None = None,
     ):
         super().__init__()
         if dim % heads:
             raise RegardError(f"dim={dim} is no multiple of heads={heads}; expected one")
         self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.scale = (dim // heads) ** -0.5 if scale is None else scale
         self.qk, self.v, self.out = nn.Linear(dim, 2 * dim, qkv_bias), nn.Linear(dim, dim, qkv_bias), nn.Linear(dim, dim)
         self.position, self.gate = nn.Linear(3, heads), nn.Parameter(torch.full((heads,), gate))
         self.drop = nn.Dropout(proj_dropout)
@@ -83,7 +86,7 @@ class GPSA(nn.Module):
         """A (B, H, N, N), rows of which sum to one."""
         q, k, place = self.scores(x, shape)
         share = torch.sigmoid(self.gate)[:, None, None]
-        return (1 - share) * F.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) + share * F.softmax(place, -1)
+        return (1 - share) * F.softmax(q @ k.mT * self.scale, -1) + share * F.softmax(place, -1)
 
     @takes(x="batch tokens dim")
     def forward(self, x: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
@@ -94,7 +97,7 @@ class GPSA(nn.Module):
         else:  # the two softmaxes apart, neither matrix of which need be held
             none = q.new_zeros(1, self.heads, x.shape[1], q.shape[-1]).expand_as(q)
             share = torch.sigmoid(self.gate)[:, None, None]
-            read = (1 - share) * attend(q, k, v) + share * attend(none, none, v, BIASED, position_bias=place)
+            read = (1 - share) * attend(q, k, v, scale=self.scale) + share * attend(none, none, v, BIASED, position_bias=place)
         return self.drop(self.out(read.transpose(1, 2).flatten(-2)))  # type: ignore[no-any-return]
 
     @torch.no_grad()

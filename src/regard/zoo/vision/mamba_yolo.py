@@ -31,7 +31,8 @@ from regard.nn.selective_scan import SelectiveScan, cross_merge, cross_scan
 @register("mamba-yolo", kind="module")
 class SS2D(nn.Module):
     """x (B, dim, H, W) -> the same shape. ratio: the width of the scan over dim; rank_ratio: below it, the scan is read through fewer channels,
-    without biases. state: numbers a channel; rank: of the step sizes (None: dim / 16 rounded up). kernel: of the convolution (1: none)."""
+    without biases. state: numbers a channel; rank: of the step sizes (None: dim / 16 rounded up). kernel: of the convolution (1: none).
+    gated: times gelu(z)."""
 
     def __init__(
         self,
@@ -44,14 +45,15 @@ class SS2D(nn.Module):
         conv_bias: bool = True,
         bias: bool = False,
         dropout: float = 0.0,
+        gated: bool = True,
     ):
         super().__init__()
         wide = int(ratio * dim)
         inner = int(min(rank_ratio, ratio) * dim) if rank_ratio > 0 else wide
         if kernel < 1 or kernel % 2 == 0 or inner < 1:
             raise RegardError(f"kernel={kernel}, ratio={ratio}, rank_ratio={rank_ratio}; expected an odd kernel and at least one channel")
-        self.dim = dim
-        self.first, self.last = nn.Conv2d(dim, 2 * wide, 1, bias=bias), nn.Conv2d(wide, dim, 1, bias=bias)
+        self.dim, self.gated = dim, gated
+        self.first, self.last = nn.Conv2d(dim, (1 + gated) * wide, 1, bias=bias), nn.Conv2d(wide, dim, 1, bias=bias)
         self.conv = nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=conv_bias) if kernel > 1 else nn.Identity()
         low = inner < wide
         self.down = nn.Conv2d(wide, inner, 1, bias=False) if low else nn.Identity()
@@ -64,9 +66,10 @@ class SS2D(nn.Module):
 
     @takes(x="batch dim height width")
     def forward(self, x: Tensor) -> Tensor:
-        a, z = self.first(x).chunk(2, 1)
+        a, *z = self.first(x).chunk(1 + self.gated, 1)
         y = cross_merge(self.scan(cross_scan(self.down(F.gelu(self.conv(a))))), (x.shape[2], x.shape[3]))
-        return self.drop(self.last(self.up(self.norm(y)) * F.gelu(z)))  # type: ignore[no-any-return]
+        y = self.up(self.norm(y))
+        return self.drop(self.last(y * F.gelu(z[0]) if z else y))  # type: ignore[no-any-return]
 
 
 class LSBlock(nn.Module):

@@ -18,7 +18,7 @@ from regard.errors import RegardError
 from regard.nn.images.vit_host import attention, frozen
 from regard.nn.parts import takes
 
-PAIRS = ("near", "half", "all")
+PAIRS = ("near", "half", "first", "all")
 
 
 def smaller(size: int) -> int:
@@ -28,7 +28,8 @@ def smaller(size: int) -> int:
 class CrossCovHead(nn.Module):
     """tokens (B, N, dim) -> (B, matrices * s * s): covariances between heads, two convolutions of stride 2 smaller.
 
-    pairs: heads i and i + 1 ("near"), i and i + heads/2 ("half"), or all pairs ("all", whose columns are not normed, as released).
+    pairs: heads i and i + 1 ("near"), i and i + heads/2 ("half"), the first and each other ("first"), or all pairs ("all", whose columns are not
+    normed, as released).
     """
 
     def __init__(self, dim: int, proj: int = 512, heads: int = 4, pairs: str = "near", eps: float = 1e-5):
@@ -42,6 +43,7 @@ class CrossCovHead(nn.Module):
         if self.side < 1:
             raise RegardError(f"proj={proj}, heads={heads}: heads of {width} channels; expected at least 7")
         chosen = {"near": [(i, i + 1) for i in range(heads - 1)], "half": [(i, i + heads // 2) for i in range(heads // 2)]}
+        chosen["first"] = [(0, i) for i in range(1, heads)]
         self.pairs, self.normed = chosen.get(pairs, list(combinations(range(heads), 2))), pairs != "all"
         count = len(self.pairs)
         self.size = count * self.side**2

@@ -26,14 +26,23 @@ Shape = tuple[int, int]
 
 class LocallyGroupedAttention(nn.Module):
     """x (B, H*W, dim), shape (H, W) (None: a square) -> the same shape: attention inside windows of `window`^2 tokens. Sizes that are no multiple are
-    filled up with zeros, which take part as tokens, as released. dropout: of weights; proj_dropout: of the output."""
+    filled up with zeros, which take part as tokens, as released. dropout: of weights; proj_dropout: of the output. scale: None for head_dim ** -0.5."""
 
-    def __init__(self, dim: int, heads: int, window: int = 7, qkv_bias: bool = False, dropout: float = 0.0, proj_dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int = 7,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        scale: float | None = None,
+    ):
         super().__init__()
         if window < 1:
             raise RegardError(f"window={window}; expected at least 1")
         self.dim, self.window = dim, window
-        self.inner = TokenAttention(dim, heads, None, qkv_bias, None, dropout, proj_dropout)
+        self.inner = TokenAttention(dim, heads, None, qkv_bias, scale, dropout, proj_dropout)
 
     @takes(x="batch tokens dim")
     def forward(self, x: Tensor, shape: Shape | None = None) -> Tensor:
@@ -56,10 +65,11 @@ class GlobalSubsampledAttention(nn.Module):
         dropout: float = 0.0,
         proj_dropout: float = 0.0,
         eps: float = 1e-5,
+        scale: float | None = None,
     ):
         super().__init__()
         self.dim, self.reduction = dim, reduction
-        self.inner = TokenAttention(dim, heads, None, qkv_bias, None, dropout, proj_dropout)
+        self.inner = TokenAttention(dim, heads, None, qkv_bias, scale, dropout, proj_dropout)
         self.reduce = nn.Conv2d(dim, dim, reduction, reduction) if reduction > 1 else None
         self.norm = nn.LayerNorm(dim, eps) if reduction > 1 else None
 
@@ -124,6 +134,7 @@ class Twins(nn.Module):
         weight_dropout: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        scale: float | None = None,
     ):
         super().__init__()
         sizes = {len(x) for x in (dims, depths, heads, reductions, ratios, windows or dims)}
@@ -132,7 +143,7 @@ class Twins(nn.Module):
         self.channels, inner = channels, channels
         self.patches, self.norms, self.places, self.stages = (nn.ModuleList() for _ in range(4))
         for at, (dim, rates) in enumerate(zip(dims, depth_rates(drop_path, depths), strict=True)):
-            made: dict[str, Any] = {"qkv_bias": qkv_bias, "dropout": weight_dropout, "proj_dropout": dropout}
+            made: dict[str, Any] = {"qkv_bias": qkv_bias, "dropout": weight_dropout, "proj_dropout": dropout, "scale": scale}
             far = partial(GlobalSubsampledAttention, dim, heads[at], reductions[at], **made)
             near = far if windows is None else partial(LocallyGroupedAttention, dim, heads[at], windows[at], **made)
             blocks = [TwinsBlock(dim, (far if b % 2 else near)(), ratios[at], dropout, rate, eps) for b, rate in enumerate(rates)]

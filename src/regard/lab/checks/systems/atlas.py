@@ -72,7 +72,7 @@ def _() -> tuple[float, float]:
     for i in range(2):
         plain.coefficients.zero_()[i] = 1
         gaps.append(naive.gap(plain(x), tuned[i](x)))
-    for made in (plain, Atlas(base, vectors, partition=3, groups=groups), Atlas(base, vectors, isotropic=True)):
+    for made in (plain, Atlas(base, vectors, partition=3, groups=groups, matrices=False), Atlas(base, vectors, isotropic=True)):
         made.coefficients.copy_(torch.randn_like(made.coefficients))
         truth = by_hand(base, tuned, made.coefficients, groups if made.partition else None)
         fresh = Net().double()
@@ -95,7 +95,7 @@ def _() -> tuple[float, float]:
 def _() -> tuple[float, float]:
     base, tuned = models()
     x, groups = torch.randn(2, 5, 8, dtype=F64), groups_of(base, 2)
-    made = Atlas(base, TaskVectors(base, tuned), partition=2, groups=groups)
+    made = Atlas(base, TaskVectors(base, tuned), partition=2, groups=groups, matrices=False)
     made.coefficients.data.normal_(std=0.5)
     made(x).square().sum().backward()
     whole = by_hand(base, tuned, made.coefficients.detach(), groups)
