@@ -11,6 +11,8 @@ from torch import Tensor
 
 import regard
 from regard.algebra.part import Sizes
+from regard.zoo.sparse.seerattention import SeerAttention
+from regard.zoo.sparse.ssa import SSAAttention
 
 SMALL: dict[str, dict[str, Any]] = {
     "delta-attention": {"sparse": regard.get("moba", block_size=8, top_k=2), "stride": 4},
@@ -143,7 +145,7 @@ def test_choices_that_look_ahead_say_so(slug: str) -> None:
     assert not regard.get("moba").select.looks_ahead
 
 
-@pytest.mark.parametrize("slug", ["flexprefill", "hip", "proxyattn", "spargeattn"])
+@pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "hip", "proxyattn", "spargeattn"])
 def test_each_prompt_of_a_padded_batch_chooses_alone(slug: str) -> None:
     """Padding in front of one prompt: its rows are those of a call of its own."""
     q, k, v = inputs(128)
@@ -152,3 +154,25 @@ def test_each_prompt_of_a_padded_batch_chooses_alone(slug: str) -> None:
     padded = regard.attend(q, k, v, mechanism, mask=regard.Causal() & regard.Padding(), keep=real)
     alone = regard.attend(q[1:, :, 32:], k[1:, :, 32:], v[1:, :, 32:], mechanism, mask=regard.Causal())
     torch.testing.assert_close(padded[1:, :, 32:], alone)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_text_of_a_padded_batch_chooses_alone_in_ssa(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = SSAAttention(16, 4, 2, block_size=4, top_k=2, rope=False).double().train(training)
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    real = torch.arange(30) >= torch.tensor([[0], [7]])
+    padded = layer(x, mask=regard.Padding(), keep=real)
+    torch.testing.assert_close(padded[1:, 7:], layer(x[1:, 7:]))
+    if training:  # both streams stay causal
+        streams = layer.streams(*layer.heads_of(x, x, 0, None)[:3])
+        changed = x.clone()
+        changed[:, 20:] += 1
+        for name, out in layer.streams(*layer.heads_of(changed, changed, 0, None)[:3]).items():
+            torch.testing.assert_close(out[:, :, :20], streams[name][:, :, :20])
+
+
+def test_seerattention_of_one_token_reads_it() -> None:
+    q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
+    for options in ({"threshold": 1.0}, {"ratio": 0.1}):
+        torch.testing.assert_close(SeerAttention(4, 2, 8, width=8, block_size=4, **options)(q, k, v), v.repeat_interleave(2, 1))
