@@ -62,6 +62,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("mosa", lambda: of("mosa", "MoSA")(8, 0), "sparse=0"),
     ("nabla", lambda: regard.get("nabla", tile_window=(3, 3)), "tile_window"),
     ("neighborhood", lambda: of("neighborhood", "simulate")((8, 8), (3, 3), (1,), (2, 2), (2, 2)), "a number an axis"),
+    ("psa", lambda: regard.attend(*[x(1, 1, 8, 4)] * 3, regard.get("psa", block_size=8), levels=x(1, 1, 1, 1)), "levels"),
+    ("hyperattention", lambda: regard.attend(*[x(1, 1, 8, 4)] * 3, regard.get("hyperattention"), draws=x(1, 1, 2)), "draws"),
     ("psa", lambda: regard.get("psa", similarity=(0.7, 0.6)), "three cosines"),
     ("nats", lambda: of("nats", "NAtSAttention")(9, 2), "dim=9"),
     ("pbs-attn", lambda: regard.get("pbs-attn", threshold=0.0), "threshold=0.0"),
