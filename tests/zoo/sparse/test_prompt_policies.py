@@ -176,3 +176,33 @@ def test_seerattention_of_one_token_reads_it() -> None:
     q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
     for options in ({"threshold": 1.0}, {"ratio": 0.1}):
         torch.testing.assert_close(SeerAttention(4, 2, 8, width=8, block_size=4, **options)(q, k, v), v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("slug", ["hyperattention", "psa"])
+def test_draws_come_from_the_seed_alone(slug: str) -> None:
+    x = inputs(128)
+    settings = {**SMALL[slug], **({"sample": 4} if slug == "psa" else {})}
+    found = []
+    for torch_seed, seed in ((0, 0), (5, 0), (0, 1)):
+        torch.manual_seed(torch_seed)
+        found.append(regard.attend(*x, regard.get(slug, **settings, seed=seed)))
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+def test_psa_is_causal_only_where_it_is_made_so() -> None:
+    x = inputs(128)
+    with pytest.raises(regard.RegardError):
+        regard.attend(*x, regard.get("psa", **SMALL["psa"]), mask=regard.Causal())
+    past = regard.get("psa", **SMALL["psa"], causal=True)
+    assert torch.equal(regard.attend(*x, past), regard.attend(*x, past, mask=regard.Causal()))
+    changed = [y.clone() for y in x]
+    changed[2][:, :, 100:] += 1
+    torch.testing.assert_close(regard.attend(*changed, past)[:, :, :100], regard.attend(*x, past)[:, :, :100])
+
+
+@pytest.mark.parametrize("scope", ["query_head", "head_global", "overall", "block"])
+def test_vmoba_of_equal_scores_reads_everything(scope: str) -> None:
+    """No block has a share, so no number of them lifts what is kept to the threshold."""
+    q, k, v = inputs(128)
+    out = regard.attend(torch.zeros_like(q), k, v, regard.get("vmoba", **SMALL["vmoba"], scope=scope))
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v).repeat_interleave(2, 1))
