@@ -60,9 +60,9 @@ def test_attention_nas_draws_half_a_population_each_way_from_the_best_quarter() 
     assert [kinds.count(kind) for kind in ("sample", "mutate", "cross")] == [12, 18, 18]
     assert kinds[12:24] == ["mutate"] * 6 + ["cross"] * 6
     assert {what[1] for kind, what in space.log if kind == "mutate"} == {0.3}
-    for start in (12, 24, 36):  # a round's parents are at most the best quarter, 3 of 12
+    for start in (12, 24, 36):  # a round's parents are the best quarter, 3 of 12
         parents = {arch for kind, what in space.log[start : start + 12] for arch in (what[:1] if kind == "mutate" else what)}
-        assert len(parents) <= 3 and all(cost(arch) <= cost(found) for arch in parents)
+        assert len(parents) == 3 and all(cost(arch) <= cost(found) for arch in parents)
     two = Counted(dims=(32, 64))
     evolve(two, cost, math.inf, 10, population=4, rounds=1)
     parents = {arch for kind, what in two.log[4:] for arch in (what[:1] if kind == "mutate" else what)}
