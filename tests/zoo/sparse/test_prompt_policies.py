@@ -206,3 +206,18 @@ def test_vmoba_of_equal_scores_reads_everything(scope: str) -> None:
     q, k, v = inputs(128)
     out = regard.attend(torch.zeros_like(q), k, v, regard.get("vmoba", **SMALL["vmoba"], scope=scope))
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_draftattention_leaves_a_head_s_best_entry(every_row: bool) -> None:
+    q, k, v = inputs(64)
+    mechanism = regard.get("draftattention", grid=(1, 8, 8), pool=(4, 4), sparsity=1.0, every_row=every_row)
+    at = torch.arange(64).view(2, 4, 2, 4).permute(0, 2, 1, 3).flatten()  # patch by patch
+    means = [x[:, :, at].unflatten(2, (4, 16)).mean(3) for x in (q, k.repeat_interleave(2, 1))]
+    chart = (means[0] @ means[1].mT / 8**0.5).softmax(-1)
+    keep = chart == (chart.amax(-1, keepdim=True) if every_row else chart.amax((-1, -2), keepdim=True))
+    place = at.argsort() // 16
+    seen = keep[:, :, place][..., place]
+    assert int(keep.sum()) == 2 * 4 * (4 if every_row else 1)
+    truth = torch.where(seen.any(-1, keepdim=True), regard.attend(q, k, v, mask=seen), 0.0)
+    torch.testing.assert_close(regard.attend(q, k, v, mechanism), truth)

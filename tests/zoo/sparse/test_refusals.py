@@ -41,6 +41,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("dma", lambda: of("dma", "DynamicMaskAttention")(9, 2), "dim=9"),
     ("dma", lambda: of("dma", "DynamicMaskAttention")(8, 2, smooth=4).step(x(1, 1, 8)), "smooth=4"),
     ("draftattention", lambda: of("draftattention", "schedule")(-1, 0), "step=-1"),
+    ("draftattention", lambda: regard.get("draftattention", sparsity=1.5), "sparsity=1.5"),
+    ("draftattention", lambda: regard.get("draftattention", sparsity=-0.1), "sparsity=-0.1"),
     ("draftattention", lambda: regard.attend(*[x(1, 1, 9, 4)] * 3, regard.get("draftattention", grid=(1, 4, 4), pool=(2, 2))), "grid"),
     ("flux-attention", lambda: of("flux-attention", "flux_model")(Decoder("mega", vocab=8, dim=8, layers=1, heads=1)), "no Attention"),
     ("fused-neighborhood", lambda: of("fused-neighborhood", "na2d")(*[x(1, 4, 4, 1, 4)] * 3, 3, return_lse=True, backend="naive"), "fused"),
