@@ -139,6 +139,12 @@ def test_what_a_plan_says_the_choice_costs(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "proxyattn", "spargeattn"])
+def test_a_single_query_that_reads_everything_chooses_at_no_cost(slug: str) -> None:
+    mechanism = regard.get(slug, **SMALL[slug], **({"decode": False} if slug == "dhsa" else {}))
+    assert mechanism.select.flops(Sizes(1, 4, 2, 1, 300, 16, 16)) == 0 < mechanism.select.flops(Sizes(1, 4, 2, 300, 300, 16, 16))
+
+
+@pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "proxyattn", "spargeattn"])
 def test_choices_that_look_ahead_say_so(slug: str) -> None:
     mechanism = regard.get(slug, **SMALL[slug])
     assert mechanism.select.looks_ahead
