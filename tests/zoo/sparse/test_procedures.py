@@ -345,6 +345,29 @@ def test_psa_levels_are_capped_by_the_likeness_of_neighbours() -> None:
     assert bool(((capped == free) | (capped == cap[:, :, None])).all()) and not torch.equal(free, capped)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_psa_reads_blocks_with_text_in_full(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 44, 6, dtype=torch.float64) for _ in range(2))  # the last block holds 4 tokens
+    rest: dict[str, Any] = {
+        "mode": "topk",
+        "ranges": ((2, 0.4), (8, 0.8)),
+        "block_size": 8,
+        "sample": 8,
+        "similarity": None,
+        "seed": 0,
+        "tile": 1,
+        "floor": 0.06,
+    }
+    plain = psa_plan(q, k, text=0, causal=causal, **rest)
+    u, w = torch.arange(6)[:, None], torch.arange(6)
+    past = w <= u if causal else torch.ones(6, 6, dtype=torch.bool)
+    for text, first in ((3, 5), (4, 5), (5, 4), (13, 3)):
+        found = psa_plan(q, k, text=text, causal=causal, **rest)
+        assert torch.equal(found, torch.where((w >= first) & past, 1, plain))
+        assert torch.equal(found, plain) == (causal and first == 5)  # the last block's own queries read it in full anyway
+
+
 def test_spargeattn_searches_by_halving() -> None:
     tried: list[float] = []
 
