@@ -12,6 +12,7 @@ from regard import RegardError, nn
 from regard.tasks.permutations import permutation_states
 from regard.zoo.softmax import attention_sink as sinks
 from regard.zoo.softmax.cog_attention import sign_report
+from regard.zoo.softmax.gin_attention import GraphAdapted, SparseGINAdapter
 from regard.zoo.softmax.localist_dial import LocalistDecoder
 from regard.zoo.softmax.relaxed_attention import shallow_fusion
 from regard.zoo.softmax.reluformer import length_sweep, memory_sweep
@@ -200,3 +201,23 @@ def test_compositions_of_permutations() -> None:
                 assert every[label] == things
     with pytest.raises(RegardError, match="size=6"):
         permutation_states(1, 1, torch.Generator(), 6)
+
+
+def test_graphs_in_a_frozen_decoder() -> None:
+    torch.manual_seed(0)
+    model, tokens = nn.Decoder("softmax", vocab=12, dim=16, layers=2, heads=2).double(), torch.randint(12, (2, 7))
+    plain = model(tokens)
+    adapted = GraphAdapted(model, 16, layers=[0])
+    assert all(isinstance(x, SparseGINAdapter) for x in adapted.adapters.values()) and len(adapted.adapters) == 1
+    torch.testing.assert_close(adapted(tokens), plain)
+    with torch.no_grad():
+        adapted.adapters["0"].scale.fill_(0.3)
+        adapted.adapters["0"].eps.fill_(0.5)
+    x = model.embed(tokens)
+    maps = model.blocks[0].mixer.weights(model.blocks[0].norm1(x))
+    h = adapted.adapters["0"](model.blocks[0](x), maps)
+    torch.testing.assert_close(adapted(tokens), model.logits(model.blocks[1](h)))
+    adapted(tokens).sum().backward()
+    assert all((p.grad is not None) == name.startswith("adapters") for name, p in adapted.named_parameters())
+    with pytest.raises(RegardError, match=r"0 \.\. 1"):
+        GraphAdapted(model, 16, layers=[2])

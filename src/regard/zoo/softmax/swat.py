@@ -2,7 +2,7 @@
 
 p_ij = sigmoid((R_i q_i).(R_j k_j) / sqrt(D) + sigma_h (i - j)),   0 <= i - j < window        rows are not normalised
 
-Not built: the recipe for training a language model.
+Language models learn with texts several times as long as the window, so that layers hand on what they saw: `regard compare swat:window=32 --seq-len 128`.
 """
 
 import torch

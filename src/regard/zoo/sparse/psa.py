@@ -1,7 +1,8 @@
 """PSA: blocks read at full, half, quarter or eighth resolution, or not at all (id 264; Li et al., 2025).
 
 level p in {1, 2, 4, 8} of a (query block, key block) pair: the keys are means of p tokens, weigh exp(s + log p); 0: skipped
-Not built: orders of tokens (Gilbert curve, tiles, clusters) before blocks are cut; `regard.algebra.permute.tiles` gives the tiles.
+Orders of tokens before blocks are cut: p = `regard.algebra.curve.gilbert(shape)` or `regard.algebra.permute.tiles(...)`, then
+p.invert(attend(p.apply(q), p.apply(k), p.apply(v), "psa")). Not built: clusters as an order.
 """
 
 from __future__ import annotations
