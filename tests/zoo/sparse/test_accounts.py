@@ -18,6 +18,7 @@ from regard.zoo.sparse.landmark_attention import LandmarkAttention, LandmarkCach
 from regard.zoo.sparse.ltri_llm import LtriStream, compactness, find_spans
 from regard.zoo.sparse.recurrent_memory_transformer import RecurrentMemoryBlock
 from regard.zoo.sparse.spargeattn import int8, sparge_attention
+from regard.zoo.sparse.superlinear_attention import span_search
 
 
 def test_bytes_held_by_dma() -> None:
@@ -77,7 +78,8 @@ def test_ltri_llm_spans_keep_to_their_limits() -> None:
     for shortest, longest in ((3, 6), (5, 5), (8, 12)):
         spans = find_spans(a, shortest, longest)
         assert [s for s, _ in spans] == [0, *(e + 1 for _, e in spans[:-1])] and spans[-1][1] == 29
-        assert max(e - s + 1 for s, e in spans if (s, e)) <= max(longest, shortest)
+        assert all(s <= e for s, e in spans)  # none is empty
+        assert sum(shortest <= e - s + 1 <= longest for s, e in spans) >= 2
     assert compactness(torch.tensor(6.0), torch.tensor(0.5), torch.tensor(3.0), 0.1).item() == pytest.approx(6 / 3 - 0.5 - 0.3)
     chosen = find_spans(a, 4, 4, score=lambda mass, leak, size: (torch.arange(30)[:, None] == 7).to(a) * (size == 4))
     assert (7, 10) in chosen
@@ -206,3 +208,17 @@ def test_attention_engine_linear_hooks_each_have_their_tensor() -> None:
         torch.testing.assert_close(run(q, k, v, given, gain=gain), torch.stack(rows, 2))
     plain = engine.linear_attention_engine()
     torch.testing.assert_close(plain(q, k, v, -decay)[:, :, 0], (q * k)[:, :, 0].sum(-1, keepdim=True) * v[:, :, 0])
+
+
+def test_superlinear_attention_says_which_anchors_are_none() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4)
+    anchors, found = span_search(q, k, 0, 3, 1)
+    for t in range(10):
+        real = [t - i * i + 1 for i in range(2, 4) if i * i <= t + 1]
+        for h in range(2):
+            ranked = sorted(real, key=lambda a, h=h, t=t: -float(q[0, h, t] @ k[0, h, a]))
+            assert anchors[0, h, t].tolist() == ranked + [-1] * (3 - len(real))
+            assert found[0, h, t].tolist() == pytest.approx(
+                [float(q[0, h, t] @ k[0, h, a]) for a in ranked] + [-1e9] * (3 - len(real)), rel=1e-5
+            )

@@ -60,9 +60,9 @@ def test_attention_nas_draws_half_a_population_each_way_from_the_best_quarter() 
     assert [kinds.count(kind) for kind in ("sample", "mutate", "cross")] == [12, 18, 18]
     assert kinds[12:24] == ["mutate"] * 6 + ["cross"] * 6
     assert {what[1] for kind, what in space.log if kind == "mutate"} == {0.3}
-    for start in (12, 24, 36):  # a round's parents are at most the best quarter, 3 of 12
+    for start in (12, 24, 36):  # a round's parents are the best quarter, 3 of 12
         parents = {arch for kind, what in space.log[start : start + 12] for arch in (what[:1] if kind == "mutate" else what)}
-        assert len(parents) <= 3 and all(cost(arch) <= cost(found) for arch in parents)
+        assert len(parents) == 3 and all(cost(arch) <= cost(found) for arch in parents)
     two = Counted(dims=(32, 64))
     evolve(two, cost, math.inf, 10, population=4, rounds=1)
     parents = {arch for kind, what in two.log[4:] for arch in (what[:1] if kind == "mutate" else what)}
@@ -343,6 +343,29 @@ def test_psa_levels_are_capped_by_the_likeness_of_neighbours() -> None:
     best = capped == 1
     assert torch.equal(capped[~best], torch.minimum(free, cap[:, :, None])[~best]) and bool((free[best & (free > 1)] > 0).all())
     assert bool(((capped == free) | (capped == cap[:, :, None])).all()) and not torch.equal(free, capped)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_psa_reads_blocks_with_text_in_full(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 44, 6, dtype=torch.float64) for _ in range(2))  # the last block holds 4 tokens
+    rest: dict[str, Any] = {
+        "mode": "topk",
+        "ranges": ((2, 0.4), (8, 0.8)),
+        "block_size": 8,
+        "sample": 8,
+        "similarity": None,
+        "seed": 0,
+        "tile": 1,
+        "floor": 0.06,
+    }
+    plain = psa_plan(q, k, text=0, causal=causal, **rest)
+    u, w = torch.arange(6)[:, None], torch.arange(6)
+    past = w <= u if causal else torch.ones(6, 6, dtype=torch.bool)
+    for text, first in ((3, 5), (4, 5), (5, 4), (13, 3), (30, 1)):
+        found = psa_plan(q, k, text=text, causal=causal, **rest)
+        assert torch.equal(found, torch.where((w >= first) & past, 1, plain))
+        assert causal or not torch.equal(found, plain)
 
 
 def test_spargeattn_searches_by_halving() -> None:

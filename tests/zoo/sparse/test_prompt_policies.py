@@ -11,6 +11,8 @@ from torch import Tensor
 
 import regard
 from regard.algebra.part import Sizes
+from regard.zoo.sparse.seerattention import SeerAttention
+from regard.zoo.sparse.ssa import SSAAttention
 
 SMALL: dict[str, dict[str, Any]] = {
     "delta-attention": {"sparse": regard.get("moba", block_size=8, top_k=2), "stride": 4},
@@ -137,13 +139,19 @@ def test_what_a_plan_says_the_choice_costs(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "proxyattn", "spargeattn"])
+def test_a_single_query_that_reads_everything_chooses_at_no_cost(slug: str) -> None:
+    mechanism = regard.get(slug, **SMALL[slug], **({"decode": False} if slug == "dhsa" else {}))
+    assert mechanism.select.flops(Sizes(1, 4, 2, 1, 300, 16, 16)) == 0 < mechanism.select.flops(Sizes(1, 4, 2, 300, 300, 16, 16))
+
+
+@pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "proxyattn", "spargeattn"])
 def test_choices_that_look_ahead_say_so(slug: str) -> None:
     mechanism = regard.get(slug, **SMALL[slug])
     assert mechanism.select.looks_ahead
     assert not regard.get("moba").select.looks_ahead
 
 
-@pytest.mark.parametrize("slug", ["flexprefill", "hip", "proxyattn", "spargeattn"])
+@pytest.mark.parametrize("slug", ["dhsa", "flexprefill", "hip", "proxyattn", "spargeattn"])
 def test_each_prompt_of_a_padded_batch_chooses_alone(slug: str) -> None:
     """Padding in front of one prompt: its rows are those of a call of its own."""
     q, k, v = inputs(128)
@@ -152,3 +160,70 @@ def test_each_prompt_of_a_padded_batch_chooses_alone(slug: str) -> None:
     padded = regard.attend(q, k, v, mechanism, mask=regard.Causal() & regard.Padding(), keep=real)
     alone = regard.attend(q[1:, :, 32:], k[1:, :, 32:], v[1:, :, 32:], mechanism, mask=regard.Causal())
     torch.testing.assert_close(padded[1:, :, 32:], alone)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_text_of_a_padded_batch_chooses_alone_in_ssa(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = SSAAttention(16, 4, 2, block_size=4, top_k=2, rope=False).double().train(training)
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    real = torch.arange(30) >= torch.tensor([[0], [7]])
+    padded = layer(x, mask=regard.Padding(), keep=real)
+    torch.testing.assert_close(padded[1:, 7:], layer(x[1:, 7:]))
+    if training:  # both streams stay causal
+        streams = layer.streams(*layer.heads_of(x, x, 0, None)[:3])
+        changed = x.clone()
+        changed[:, 20:] += 1
+        for name, out in layer.streams(*layer.heads_of(changed, changed, 0, None)[:3]).items():
+            torch.testing.assert_close(out[:, :, :20], streams[name][:, :, :20])
+
+
+def test_seerattention_of_one_token_reads_it() -> None:
+    q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
+    for options in ({"threshold": 1.0}, {"ratio": 0.1}):
+        torch.testing.assert_close(SeerAttention(4, 2, 8, width=8, block_size=4, **options)(q, k, v), v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("slug", ["hyperattention", "psa"])
+def test_draws_come_from_the_seed_alone(slug: str) -> None:
+    x = inputs(128)
+    settings = {**SMALL[slug], **({"sample": 4} if slug == "psa" else {})}
+    found = []
+    for torch_seed, seed in ((0, 0), (5, 0), (0, 1)):
+        torch.manual_seed(torch_seed)
+        found.append(regard.attend(*x, regard.get(slug, **settings, seed=seed)))
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+def test_psa_is_causal_only_where_it_is_made_so() -> None:
+    x = inputs(128)
+    with pytest.raises(regard.RegardError):
+        regard.attend(*x, regard.get("psa", **SMALL["psa"]), mask=regard.Causal())
+    past = regard.get("psa", **SMALL["psa"], causal=True)
+    assert torch.equal(regard.attend(*x, past), regard.attend(*x, past, mask=regard.Causal()))
+    changed = [y.clone() for y in x]
+    changed[2][:, :, 100:] += 1
+    torch.testing.assert_close(regard.attend(*changed, past)[:, :, :100], regard.attend(*x, past)[:, :, :100])
+
+
+@pytest.mark.parametrize("scope", ["query_head", "head_global", "overall", "block"])
+def test_vmoba_of_equal_scores_reads_everything(scope: str) -> None:
+    """No block has a share, so no number of them lifts what is kept to the threshold."""
+    q, k, v = inputs(128)
+    out = regard.attend(torch.zeros_like(q), k, v, regard.get("vmoba", **SMALL["vmoba"], scope=scope))
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_draftattention_leaves_a_head_s_best_entry(every_row: bool) -> None:
+    q, k, v = inputs(64)
+    mechanism = regard.get("draftattention", grid=(1, 8, 8), pool=(4, 4), sparsity=1.0, every_row=every_row)
+    at = torch.arange(64).view(2, 4, 2, 4).permute(0, 2, 1, 3).flatten()  # patch by patch
+    means = [x[:, :, at].unflatten(2, (4, 16)).mean(3) for x in (q, k.repeat_interleave(2, 1))]
+    chart = (means[0] @ means[1].mT / 8**0.5).softmax(-1)
+    keep = chart == (chart.amax(-1, keepdim=True) if every_row else chart.amax((-1, -2), keepdim=True))
+    place = at.argsort() // 16
+    seen = keep[:, :, place][..., place]
+    assert int(keep.sum()) == 2 * 4 * (4 if every_row else 1)
+    truth = torch.where(seen.any(-1, keepdim=True), regard.attend(q, k, v, mask=seen), 0.0)
+    torch.testing.assert_close(regard.attend(q, k, v, mechanism), truth)

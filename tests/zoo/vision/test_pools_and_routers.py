@@ -39,6 +39,16 @@ def test_acmil_with_every_score_masked_reads_evenly():
     assert layer.half()(torch.randn(1, 4, 6).half()).bag.isfinite().all()
 
 
+def test_acmil_tells_scores_as_they_were_used():
+    torch.manual_seed(0)
+    layer, x, draw = ACMIL(6, 3, 8, 5, 2, masked=4, share=0.5), torch.randn(2, 9, 6), torch.rand(2, 2, 4)
+    whole, masked = layer.eval()(x).scores, layer.train()(x, draw=draw).scores
+    gone = stochastic_topk_mask(whole, 4, 0.5, draw=draw)
+    assert gone.sum() == 2 * 2 * 2 and torch.equal(masked, torch.where(gone, -1e9, whole))
+    keep = torch.arange(9) < torch.tensor([[9], [4]])
+    assert (layer.eval()(x, keep).scores[1, :, 4:] == -torch.inf).all()
+
+
 def test_acmil_queries_of_heads():
     torch.manual_seed(0)
     layer, x = MultiQueryACMIL(6, 3, 16, 4, 3, masked=5, share=0.6), torch.randn(2, 9, 6)

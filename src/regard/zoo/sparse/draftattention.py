@@ -25,7 +25,9 @@ def draft(
     grid: tuple[int, int, int] | None = None, pool: tuple[int, int] = (8, 16), sparsity: float = 0.75, every_row: bool = True, text: int = 0
 ) -> Program:
     """grid: frames, height, width of the visual tokens, frame-major (None: one frame of one row, patches of pool[0] * pool[1] tokens).
-    sparsity: share of the map left out (0: dense). every_row: each patch keeps at least its best. text: tokens after the grid."""
+    sparsity: share of the map left out (0: dense; 1: all but a head's best entry). every_row: each patch keeps at least its best. text: tokens after the grid."""
+    if not 0 <= sparsity <= 1:
+        raise RegardError(f"sparsity={sparsity}; expected a share from 0 to 1")
     return Program(bind(drafted, grid=grid, pool=pool, sparsity=sparsity, every_row=every_row, text=text))
 
 

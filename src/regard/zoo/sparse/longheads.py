@@ -76,7 +76,7 @@ class LongHeads(Policy):
         own = torch.arange(first, first + q.shape[-2], device=q.device)[:, None] // self.chunk
         chunks = torch.arange(int(own.max()) + 1, device=q.device)
         scores = q @ chunk_keys.transpose(-1, -2)
-        scores = torch.nn.functional.pad(scores, (0, max(0, len(chunks) - scores.shape[-1])))[..., : len(chunks)]
+        scores = torch.nn.functional.pad(scores, (0, len(chunks)))[..., : len(chunks)]  # chunks that have no key yet
         count, ranked = self.chunks - closing, own - 1 + closing
         forced = (chunks == 0) | ((chunks <= own) & (chunks >= ranked))
         keep = forced | top_k(scores, (chunks < ranked) & (chunks > 0), count - forced.sum(-1, keepdim=True))

@@ -68,9 +68,9 @@ class SSAAttention(Attention):
         for name, one in (("sparse", self.sparse), ("full", FULL)):
             if isinstance(mask, Tensor):
                 mechanism, seen, given = given_mask(one, mask, inputs)
-                outs[name] = attend(q, k, v, mechanism, mask=self.full_mask(seen), **given)
+                outs[name] = attend(q, k, v, mechanism, mask=seen, **given)
             else:
-                outs[name] = attend(q, k, v, one, mask=self.full_mask(mask), **inputs)
+                outs[name] = attend(q, k, v, one, mask=mask, **inputs)
         return outs
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
