@@ -53,7 +53,7 @@ SPEED = """Processor seconds, the least of a few runs that take turns, on a mach
   prompt lookup's 1.6 tokens a pass are eaten up likewise. The target of 1.4 times plain decoding is missed on this processor; where a pass costs little more than a step it is the tokens a pass that count.
 - *Ragged batches.* Sequences that fill a quarter of the padded batch, of one layer of SmolLM2's size and one of a large model's; "keys read once": the query heads of a key head as its rows, the fastest that padding can be.
 
-The greedy table is of fewer prompts and tokens than the slow test's 20 of 200 (`tests/slow/test_greedy_prompts.py`), in float32."""
+The greedy tables are in float32; `tests/slow/test_greedy_prompts.py` runs the tiny model's in float64."""
 
 
 def called(name: str) -> str:

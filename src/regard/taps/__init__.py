@@ -4,6 +4,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .fitting import fit_to_heads
 from .plan import TapPlan, plan
 from .points import POINTS, At
 from .reductions import Behind, ColumnMass, Entropy, Mass, MeanDistance, Pooled, Reduction, Rows, Top
@@ -29,6 +30,7 @@ __all__ = [
     "Taps",
     "Top",
     "edit",
+    "fit_to_heads",
     "plan",
     "read",
     "sites",

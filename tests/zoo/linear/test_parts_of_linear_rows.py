@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from regard import RegardError
+from regard.nn import Decoder, NSAAttention
 from regard.zoo.linear.flatten import focus_gap
+from regard.zoo.linear.lalte import lalte_layers
+from regard.zoo.linear.sea import SEAAttention, distil_sea
 from regard.zoo.linear.slab import PRepBN, convert_norms
 
 
@@ -40,3 +43,36 @@ def test_norms_become_affine_maps():
     torch.testing.assert_close(net(x), before(x))
     with pytest.raises(RegardError, match="one dimension"):
         convert_norms(nn.Sequential(nn.LayerNorm((2, 3))), 3)
+
+
+def test_the_stack_with_native_sparse_attention():
+    torch.manual_seed(0)
+    sizes = {"size": 4, "stride": 2, "block_size": 4, "top_k": 1, "window": 4}
+    mixers = lalte_layers(4, 16, 2, "lansa", **sizes)
+    assert [isinstance(one, NSAAttention) for one in mixers] == [False, True, False, True]
+    model, tokens = Decoder(mixers, vocab=12, dim=16, layers=4, heads=2).double(), torch.randint(12, (1, 14))
+    assert torch.allclose(model(tokens)[:, :9], model(tokens[:, :9]))
+    assert not any(isinstance(one, NSAAttention) for one in lalte_layers(2, 16, 2))
+    with pytest.raises(RegardError, match="kind='other'"):
+        lalte_layers(2, 16, 2, "other")
+
+
+def test_sea_learns_from_a_model():
+    torch.manual_seed(0)
+    model = Decoder("softmax", vocab=12, dim=16, layers=2, heads=2, kv_heads=1).train()
+    kept = copy.deepcopy(model.state_dict())
+    given = {"causal": True, "cells": 8, "keys": 4, "features": 8}
+    made, losses = distil_sea(model, lambda generator: torch.randint(12, (4, 20), generator=generator), 12, layers=[1], lr=3e-2, **given)
+    assert list(made) == [1] and made[1].causal and model.training
+    assert sum(losses[1][-3:]) < 0.8 * sum(losses[1][:3])
+    assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
+    first, _ = distil_sea(model, lambda generator: torch.randint(12, (4, 20), generator=generator), 1, layers=[1], lr=3e-2, **given)
+    with torch.no_grad():
+        x = model.blocks[1].norm1(model.blocks[0](model.embed(torch.randint(12, (4, 20), generator=torch.Generator().manual_seed(0)))))
+        q, k, v, _ = model.blocks[1].mixer.heads_of(x, x, 0, None)
+        torch.manual_seed(0)
+        fresh = SEAAttention(2, 8, **given)
+        assert losses[1][0] == pytest.approx(float(fresh.losses(q, k.expand_as(q), v.expand_as(q))["total"]), rel=1e-4)
+    assert not torch.equal(first[1].decoder.weight, made[1].decoder.weight)
+    with pytest.raises(RegardError, match="steps=0"):
+        distil_sea(model, lambda generator: torch.zeros(1, 4, dtype=torch.long), 0, **given)

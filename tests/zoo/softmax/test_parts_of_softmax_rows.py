@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from regard import RegardError, nn
+from regard.tasks.permutations import permutation_states
 from regard.zoo.softmax import attention_sink as sinks
 from regard.zoo.softmax.cog_attention import sign_report
+from regard.zoo.softmax.gin_attention import GraphAdapted, SparseGINAdapter
+from regard.zoo.softmax.localist_dial import LocalistDecoder
 from regard.zoo.softmax.relaxed_attention import shallow_fusion
+from regard.zoo.softmax.reluformer import length_sweep, memory_sweep
 from regard.zoo.softmax.shaped_transformer import ShapedBlock
+from regard.zoo.softmax.sparsemax import Reader, selective_attention, sparsemax_weights
 from regard.zoo.softmax.super_attention import FrugalAttention
 
 
@@ -131,3 +136,88 @@ def test_fused_decoding() -> None:
         shallow_fusion(decoder, language, start, 1, internal_weight=0.1)
     with pytest.raises(RegardError, match="5 and 4 symbols"):
         shallow_fusion(decoder, lambda ids: tables[1][ids][..., :4], start, 1)
+
+
+def test_one_fact_of_many_answers() -> None:
+    found = selective_attention(facts=4, symbols=6, dim=8, steps=120, lr=2e-2)
+    assert found.mechanism == ("softmax", "sparsemax") and min(found.accuracy) > 0.9
+    assert found.support[0] == 4 and found.support[1] < 2 and found.right[1] > found.right[0] > 0.5
+    torch.manual_seed(0)
+    reader = Reader("sparsemax", 12, 6)
+    facts, question = torch.randint(12, (2, 5, 2)), torch.tensor([3, 4])
+    w = reader.weights(facts, question)
+    context = torch.cat((reader.key(facts[..., 0]), reader.value(facts[..., 1])), -1)
+    asked = torch.cat((reader.key(question), torch.zeros(2, 6)), -1)
+    z = (reader.attention.q(asked)[:, None] * reader.attention.k(context)).sum(-1) / 12**0.5
+    torch.testing.assert_close(w, sparsemax_weights(z).detach())
+    mixed = (w[..., None] * reader.attention.v(context)).sum(1)
+    torch.testing.assert_close(reader(facts, question), reader.head(reader.attention.out(mixed)))
+
+
+def test_memories_and_lengths() -> None:
+    left = memory_sweep((4, 64), ("relu", "softmax"), dim=8, pairs=24, steps=60, lr=2e-2)
+    assert left["relu"][64] < 0.3 < left["relu"][4] and left["relu"][64] < left["softmax"][64]
+    sizes = length_sweep((32, 512))
+    assert 0.8 < sizes["reluformer"][32] < 1.25 and 0.8 < sizes["reluformer"][512] < 1.25
+    assert sizes["relu"][512] == pytest.approx(256, rel=0.25) and sizes["softmax"][512] < 0.02
+
+
+def test_the_dial_of_a_language_model() -> None:
+    torch.manual_seed(0)
+    model = LocalistDecoder(torch.arange(12) // 4, dim=16).double()
+    tokens = torch.randint(12, (2, 9))
+    free = model(tokens)
+    other = tokens // 4 * 4 + (tokens + 1) % 4  # another symbol of the same block
+    changed = torch.where(model.block_of[tokens] == model.block_of[tokens[:, -1:]], tokens, other)
+    model.dial = 1.0
+    confined = model(tokens)
+    torch.testing.assert_close(model(changed)[:, -1], confined[:, -1])  # tokens of other blocks are not read
+    assert not torch.allclose(free, confined)
+    model.dial = [0.0, 1.0]
+    half = model(tokens)
+    assert not torch.allclose(half, confined) and not torch.allclose(half, free)
+    model.dial = 0.0
+    torch.testing.assert_close(model(tokens), free)
+    torch.testing.assert_close(model(tokens[:, :5]), free[:, :5])
+    plain = nn.Decoder("softmax", vocab=12, dim=16, layers=2, heads=2, hidden=32).double()
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if name != "block_of"})
+    torch.testing.assert_close(plain(tokens), free)
+    assert len(model.groups()) == 4 and all(x.shape == (8, 16) for x in model.groups())
+    model.dial = [0.5]
+    with pytest.raises(RegardError, match="one a layer"):
+        model(tokens)
+    with pytest.raises(RegardError, match="block_of"):
+        LocalistDecoder(torch.rand(3))
+
+
+def test_compositions_of_permutations() -> None:
+    for size in (2, 3, 4):
+        tokens, labels = permutation_states(5, 7, torch.Generator().manual_seed(0), size)
+        every = list(itertools.permutations(range(size)))
+        for row, told in zip(tokens.tolist(), labels.tolist(), strict=True):
+            things = tuple(range(size))
+            for token, label in zip(row, told, strict=True):
+                things = tuple(every[token][x] for x in things)
+                assert every[label] == things
+    with pytest.raises(RegardError, match="size=6"):
+        permutation_states(1, 1, torch.Generator(), 6)
+
+
+def test_graphs_in_a_frozen_decoder() -> None:
+    torch.manual_seed(0)
+    model, tokens = nn.Decoder("softmax", vocab=12, dim=16, layers=2, heads=2).double(), torch.randint(12, (2, 7))
+    plain = model(tokens)
+    adapted = GraphAdapted(model, 16, layers=[0])
+    assert all(isinstance(x, SparseGINAdapter) for x in adapted.adapters.values()) and len(adapted.adapters) == 1
+    torch.testing.assert_close(adapted(tokens), plain)
+    with torch.no_grad():
+        adapted.adapters["0"].scale.fill_(0.3)
+        adapted.adapters["0"].eps.fill_(0.5)
+    x = model.embed(tokens)
+    maps = model.blocks[0].mixer.weights(model.blocks[0].norm1(x))
+    h = adapted.adapters["0"](model.blocks[0](x), maps)
+    torch.testing.assert_close(adapted(tokens), model.logits(model.blocks[1](h)))
+    adapted(tokens).sum().backward()
+    assert all((p.grad is not None) == name.startswith("adapters") for name, p in adapted.named_parameters())
+    with pytest.raises(RegardError, match=r"0 \.\. 1"):
+        GraphAdapted(model, 16, layers=[2])

@@ -1,7 +1,7 @@
 """Hedgehog: learned feature maps that mimic softmax's spiky, monotone weights (id 38; Zhang et al., 2024).
 
 phi(x) = [softmax_d(W x + b), softmax_d(-W x - b)],   W per head, from the identity; a_ij = phi_q(q_i).phi_k(k_j) / sum_j
-Not built: fine-tuning by LoRA after distillation; all parameters train as usual.
+Fine-tuning by LoRA behind distillation: `carry_out(convert(model, "hedgehog"), [Transfer(...), Lora(targets=("attention.q", "attention.v"), ...)], draw)`.
 """
 
 from regard.algebra import Recurrent

@@ -1,7 +1,7 @@
 """Learned token eviction: a window, sinks, and what a small network keeps of the rest, beside linear layers (id 95; He & Garner, 2025).
 
 visible(j) for query i: j <= i and (i - j <= w or j < sinks or r_j > 0),  r = sigmoid(CNN([k; v])) - 1/2, one decision a key head
-Not built: laNSA, the stack with native sparse attention, and a block-sparse kernel for prompts.
+Not built: a block-sparse kernel for prompts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from regard.engine.door import attend
 from regard.engine.reference import repeat_heads
 from regard.errors import RegardError
 from regard.nn.attention import Attention
+from regard.nn.compressed_sparse import NSAAttention
 from regard.nn.parts import Momentary, takes, whole
 from regard.zoo.linear.deltanet import gated_deltanet
 
@@ -217,9 +218,17 @@ class BudgetController:
         return self.weight
 
 
-def lalte_layers(layers: int, dim: int, heads: int, **options: Any) -> list[nn.Module | Mechanism]:
-    """One mixer a layer for `Decoder(mechanism=...)`: gated DeltaNet in layers 0, 2, ..., learned eviction in 1, 3, ..."""
+def lalte_layers(layers: int, dim: int, heads: int, kind: str = "lalte", **options: Any) -> list[nn.Module | Mechanism]:
+    """One mixer a layer for `Decoder(mechanism=...)`: gated DeltaNet in layers 0, 2, ..., and in 1, 3, ... learned eviction ("lalte") or native sparse
+    attention ("lansa": `NSAAttention`, which has no step). options: of the latter's layers."""
+    if kind not in ("lalte", "lansa"):
+        raise RegardError(f"kind={kind!r}; expected lalte or lansa")
     made: list[nn.Module | Mechanism] = []
     for layer in range(layers):
-        made.append(LTEAttention(dim, heads, **options) if layer % 2 else Attention(dim, heads, gated_deltanet()))
+        if layer % 2 == 0:
+            made.append(Attention(dim, heads, gated_deltanet()))
+        elif kind == "lalte":
+            made.append(LTEAttention(dim, heads, **options))
+        else:
+            made.append(NSAAttention(dim, heads, **{"kv_heads": heads, **options}))
     return made

@@ -1,7 +1,7 @@
 """Local linear attention: a line fitted to keys and values around every query, read at the query (id 54; Zuo et al., 2025).
 
 o_i = b of min_{b, W} 1/2 sum_j w_ij |v_j - b - W (k_j - q_i)|^2 + ridge/2 |W|^2,  w_ij = exp(q_i.k_j / sqrt(D)) over the row's largest
-Not built: the permutation-state task, and a fused kernel (blocks run in PyTorch).
+Not built: a fused kernel (blocks run in PyTorch). Tasks: `regard.tasks.permutations`, `regard.tasks.recall`, regression in `regard.tasks.dynamics`.
 """
 
 from regard.algebra import LocalLinear, Recipe

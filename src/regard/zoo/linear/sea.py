@@ -1,13 +1,14 @@
 """SEA: a small map of where attention goes, estimated in linear time, picks the keys of exact sparse attention (id 168; Lee et al., 2023).
 
 P^ = softmax(CNN(MLP([Performer(q, k, [place; v]); v]))) (T x K),  mask = expand(top cells of P^),  o = g sparse softmax(q k^T / sqrt(d)) v + (1 - g) average of v
-Not built: the trainer that distils a pretrained model's layers; `losses` is what it would minimise.
+`distil_sea` trains one for each layer of a pretrained decoder or encoder, on its own queries, keys and values.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.taps import fit_to_heads, read, sites
 
 
 def lengths_of(length: int, causal: bool, device: torch.device) -> Tensor:
@@ -235,3 +237,26 @@ class SEAAttention(nn.Module):
         output = (self.combined(q, k, v, found) - attend(q, k, v, mask=mask).detach()).square().mean()
         probabilities = (student - teacher).square().sum(-1).mean()
         return {"kl": kl, "probabilities": probabilities, "output": output, "total": kl_weight * kl + probabilities + output}
+
+
+def distil_sea(
+    model: nn.Module, draw: Callable[[torch.Generator], Any], steps: int, *, layers: Iterable[int] | None = None, lr: float = 1e-3, seed: int = 0,
+    **options: Any,
+) -> tuple[dict[int, SEAAttention], dict[int, list[float]]]:  # fmt: skip
+    """A `SEAAttention` for each layer of a tapped model (or those of `layers`), trained on `losses` against that layer's dense attention; and the losses.
+    draw, lr, seed: as of `regard.taps.fit_to_heads`; options: of the layers (causal=True for decoders)."""
+    chosen = list(range(len(sites(model))) if layers is None else layers)
+    batch = draw(torch.Generator().manual_seed(seed))
+    with torch.no_grad(), read(model, "q", layers=chosen) as seen:
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    torch.manual_seed(seed)
+    made = {at: SEAAttention(seen["q", at].shape[1], seen["q", at].shape[-1], **options) for at in chosen}
+    like = next(model.parameters())
+    for one in made.values():
+        one.to(like.device, like.dtype)
+
+    def loss(part: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert isinstance(part, SEAAttention)
+        return part.losses(q, k, v)["total"]
+
+    return made, fit_to_heads(model, made, loss, draw, steps, lr=lr, seed=seed)

@@ -2,12 +2,14 @@
 
 GIN: y^h = MLP_h(eps X^h + A^h X^h),   PNA: y^h = MLP_h([sum, mean, max, variance over j with A_ij > 0]),   A^h causal attention
 
-Not built: a wrapper that reads the maps of a pretrained decoder (`SparseGINAdapter` takes them as an argument), the comparison with LoRA.
+`GraphAdapted` puts adapters into a frozen pretrained decoder. Not built: the comparison with LoRA.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from regard.algebra import row_softmax
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.parts import takes
+from regard.taps import edit, read, sites
+from regard.taps.points import At
 
 PROCESSES = ("none", "relu", "silu", "softplus", "sharp_softplus", "sigmoid", "binary", "top_k")
 
@@ -198,3 +202,34 @@ class SparseGINAdapter(nn.Module):
     def close(self, h: Tensor, gathered: Tensor) -> Tensor:
         h = h + self.scale * self.norm(self.eps * h + gathered)
         return h + self.scale * self.mlp(h)  # type: ignore[no-any-return]
+
+
+class GraphAdapted(nn.Module):
+    """A pretrained decoder, frozen, with a `SparseGINAdapter` behind each block, which reads that block's own attention maps: called as the model is.
+
+    layers: which (None: all). options: of the adapters. With their scales at 0, as they start, outputs are the model's. The maps of adapted layers are
+    held, (B, H, L, L), and tokens must come whole: no cache (`use_cache=False` of a transformers model).
+    """
+
+    def __init__(self, model: nn.Module, dim: int, *, layers: Iterable[int] | None = None, **options: Any):
+        super().__init__()
+        count = len(sites(model))
+        chosen = list(range(count) if layers is None else layers)
+        if not chosen or not all(0 <= at < count for at in chosen):
+            raise RegardError(f"layers={chosen}; expected some of 0 .. {count - 1}")
+        self.model = model.requires_grad_(False)
+        self.adapters = nn.ModuleDict({str(at): SparseGINAdapter(dim, **options) for at in chosen})
+        self.adapters.to(next(model.parameters()))
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        layers = [int(at) for at in self.adapters]
+        with read(self.model, "weights", layers=layers) as seen:
+
+            def adapted(h: Tensor, at: At) -> Tensor:
+                maps = seen["weights", at.layer]
+                if maps.shape[-1] != maps.shape[-2]:
+                    raise RegardError(f"maps of layer {at.layer} are {tuple(maps.shape[-2:])}; expected whole texts: use_cache=False")
+                return self.adapters[str(at.layer)](h, maps.to(h.dtype))  # type: ignore[no-any-return]
+
+            with edit(self.model, {"residual_out": adapted}, layers=layers):
+                return self.model(*args, **given)

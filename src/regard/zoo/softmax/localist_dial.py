@@ -2,19 +2,22 @@
 
 p_i = softmax_j(s_ij - mu [block_i != block_j] + kappa q_i.a_block(j) + rule_ij),   mu = -log(1 - dial)
 
-Not built: the language model over a vocabulary of blocks.
+`LocalistDecoder` is the minimal language model: tokens belong to blocks, and the dial turns while it runs.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regard.algebra import Input, Modified, Weighted
+from regard.algebra import Input, Modified, Rope, Weighted
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.nn.attention import Attention
+from regard.nn.decoder import Block
 
 
 def dialled(s: Tensor, query_block: Tensor, key_block: Tensor, dial: Tensor, rules: Tensor) -> Tensor:
@@ -91,3 +94,51 @@ def entropy_bound(inside: Tensor, leaked: Tensor) -> Tensor:
     n_in, n_out = inside.sum(-1).double(), (~inside).sum(-1).double()
     binary = -torch.special.xlogy(leaked, leaked) - torch.special.xlogy(1 - leaked, 1 - leaked)
     return n_in.log() + binary + torch.special.xlogy(leaked, n_out.clamp_min(1))
+
+
+class LocalistDecoder(nn.Module):
+    """tokens (B, L) -> logits (B, L, vocab): a decoder whose vocabulary is cut into blocks, block_of (vocab,) integers.
+
+    dial: 0 (free) .. 1 (confined to a token's own block), a number or one a layer; `model.dial` may be changed at any time. `groups()`: the
+    weights that the group penalty counts, rows of every layer's value projection by head.
+    """
+
+    block_of: Tensor
+
+    def __init__(self, block_of: Tensor, *, dim: int = 32, layers: int = 2, heads: int = 2, hidden: int | None = None):
+        super().__init__()
+        if block_of.dim() != 1 or block_of.is_floating_point():
+            raise RegardError(
+                f"block_of {tuple(block_of.shape)} {block_of.dtype}; expected a block's number for each symbol, (vocab,) integers"
+            )
+        self.register_buffer("block_of", block_of)
+        self.embed = nn.Embedding(len(block_of), dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.blocks = nn.ModuleList([Block(dim, self.layer(dim, heads), hidden or 2 * dim) for _ in range(layers)])
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.dial: float | list[float] = 0.0
+
+    @staticmethod
+    def layer(dim: int, heads: int) -> Attention:
+        made = Attention(dim, heads, localist_dial())
+        made.rope = Rope()  # beside the blocks, which stand where a mechanism's own positions would
+        return made
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        dials = self.dial if isinstance(self.dial, list) else [self.dial] * len(self.blocks)
+        if len(dials) != len(self.blocks) or not all(0 <= one <= 1 for one in dials):
+            raise RegardError(f"dial={self.dial}; expected a number from 0 to 1, or one a layer ({len(self.blocks)})")
+        x, own = self.embed(tokens), self.block_of[tokens].to(self.embed.weight.dtype)
+        for block, dial in zip(self.blocks, dials, strict=True):
+            at = x.new_full((1, 1, 1), dial)
+            y = block.mixer(block.norm1(x), query_block=own, key_block=own, dial=at)  # type: ignore[operator]
+            x = x + y
+            x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
+        return self.norm(x) @ self.embed.weight.T  # type: ignore[no-any-return]
+
+    def groups(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for block in self.blocks:
+            layer: Any = block.mixer
+            found += layer.v.weight.split(layer.value_dim)
+        return found

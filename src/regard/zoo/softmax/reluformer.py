@@ -2,7 +2,7 @@
 
 p_ij = relu(s_ij) / (gamma_h sqrt(n_i / 2))        Var(sum_j relu(x_j) v_j) = n / 2 for independent standard normal x and v
 
-Not built: the experiment over slots and sequence lengths.
+`memory_sweep` trains memories of more and more slots, `length_sweep` measures what rows sum up to as sequences grow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from regard.algebra import Input, Learned, RowLocal, Weighted
 from regard.catalog.registry import register
+from regard.engine.door import attend
 from regard.errors import RegardError
+from regard.tasks.training import fit
 
 
 def root_half_visible(total: Tensor, n: Tensor, gamma: Tensor) -> Tensor:
@@ -65,3 +67,41 @@ class KeyValueMemory(nn.Module):
         z = x @ self.keys.T + self.key_bias
         weights = torch.relu(z) if self.activation == "relu" else z.softmax(-1)
         return self.norm(weights @ self.values) + self.value_bias  # type: ignore[no-any-return]
+
+
+def memory_sweep(
+    slots: tuple[int, ...] = (16, 64, 256), activations: tuple[str, ...] = ("relu", "softmax", "softmax_norm"), *, dim: int = 16, pairs: int = 128,
+    steps: int = 300, lr: float = 1e-2, seed: int = 0,
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """What is left of learning `pairs` random pairs x -> y (both normal, dim channels) by a `KeyValueMemory`: mean |error|^2 over mean |y|^2, by activation
+    and number of slots. A softmax over many slots averages them away; ReLU, and LayerNorm behind softmax, do not."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, pairs, dim, generator=generator)
+    found: dict[str, dict[int, float]] = {}
+    for activation in activations:
+        for count in slots:
+            torch.manual_seed(seed)
+            memory = KeyValueMemory(dim, count, activation)
+
+            def loss(_: object, memory: KeyValueMemory = memory) -> Tensor:
+                return (memory(x) - y).square().mean() / y.square().mean()
+
+            found.setdefault(activation, {})[count] = fit(memory, lambda _: None, loss, steps, lr=lr, seed=seed)[-1]
+    return found
+
+
+@torch.no_grad()
+def length_sweep(
+    lengths: tuple[int, ...] = (16, 64, 256, 1024), *, dim: int = 32, rows: int = 64, seed: int = 0
+) -> dict[str, dict[int, float]]:
+    """The variance of outputs for independent normal q, k, v by length: of ReLU attention with its factor, of ReLU without it (which grows as n / 2), and of
+    softmax (which falls as 1 / n)."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, dict[int, float]] = {"reluformer": {}, "relu": {}, "softmax": {}}
+    for n in lengths:
+        q = torch.randn(1, 1, rows, dim, generator=generator)
+        k, v = torch.randn(2, 1, 1, n, dim, generator=generator)
+        plain = Weighted(normalizer=RowLocal(torch.relu))
+        for name, mechanism in (("reluformer", reluformer()), ("relu", plain), ("softmax", Weighted())):
+            found[name][n] = float(attend(q, k, v, mechanism).var())
+    return found
