@@ -29,7 +29,7 @@ UNFELT = {  # softmax does not feel what is added to all scores of a row, nor an
     "mqsa-ted": ("k.bias",),
     "rcmha": ("head_convs.1.bias",),
     "sea": ("last.bias",),
-    "set-transformer": ("k.bias", "mix.mab.k.weight"),
+    "set-transformer": ("k.bias", "mix.0.mab.k.weight"),
     "show-attend-tell": ("energy.bias",),
     "ulsam": ("wise.bias",),
 }

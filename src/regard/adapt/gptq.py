@@ -15,7 +15,7 @@ class Grid:
     """How a weight is rounded. bits: 2 to 8. symmetric: levels -2^(b-1) .. 2^(b-1) - 1 times a scale; else 0 .. 2^b - 1 less a zero, times it.
 
     clip: scales from 1 - i / steps of the full range, i < shrink * steps, the one with the least sum of |error|^norm is taken. group: input
-    channels that share a scale (None: all of a row).
+    channels that share a scale (None: all of a row). static: groups' scales are of the weight as it comes, not of what rounding has left of it.
     """
 
     bits: int = 3
@@ -25,6 +25,7 @@ class Grid:
     steps: int = 100
     shrink: float = 0.8
     group: int | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or self.steps < 1 or not 0 < self.shrink <= 1 or (self.group is not None and self.group < 1):
@@ -93,6 +94,8 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: in
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     w[:, dead] = 0
+    starts = range(0, columns, size) if grid.group is not None and grid.static else range(0)
+    before = [grid.fit(w[:, start : start + size]) for start in starts]
     turn = h.diagonal().argsort(descending=True) if order else torch.arange(columns, device=w.device)
     w, h = w[:, turn], h[turn][:, turn]
     h.diagonal().add_(damp * h.diagonal().mean())
@@ -103,7 +106,9 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: in
         stop = min(start + block, columns)
         errors, settled = torch.empty_like(w[:, start:stop]), w if grid.group is None else w.clone()
         for c in range(start, stop):
-            if c % size == 0:
+            if before:
+                scale, zero = before[int(turn[c]) // size]
+            elif c % size == 0:
                 if grid.group is not None:
                     scale, zero = grid.fit(settled[:, c : c + size])
                 scales.append(scale)
@@ -113,6 +118,8 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, damp: float = 0.01, block: in
             w[:, c:stop] -= error[:, None] * upper[c, c:stop]
             errors[:, c - start] = error
         w[:, stop:] -= errors @ upper[start:stop, stop:]
+    if before:
+        scales, zeros = [scale for scale, _ in before], [zero for _, zero in before]
     back = torch.empty_like(turn)
     back[turn] = torch.arange(columns, device=w.device)
     return Rounded(out[:, back].to(weight.dtype), torch.cat(scales, 1), torch.cat(zeros, 1))

@@ -9,10 +9,11 @@ from regard.zoo.vision.twins import PEG, GlobalSubsampledAttention, LocallyGroup
 INNER = ((r"inner\.", ""), (r"\bout\.", "proj."))
 
 
-@case("l0", "l1", "l2")
+@case("l0", "l1", "l2", "l3")
 def near(g: Vectors) -> None:
     g.split(r"qkv\.(weight|bias)", r"q.\1", r"kv.\1", sizes=(1, 2))
-    made = LocallyGroupedAttention(g["dim"], g["heads"], g["window"], bool(g.get("qkv_bias")), scale=g.get("scale")).to(g.dtype)
+    options = {"scale": g.get("scale"), "masked": bool(g.get("masked"))}
+    made = LocallyGroupedAttention(g["dim"], g["heads"], g["window"], bool(g.get("qkv_bias")), **options).to(g.dtype)
     g.layer(lambda x: made(x, tuple(g["shape"])), **g.fill(made, *INNER))
 
 

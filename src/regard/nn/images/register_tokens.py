@@ -23,11 +23,12 @@ def sign_max(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Registers:
-    """What becomes of the activations of `neurons`, {layer: units}: see `TestTimeRegisters`. prefix: first tokens, which are left alone."""
+    """What becomes of the activations of `neurons`, {layer: units}: see `TestTimeRegisters`. scale: one number, or one a register. prefix: first tokens,
+    which are left alone."""
 
     neurons: Mapping[int, Sequence[int]]
     count: int = 1
-    scale: float = 1.0
+    scale: float | Sequence[float] = 1.0
     patches: str = "zero"
     shared: bool = False
     place: int | None = None
@@ -39,6 +40,8 @@ class Registers:
             raise RegardError(
                 f"patches={self.patches!r}, count={self.count}, place={self.place}; expected one of {PATCHES}, and a place with count=0 alone"
             )
+        if isinstance(self.scale, Sequence) and len(self.scale) != (self.count or 1):
+            raise RegardError(f"scale names {len(self.scale)} registers; expected one number, or one for each of count={self.count}")
         for layer, units in self.neurons.items():
             width = widths[layer] if 0 <= layer < len(widths) else 0
             if not units or not all(0 <= unit < width for unit in units):
@@ -59,7 +62,9 @@ class Registers:
             "outliers": torch.where(patch > mean + patch.std(1, keepdim=True), mean, patch) if self.patches == "outliers" else patch,
             "same": patch,
         }[self.patches]
-        written = (self.scale * peak).expand(-1, self.count or 1, len(units))
+        written = (torch.tensor(self.scale, dtype=peak.dtype, device=peak.device).view(-1, 1) * peak).expand(
+            -1, self.count or 1, len(units)
+        )
         if self.place is not None:
             kept = torch.cat((kept[:, : self.place], written, kept[:, self.place + 1 :]), 1)
         last = written if self.count else written[:, :0]

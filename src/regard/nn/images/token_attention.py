@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from ...algebra import Padding
 from ...engine.door import attend
 from ...errors import RegardError
 
@@ -34,10 +35,15 @@ class TokenAttention(nn.Module):
         self.q, self.kv = nn.Linear(dim, inner, qkv_bias), nn.Linear(dim, 2 * inner, qkv_bias)
         self.out, self.drop = nn.Linear(inner, inner), nn.Dropout(proj_dropout)
 
-    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """keep (B, M) bool: keys that are there (None: all); a row without any reads zeros."""
         made = (self.q(x), *self.kv(x if source is None else source).chunk(2, -1))
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in made)
-        read = attend(q, k, v, scale=self.scale, dropout_p=self.dropout if self.training else 0.0)
+        dropped = self.dropout if self.training else 0.0
+        if keep is None:
+            read = attend(q, k, v, scale=self.scale, dropout_p=dropped)
+        else:
+            read = attend(q, k, v, mask=Padding(), keep=keep, scale=self.scale, dropout_p=dropped)
         return self.drop(self.out(read.transpose(1, 2).flatten(-2)))  # type: ignore[no-any-return]
 
 

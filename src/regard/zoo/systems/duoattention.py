@@ -29,8 +29,8 @@ _training: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Weighted]] = weakr
 
 
 def streaming(sink: int, recent: int) -> Weighted:
-    """Softmax over the first `sink` tokens, the `recent` tokens before a query, and itself."""
-    return Weighted(mask=Causal() & (Window(recent + 1) | Sinks(sink) if sink else Window(recent + 1)))
+    """Softmax over the first `sink` tokens and the last `recent` tokens, a query's own among them."""
+    return Weighted(mask=Causal() & (Window(recent) | Sinks(sink) if sink else Window(recent)))
 
 
 def both(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **options: Any) -> Any:
@@ -57,11 +57,12 @@ def identify_heads(
     """Gates (layers, key heads) of a transformers decoder, trained alone, from `first` (None: ones): 1 retrieves, 0 streams.
 
     batches(step) -> (ids (B, L), asked (B, L) bool: tokens whose hidden states count), such as `regard.tasks.passkeys.passkeys`. AdamW without decay of weights; lr rises
-    over the first fifth of the steps and falls over the last; gates are clamped after every step. The model comes back as it was.
+    over the first fifth of the steps and falls over the last; gates are clamped after every step. recent: tokens that streaming heads see beside
+    the first ones, a query's own among them (at work, `DuoAttention` shows as many before it). The model comes back as it was.
     """
     host: Any = model
     modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj") and hasattr(m, "k_proj")]
-    if not modules or steps < 1 or sink < 0 or recent < 0:
+    if not modules or steps < 1 or sink < 0 or recent < 1:
         raise RegardError(f"{type(model).__name__}, steps={steps}, sink={sink}, recent={recent}: expected a decoder, and positive numbers")
     device: torch.device = modules[0].o_proj.weight.device  # type: ignore[union-attr, assignment]
     start = torch.ones(len(modules), host.config.get_text_config().num_key_value_heads) if first is None else first.detach().float()

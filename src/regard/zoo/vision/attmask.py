@@ -99,7 +99,7 @@ class Views(NamedTuple):
 
 
 class IBOTLoss(nn.Module):
-    """The two cross-entropies, and centres of the teacher's outputs that follow with `momentum`. weights: l1 and l2."""
+    """The two cross-entropies, and centres of the teacher's outputs that follow with `momentum` (of patches with patch_momentum). weights: l1, l2."""
 
     def __init__(
         self,
@@ -109,11 +109,13 @@ class IBOTLoss(nn.Module):
         student_temp: float = 0.1,
         momentum: float = 0.9,
         weights: tuple[float, float] = (1.0, 1.0),
+        patch_momentum: float = 0.9,
     ):
         super().__init__()
         if views < 2:
             raise RegardError(f"views={views}; expected two or more, for the class loss goes across them")
-        self.views, self.student_temp, self.momentum, self.weights = views, student_temp, momentum, weights
+        self.views, self.student_temp, self.weights = views, student_temp, weights
+        self.momentum, self.patch_momentum = momentum, patch_momentum
         self.centre: Tensor
         self.patch_centre: Tensor
         self.register_buffer("centre", torch.zeros(1, classes))
@@ -132,8 +134,9 @@ class IBOTLoss(nn.Module):
         apart = -(patch * (student.patches / self.student_temp).log_softmax(-1)).sum(-1)
         mim = ((apart * masked).sum(-1) / masked.sum(-1).clamp_min(1)).mean()
         with torch.no_grad():
-            for centre, seen in ((self.centre, teacher.classes), (self.patch_centre, teacher.patches.mean(1, keepdim=True))):
-                centre.mul_(self.momentum).add_(seen.mean(0, keepdim=True), alpha=1 - self.momentum)
+            patches = teacher.patches.mean(1, keepdim=True)
+            for centre, seen, rate in ((self.centre, teacher.classes, self.momentum), (self.patch_centre, patches, self.patch_momentum)):
+                centre.mul_(rate).add_(seen.mean(0, keepdim=True), alpha=1 - rate)
         return self.weights[0] * torch.stack(terms).mean() + self.weights[1] * mim
 
 

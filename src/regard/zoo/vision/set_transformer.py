@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regard.algebra import Padding
 from regard.catalog.registry import register
 from regard.engine.door import attend
+from regard.errors import RegardError
 from regard.nn.parts import takes
 
 
@@ -80,14 +81,28 @@ class PMA(nn.Module):
 
 @register("set-transformer", kind="module")
 class SetTransformer(nn.Module):
-    """Encoder (two ISAB, or SAB when inducing is 0) and decoder (PMA, SAB, linear): (B, n, dim_in) -> (B, outputs, dim_out)."""
+    """Encoder (two ISAB, or SAB when inducing is 0) and decoder (PMA, `mixers` SAB, linear): (B, n, dim_in) -> (B, outputs, dim_out). mixers: 1 in the
+    paper's formula, 2 in the released net."""
 
-    def __init__(self, dim_in: int, dim_out: int, dim: int = 128, heads: int = 4, inducing: int = 32, outputs: int = 1, norm: bool = False):
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int = 128,
+        heads: int = 4,
+        inducing: int = 32,
+        outputs: int = 1,
+        norm: bool = False,
+        mixers: int = 1,
+    ):
         super().__init__()
+        if mixers < 0:
+            raise RegardError(f"mixers={mixers}; expected 0 or more")
         self.dim_in = dim_in
         widths = (dim_in, dim)
         self.encoder = nn.ModuleList([ISAB(w, dim, heads, inducing, norm) if inducing else SAB(w, dim, heads, norm) for w in widths])
-        self.pool, self.mix, self.head = PMA(dim, heads, outputs, norm), SAB(dim, dim, heads, norm), nn.Linear(dim, dim_out)
+        self.pool, self.head = PMA(dim, heads, outputs, norm), nn.Linear(dim, dim_out)
+        self.mix = nn.Sequential(*[SAB(dim, dim, heads, norm) for _ in range(mixers)])
 
     @takes(x="batch items dim_in")
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:

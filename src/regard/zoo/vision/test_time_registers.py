@@ -33,7 +33,7 @@ def activation_of(block: Any) -> nn.Module:
 class TestTimeRegisters(nn.Module):
     """Images -> what the ViT of timm gives, computed beside `count` registers. neurons: {layer: units of its MLP}, of `find_register_neurons`.
 
-    scale: s. patches: what becomes of patches' activations, "zero", their "mean", "outliers" (those above mean + one standard deviation become
+    scale: s, or one a register. patches: what becomes of patches' activations, "zero", their "mean", "outliers" (those above mean + one standard deviation become
     the mean) or "same". shared: one signmax for all units of a layer, as released; False: one a unit. place: write to this patch instead of
     registers (count=0), to show that the place is free. Class tokens are left alone.
     """
@@ -45,7 +45,7 @@ class TestTimeRegisters(nn.Module):
         vit: nn.Module,
         neurons: Mapping[int, Sequence[int]],
         count: int = 1,
-        scale: float = 1.0,
+        scale: float | Sequence[float] = 1.0,
         patches: str = "zero",
         shared: bool = False,
         place: int | None = None,

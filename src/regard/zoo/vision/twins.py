@@ -26,7 +26,8 @@ Shape = tuple[int, int]
 
 class LocallyGroupedAttention(nn.Module):
     """x (B, H*W, dim), shape (H, W) (None: a square) -> the same shape: attention inside windows of `window`^2 tokens. Sizes that are no multiple are
-    filled up with zeros, which take part as tokens, as released. dropout: of weights; proj_dropout: of the output. scale: None for head_dim ** -0.5."""
+    filled up with zeros, which take part as tokens, as released. dropout: of weights; proj_dropout: of the output. scale: None for head_dim ** -0.5.
+    masked: what fills up is no token, as in the released code for segmentation (which masks only where both sides are filled up)."""
 
     def __init__(
         self,
@@ -37,18 +38,22 @@ class LocallyGroupedAttention(nn.Module):
         dropout: float = 0.0,
         proj_dropout: float = 0.0,
         scale: float | None = None,
+        masked: bool = False,
     ):
         super().__init__()
         if window < 1:
             raise RegardError(f"window={window}; expected at least 1")
-        self.dim, self.window = dim, window
+        self.dim, self.window, self.masked = dim, window, masked
         self.inner = TokenAttention(dim, heads, None, qkv_bias, scale, dropout, proj_dropout)
 
     @takes(x="batch tokens dim")
     def forward(self, x: Tensor, shape: Shape | None = None) -> Tensor:
         height, width = known_grid(x.shape[1], shape)
         plane = filled_up(x.unflatten(1, (height, width)), self.window)
-        out = from_windows(self.inner(to_windows(plane, self.window)), self.window, *plane.shape[1:3])
+        keep = None
+        if self.masked and plane.shape[1:3] != (height, width):
+            keep = to_windows(filled_up(x.new_ones(len(x), height, width, 1), self.window), self.window)[..., 0] > 0
+        out = from_windows(self.inner(to_windows(plane, self.window), keep=keep), self.window, *plane.shape[1:3])
         return out[:, :height, :width].flatten(1, 2)
 
 
@@ -135,6 +140,7 @@ class Twins(nn.Module):
         drop_path: float = 0.0,
         eps: float = 1e-6,
         scale: float | None = None,
+        masked: bool = False,
     ):
         super().__init__()
         sizes = {len(x) for x in (dims, depths, heads, reductions, ratios, windows or dims)}
@@ -145,7 +151,7 @@ class Twins(nn.Module):
         for at, (dim, rates) in enumerate(zip(dims, depth_rates(drop_path, depths), strict=True)):
             made: dict[str, Any] = {"qkv_bias": qkv_bias, "dropout": weight_dropout, "proj_dropout": dropout, "scale": scale}
             far = partial(GlobalSubsampledAttention, dim, heads[at], reductions[at], **made)
-            near = far if windows is None else partial(LocallyGroupedAttention, dim, heads[at], windows[at], **made)
+            near = far if windows is None else partial(LocallyGroupedAttention, dim, heads[at], windows[at], masked=masked, **made)
             blocks = [TwinsBlock(dim, (far if b % 2 else near)(), ratios[at], dropout, rate, eps) for b, rate in enumerate(rates)]
             self.patches.append(Patches(inner, dim, 2 if at else patch))
             self.norms.append(nn.LayerNorm(dim))

@@ -111,7 +111,7 @@ def _() -> tuple[float, float]:
     for which in (asked, torch.ones_like(asked)):
         gates, truth = start.double().requires_grad_(), []
         for _ in range(2):
-            hidden = masked(model, ids, gates, 2, 4, mix=True)
+            hidden = masked(model, ids, gates, 2, 4 - 1, mix=True)  # in training a query counts among the recent tokens
             loss = (hidden[:2].detach() - hidden[2:]).square().mean(-1)[which].sum() / which.sum() + 0.05 * gates.abs().mean()
             truth.append(float(loss.detach()))
             slope = torch.autograd.grad(loss, gates)[0]

@@ -250,7 +250,7 @@ def _() -> tuple[float, float]:
             inner = block_by_hand(layer.gather, layer.points.expand(3, -1, -1), h, s, seen)  # type: ignore[arg-type, operator, union-attr]
             h = block_by_hand(layer.spread, h, inner, s)  # type: ignore[arg-type]
         h = block_by_hand(model.pool.mab, model.pool.seeds.expand(3, -1, -1), h, s, seen)
-        h = block_by_hand(model.mix.mab, h, h, s)
+        h = block_by_hand(model.mix[0].mab, h, h, s)
         own.append(naive.gap(model(x, seen), h @ model.head.weight.T + model.head.bias))
     pool, sab = drawn(PMA(8, 2, 3, rff=True)), drawn(SetTransformer(6, 1, dim=8, heads=2, inducing=0))
     z = torch.randn(2, 7, 8, dtype=F64)
