@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,13 +99,13 @@ class Listing:
 
 
 def named_after(slug: str, listed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """The tests that carry a row's name: in their file's, or in their own."""
+    """The tests that carry a row's name, as a word of its own: in their file's, or in their own."""
     stem = slug.replace("-", "_")
-    own = f"test_{stem}.py"
+    own, told = f"test_{stem}.py", re.compile(f"(?<![a-z0-9])({re.escape(slug)}|{stem})(?![a-z0-9])")
     return tuple(
         found
         for file, found in listed
-        if file == own or (any(name in found.partition("::")[2] for name in (slug, stem)) and "compile" not in found)
+        if file == own or (told.search(found.partition("::")[2]) and "compile" not in found)
     )
 
 
