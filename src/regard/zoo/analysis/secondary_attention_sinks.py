@@ -3,6 +3,7 @@
 Window of the primary sink: from behind the largest rise of |h_l[bos]| over layers to its largest fall after that. In it, token t > bos
 is sink-like at layer l iff |cos(h_l[t], h_l[bos])| > 0.9; creation: its first such layer, life: their number.
 life >= L - margin: "primary"; least < life < L - margin: "secondary"; else "noise"
+Of several `bos` the released code takes the number in the list for the position; here it is the position.
 """
 
 from __future__ import annotations

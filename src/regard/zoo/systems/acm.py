@@ -3,7 +3,8 @@
 l_n(x) = act(x W1_n + b1_n) W2_n + b2_n,   h_n = b2_0 + sum_{j <= n} l_j(x),   y = h_n with n chosen by a gate, a token each
 1. distil: mean over n of MSE(h_n, y_base), gradients of h_n to l_n alone (detach)   2. gate: cross-entropy with the first n that the next barely
 improves, err_{n-1} / err_n < factor   3. CE + w_b |cost / full cost - beta| - w_e mean entropy of choices - w_d 2 mean |cost_i - cost_j|
-The released sparse pass never runs the last learner of the tokens that choose the most in a batch; here y = h_n for all of them.
+The released sparse pass never runs the last learner of the tokens that choose the most in a batch; here y = h_n for all of them. Its gate's
+loss takes the logarithm of sampled one-hot choices; here it is of the gate's logits.
 """
 
 from __future__ import annotations
