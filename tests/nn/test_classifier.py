@@ -47,6 +47,15 @@ def test_what_it_does_by_hand():
     assert SequenceClassifier("softmax", classes=3, length=8, vocab=2, dim=8).blocks[0].mlp.up.weight.shape[-2] in (16, 32)
 
 
+def test_it_is_placed_as_layers_are():
+    given = {"classes": 2, "length": 4, "vocab": 3, "dim": 8}
+    assert all(p.is_meta for p in SequenceClassifier("softmax", device="meta", **given).parameters())
+    model = SequenceClassifier("softmax", dtype=torch.float64, **given)
+    before = model.head.weight.clone()
+    model.reset_parameters()
+    assert model.head.weight.dtype == torch.float64 and not torch.equal(model.head.weight, before)
+
+
 def test_what_is_wrong_is_said():
     for given, message in (
         ({}, "vocab=None, features=None"),

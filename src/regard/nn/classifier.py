@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra import Mechanism, Padding
+from ..catalog import get
+from ..catalog.making import placeable
 from ..errors import RegardError
 from .attention import Attention
 from .decoder import Block
 
 
+@placeable
 class SequenceClassifier(nn.Module):
     """Tokens (B, L) of `vocab` symbols, or values (B, L, features), -> logits (B, classes).
 
@@ -67,6 +70,4 @@ class SequenceClassifier(nn.Module):
 
 def one_way(mechanism: str | Mechanism) -> bool:
     """Whether a mechanism can read the past alone, and so must."""
-    from ..catalog import get
-
     return (get(mechanism) if isinstance(mechanism, str) else mechanism).causal_only

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..catalog.making import placeable
 from ..errors import RegardError
 
 
+@placeable
 class SpectralConv(nn.Module):
     """y = F^-1 (R_f F x) on x (B, n1[, n2], inputs) -> (B, n1[, n2], outputs), R_f (inputs, outputs) complex for |f| < `modes` in each direction, 0 for
     the others; at any resolution of at least 2 modes. Start: uniform in +-1 / (inputs outputs). RegardError: too coarse a grid."""
@@ -48,6 +50,7 @@ class SpectralConv(nn.Module):
         return torch.cat((part[:, : self.modes], part[:, part.shape[1] - self.modes + 1 :]), 1)
 
 
+@placeable
 class SpectralRegressor(nn.Module):
     """Layers of act(spectral(x) + linear(x)) on a grid, then an MLP: x (B, n, dim) with n = n1 [* n2] points -> (B, n, outputs)."""
 
