@@ -14,13 +14,13 @@ from regard.zoo.linear.sea import SEAAttention, distil_sea
 from regard.zoo.linear.slab import PRepBN, convert_norms
 
 
-def test_powers_tell_directions_apart():
+def test_flatten_s_powers_tell_directions_apart():
     gaps = [focus_gap(p) for p in (1.0, 2.0, 3.0)]
     assert gaps[2] > 3 * gaps[0] and gaps[0] < gaps[1] < gaps[2]
     assert gaps[0] == pytest.approx(0.041, abs=0.01) and gaps[2] == pytest.approx(0.203, abs=0.03)
 
 
-def test_norms_become_affine_maps():
+def test_slab_s_norms_become_affine_maps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)).double()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_norms_become_affine_maps():
         convert_norms(nn.Sequential(nn.LayerNorm((2, 3))), 3)
 
 
-def test_the_stack_with_native_sparse_attention():
+def test_lalte_s_stack_with_native_sparse_attention():
     torch.manual_seed(0)
     sizes = {"size": 4, "stride": 2, "block_size": 4, "top_k": 1, "window": 4}
     mixers = lalte_layers(4, 16, 2, "lansa", **sizes)
