@@ -51,6 +51,8 @@ ROWS = {
     "both_directions": "linear.vig",
     "KeyValueBias": "softmax.attention_sink",
     "DualAttention": "softmax.dat",
+    "DualDecoder": "softmax.dat",
+    "DualViT": "softmax.dat",
     "PositionalSymbols": "softmax.dat",
     "RelationalAttention": "softmax.dat",
     "RelationalCrossAttention": "softmax.dat",

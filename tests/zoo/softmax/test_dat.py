@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from regard import RegardError
 from regard.zoo.softmax.dat import (
     DualAttention,
+    DualDecoder,
+    DualViT,
     PositionalSymbols,
     RelationalAttention,
     RelationalCrossAttention,
@@ -193,3 +195,46 @@ def test_says_what_is_wrong(make: object, words: str) -> None:
     with pytest.raises(RegardError, match=words):
         make()  # type: ignore[operator]
     relational_games("same", 3, objects=3)
+
+
+@pytest.mark.parametrize("kind", ["attention", "position", "relative"])
+def test_blocks_and_models_by_hand(kind: str) -> None:
+    torch.manual_seed(0)
+    model = DualDecoder(11, dim=16, layers=2, heads_sa=1, heads_ra=1, symbols=kind, count=3, max_len=9).double()
+    tokens = torch.randint(11, (2, 6))
+    x = model.embed.weight[tokens]
+    for block in model.stack.blocks:
+        told = {"attention": lambda: model.stack.library(x), "position": lambda: model.stack.library.library[:6]}.get(kind)
+        s = model.stack.library.library if told is None else told()
+        y = nn.functional.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias)
+        x = x + torch.cat((block.dual.sensory(y), block.dual.out(block.dual.relational(y, s, kind == "relative"))), -1)
+        y = nn.functional.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias)
+        h = y @ block.mlp[0].weight.T + block.mlp[0].bias
+        x = x + (h * (1 + torch.erf(h / math.sqrt(2))) / 2) @ block.mlp[2].weight.T + block.mlp[2].bias
+    want = nn.functional.layer_norm(x, (16,), model.stack.norm.weight, model.stack.norm.bias) @ model.embed.weight.T
+    torch.testing.assert_close(model(tokens), want)
+    torch.testing.assert_close(model(tokens[:, :4]), want[:, :4])
+    assert model.stack.blocks[0].mlp[0].out_features == 64 and model.stack.blocks[0].dual.sensory.rope is not None
+    model(tokens).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_images() -> None:
+    torch.manual_seed(0)
+    model = DualViT(5, 8, 4, channels=1, dim=16, layers=1, heads_sa=1, heads_ra=1, count=4).double()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    rows = []
+    for image in x:
+        cells = [image[:, a : a + 4, b : b + 4] for a in (0, 4) for b in (0, 4)]
+        flat = torch.stack([(model.patches.weight * cell).sum((1, 2, 3)) + model.patches.bias for cell in cells])
+        rows.append(torch.cat((model.first[0], flat)) + model.places)
+    want = model.head(model.stack(torch.stack(rows))[:, 0])
+    torch.testing.assert_close(model(x), want)
+    assert not model.stack.blocks[0].dual.sensory.causal and not model.stack.blocks[0].dual.relational.causal
+    for bad, message in (
+        (lambda: DualViT(5, 9, 4), "divides the side"),
+        (lambda: model(x[..., :4]), "expected 4"),
+        (lambda: DualDecoder(3, symbols="x"), "symbols='x'"),
+    ):
+        with pytest.raises(RegardError, match=message):
+            bad()

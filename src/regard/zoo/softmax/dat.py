@@ -4,7 +4,7 @@
 s are symbols: learned codes of tokens, of positions, or of relative positions s_(i-j). With act the identity,
 sum_j alpha_ij r_ij[l] = <q_i^l, sum_j alpha_ij k_j^l>: the relations are never formed, and a relational head is one attention call.
 
-Not built: encoder, decoder and vision blocks around the layer.
+`DualBlock` is the layer's block; `DualDecoder` and `DualViT` are models of them for language and images.
 """
 
 from __future__ import annotations
@@ -25,45 +25,7 @@ from regard.engine.stream import State
 from regard.errors import RegardError
 from regard.nn.attention import Attention, LayerState
 from regard.nn.parts import takes, whole
-
-
-class SymbolicAttention(nn.Module):
-    """Symbols of tokens: s_i = softmax(x_i W_q T^T / sqrt(d)) S with templates T and a library S: x (B, L, dim) -> (B, L, dim).
-    d: of a head. bias: of W_q."""
-
-    def __init__(self, dim: int, symbols: int = 32, heads: int = 4, bias: bool = False):
-        super().__init__()
-        self.heads, self.q = heads, nn.Linear(dim, dim, bias)
-        self.templates, self.library = (nn.Parameter(torch.randn(symbols, dim)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for y in (self.q(x), self.templates, self.library))
-        batch = x.shape[0]
-        out = attend(q, k.expand(batch, -1, -1, -1).contiguous(), v.expand(batch, -1, -1, -1).contiguous())
-        return out.transpose(1, 2).flatten(-2)
-
-
-class PositionalSymbols(nn.Module):
-    """A learned code a position: (L, dim) for L <= max_len."""
-
-    def __init__(self, dim: int, max_len: int = 1024):
-        super().__init__()
-        self.library = nn.Parameter(torch.randn(max_len, dim))
-
-    def forward(self, length: int, first: int = 0) -> Tensor:
-        return self.library[first : first + length]
-
-
-class RelativeSymbols(nn.Module):
-    """A learned code a relative position i - j, clipped at max_rel: (Lq, Lk, dim)."""
-
-    def __init__(self, dim: int, max_rel: int = 64):
-        super().__init__()
-        self.max_rel, self.library = max_rel, nn.Parameter(torch.randn(2 * max_rel + 1, dim))
-
-    def forward(self, q_len: int, k_len: int) -> Tensor:
-        apart = torch.arange(k_len - q_len, k_len)[:, None] - torch.arange(k_len)
-        return self.library[apart.clamp(-self.max_rel, self.max_rel) + self.max_rel]
+from regard.nn.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
 
 
 def by_offset(alpha: Tensor, count: int) -> Tensor:
@@ -255,6 +217,88 @@ class DualAttention(nn.Module):
         sensed, first = self.sensory.step(x, None if state is None else state[0])
         related, second = self.relational.step(x, symbols, None if state is None else state[1], first.position - x.shape[1])
         return torch.cat((sensed, self.out(related)), -1), (first, second)
+
+
+class DualBlock(nn.Module):
+    """x + dual(norm(x), symbols), then x + mlp(norm(x)): x (B, L, dim) -> (B, L, dim). hidden: width of the MLP (None: 4 dim); options: of `DualAttention`."""
+
+    def __init__(self, dim: int, heads_sa: int, heads_ra: int, *, hidden: int | None = None, dropout: float = 0.0, **options: Any):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dual = DualAttention(dim, heads_sa, heads_ra, **options)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden or 4 * dim), nn.GELU(), nn.Linear(hidden or 4 * dim, dim))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, symbols: Tensor, relative: bool = False) -> Tensor:
+        x = x + self.drop(self.dual(self.norm1(x), symbols, relative))
+        return x + self.drop(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class DualStack(nn.Module):
+    """Blocks that share a library of symbols, "attention" (read anew before each block), "position" or "relative": x (B, L, dim) -> (B, L, dim)."""
+
+    def __init__(
+        self, dim: int, layers: int, heads_sa: int, heads_ra: int, symbols: str, count: int, max_len: int, causal: bool, **options: Any
+    ):
+        super().__init__()
+        makers: dict[str, Any] = {
+            "attention": lambda: SymbolicAttention(dim, count, heads_sa + heads_ra),
+            "position": lambda: PositionalSymbols(dim, max_len),
+            "relative": lambda: RelativeSymbols(dim, count),
+        }
+        if symbols not in makers:
+            raise RegardError(f"symbols={symbols!r}; expected one of {', '.join(makers)}")
+        self.kind, self.library = symbols, makers[symbols]()
+        self.blocks = nn.ModuleList([DualBlock(dim, heads_sa, heads_ra, causal=causal, **options) for _ in range(layers)])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed = {"attention": None, "position": self.library.library[: x.shape[1]], "relative": self.library.library}[self.kind]
+        for block in self.blocks:
+            x = block(x, self.library(x) if fixed is None else fixed, self.kind == "relative")
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+class DualDecoder(nn.Module):
+    """tokens (B, L) -> logits (B, L, vocab), causal, rotary positions, the embedding's weights in the output too. count: of symbols, or how far relative
+    ones tell places apart."""
+
+    def __init__(
+        self, vocab: int, *, dim: int = 64, layers: int = 2, heads_sa: int = 2, heads_ra: int = 2, symbols: str = "attention", count: int = 32,
+        max_len: int = 1024, **options: Any,
+    ):  # fmt: skip
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.stack = DualStack(dim, layers, heads_sa, heads_ra, symbols, count, max_len, True, rope=True, **options)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.stack(self.embed(tokens)) @ self.embed.weight.T  # type: ignore[no-any-return]
+
+
+class DualViT(nn.Module):
+    """images (B, channels, side, side) -> logits (B, classes): patches, learned places, a class token, blocks that see everything."""
+
+    def __init__(
+        self, classes: int, side: int, patch: int, *, channels: int = 3, dim: int = 64, layers: int = 2, heads_sa: int = 2, heads_ra: int = 2,
+        symbols: str = "attention", count: int = 32, **options: Any,
+    ):  # fmt: skip
+        super().__init__()
+        if side % patch:
+            raise RegardError(f"side={side}, patch={patch}: expected a patch that divides the side")
+        tokens = (side // patch) ** 2 + 1
+        self.patches, self.first = nn.Conv2d(channels, dim, patch, patch), nn.Parameter(torch.zeros(1, 1, dim))
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, dim))
+        self.stack = DualStack(dim, layers, heads_sa, heads_ra, symbols, count, tokens, False, **options)
+        self.head = nn.Linear(dim, classes)
+
+    @takes(x="batch channels height width")
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        if x.shape[1] + 1 != len(self.places):
+            raise RegardError(f"images give {x.shape[1]} patches; expected {len(self.places) - 1}")
+        x = torch.cat((self.first.expand(x.shape[0], -1, -1), x), 1) + self.places
+        return self.head(self.stack(x)[:, 0])  # type: ignore[no-any-return]
 
 
 def relational_games(kind: str, count: int, objects: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from regard.lab import naive
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.verification import check
-from regard.zoo.softmax.dat import DualAttention, PositionalSymbols, RelationalAttention, RelativeSymbols
+from regard.nn.symbols import PositionalSymbols, RelativeSymbols
+from regard.zoo.softmax.dat import DualAttention, RelationalAttention
 
 
 def relational_loops(layer: RelationalAttention, x: Tensor, symbols: Tensor, related: bool = True) -> Tensor:
