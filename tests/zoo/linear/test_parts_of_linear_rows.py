@@ -9,6 +9,7 @@ from torch import nn
 from regard import RegardError
 from regard.nn import Decoder, NSAAttention
 from regard.zoo.linear.flatten import focus_gap
+from regard.zoo.linear.kernelized_attention_rpe import fast_length
 from regard.zoo.linear.lalte import lalte_layers
 from regard.zoo.linear.sea import SEAAttention, distil_sea
 from regard.zoo.linear.slab import PRepBN, convert_norms
@@ -29,7 +30,7 @@ def test_slab_s_norms_become_affine_maps():
             part.bias.normal_()
     x, before = torch.randn(32, 5, 6, dtype=torch.float64), copy.deepcopy(net)
     with convert_norms(net, 3) as done:
-        assert done.names == ("0", "2") and isinstance(net[0], PRepBN)
+        assert done.names == ("0", "2") and isinstance(net[0], PRepBN) and net[0].step_count.dtype == torch.long
         torch.testing.assert_close(net(x), before(x))  # step 0
         assert not torch.allclose(net(x), before(x))
         for _ in range(60):
@@ -76,3 +77,9 @@ def test_sea_learns_from_a_model():
     assert not torch.equal(first[1].decoder.weight, made[1].decoder.weight)
     with pytest.raises(RegardError, match="steps=0"):
         distil_sea(model, lambda generator: torch.zeros(1, 4, dtype=torch.long), 0, **given)
+
+
+def test_kernelized_attention_rpe_s_lengths_are_the_least_smooth_ones():
+    smooth = sorted(2**a * 3**b * 5**c for a in range(11) for b in range(7) for c in range(5))
+    for n in (*range(1, 260), 400, 625, 626, 729, 730, 1000):
+        assert fast_length(n) == next(x for x in smooth if x >= n)
