@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import regard
 from regard import RegardError
 from regard.nn import Decoder, NSAAttention
 from regard.zoo.linear.flatten import focus_gap
@@ -83,3 +84,8 @@ def test_kernelized_attention_rpe_s_lengths_are_the_least_smooth_ones():
     smooth = sorted(2**a * 3**b * 5**c for a in range(11) for b in range(7) for c in range(5))
     for n in (*range(1, 260), 400, 625, 626, 729, 730, 1000):
         assert fast_length(n) == next(x for x in smooth if x >= n)
+
+
+def test_performer_s_generalized_form_declares_its_projection_alone():
+    names = {kernel: {item.name for item in regard.get("performer", kernel=kernel).declared} for kernel in ("softmax", "relu")}
+    assert names == {"softmax": {"projection", "key_shift"}, "relu": {"projection"}}
