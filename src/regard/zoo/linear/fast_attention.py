@@ -1,7 +1,7 @@
 """FAST: factorisable attention, a truncated exponential of normalised dot products in linear time (id 57; Gerami et al., 2024).
 
 o_i = sum_j f(x_ij) v_j / sum_j f(x_ij),   f(x) = sum_{l <= p} x^l / l!,   x_ij = q^_i.k^_j / c,   q^ = (q - mean q) / std q
-Not built: dropout on the factors.
+Not built: dropout on the factors (released: of q q^T and k k^T where p = 2, of q and k where p = 1).
 """
 
 import math
