@@ -93,9 +93,8 @@ def test_robustness_trains_all_alike():
 
 
 @pytest.mark.slow
-def test_what_the_exact_step_is_good_for():
-    """Brighter inputs, which make keys long, throw EFLA off less than DeltaNet with keys as they are."""
-    plain = regard.get("efla", order=1)
-    found = robustness({"efla": "efla", "euler": plain}, steps=300, dim=32, layers=1).accuracy
-    assert found["efla"]["clean"] > 0.7
-    assert found["efla"]["scale 4"] >= found["euler"]["scale 4"]
+def test_pixels_are_learned_and_noise_hurts():
+    """That EFLA's exact step reads brighter digits better than Euler's is not seen at this size: both fall to a fifth at four times the brightness."""
+    found = robustness({"efla": "efla", "euler": regard.get("efla", order=1)}, steps=300, dim=32, layers=1).accuracy
+    for own in found.values():
+        assert own["clean"] > 0.7 and own["noise 0.6"] < own["noise 0.3"] < own["clean"] and own["scale 4"] < 0.4

@@ -1,7 +1,8 @@
 """EFLA: the delta rule integrated exactly over each token (id 98; Lei et al., 2025).
 
 dS/dt = -k k^T S + k v^T for a time beta_t:  S_t = (I - a_t k_t k_t^T) S_{t-1} + a_t k_t v_t^T,  a_t = (1 - exp(-beta_t |k_t|^2)) / |k_t|^2
-Noisy, bright and broken sequences of pixels: `regard.lab.robustness.robustness({"efla": "efla", "deltanet": "deltanet"})`.
+Noisy, bright and broken sequences of pixels: `regard.lab.robustness.robustness({"efla": "efla", "deltanet": "deltanet"})`. Not reproduced there: four times
+the brightness leaves a fifth of the digits right with the exact step (0.19) as with Euler's (0.21).
 """
 
 import torch
