@@ -47,6 +47,7 @@ def test_what_is_wrong_is_said():
     for given, options, message in (([], {}, "0 batches"), ([torch.zeros(1, 2)], {"activation_bits": 1}, "bits=1")):
         with pytest.raises(RegardError, match=message):
             quantised_throughout(model, given, **options)
+    assert isinstance(quantised_throughout(nn.Linear(2, 2), [torch.ones(1, 2)]), RoundedInput)
     seen = []
     quantised_throughout(model, [torch.ones(1, 2)], run=lambda net, batch: seen.append(net(batch)))
     assert len(seen) == 1

@@ -28,6 +28,16 @@ def test_padding_is_not_read(mechanism):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_whatever_stands_in_padding():
+    torch.manual_seed(0)
+    model = SequenceClassifier("softmax", classes=3, length=6, features=2, dim=8).double()
+    x, keep = torch.randn(2, 6, 2, dtype=torch.float64), torch.ones(2, 6, dtype=torch.bool)
+    keep[0, 2:4] = False
+    want = model(x, keep)
+    x[0, 2:4] = float("nan")
+    assert torch.equal(model(x, keep), want)
+
+
 def test_what_it_does_by_hand():
     torch.manual_seed(0)
     model = SequenceClassifier("softmax", classes=3, length=8, features=2, dim=8, layers=1, heads=1, hidden=5).double()

@@ -97,6 +97,8 @@ def quantised_throughout(
             handle.remove()
     if not reached:
         raise RegardError(f"{seen} batches reached no linear layer; expected at least one batch, and a model with linear layers")
+    if "" in reached:  # the model is itself a linear layer
+        return rounding[""]
     for name in reached:
         parent, _, key = name.rpartition(".")
         setattr(smaller.get_submodule(parent), key, rounding[name])

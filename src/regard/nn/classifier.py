@@ -64,8 +64,8 @@ class SequenceClassifier(nn.Module):
         h = self.norm(h)
         if keep is None:
             return self.head(h.mean(1))  # type: ignore[no-any-return]
-        there = keep[..., None].to(h)
-        return self.head((h * there).sum(1) / there.sum(1).clamp_min(1))  # type: ignore[no-any-return]
+        there = keep[..., None]
+        return self.head(torch.where(there, h, 0.0).sum(1) / there.sum(1).clamp_min(1))  # type: ignore[no-any-return]
 
 
 def one_way(mechanism: str | Mechanism) -> bool:

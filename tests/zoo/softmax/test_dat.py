@@ -217,6 +217,9 @@ def test_blocks_and_models_by_hand(kind: str) -> None:
     assert model.stack.blocks[0].mlp[0].out_features == 64 and model.stack.blocks[0].dual.sensory.rope is not None
     model(tokens).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    if kind == "position":
+        with pytest.raises(RegardError, match="max_len"):
+            model(torch.zeros(1, 10, dtype=torch.long))
 
 
 def test_images() -> None:

@@ -60,6 +60,8 @@ def test_attention_sink_s_variants() -> None:
     assert torch.equal(after.stream(tokens), after.embed(tokens)) and not torch.equal(after(tokens), before(tokens))
     torch.testing.assert_close(after.added(after.stream(tokens)), after.norm(after.attention(after.embed(tokens))))
     found = sinks.sink_experiment("softmax", steps=3, length=8, dim=8, batch=4, prefix=2, window=4, post_norm=True)
+    with pytest.raises(RegardError, match="prefix=8"):
+        sinks.sink_experiment("softmax", steps=1, length=8, prefix=8)
     assert found.positions is not None and len(found.positions) == 8 and len(found.loss) == 3
 
 
@@ -132,6 +134,15 @@ def test_relaxed_attention_s_fused_decoding() -> None:
         assert found[:, 1:].tolist() == [best(1, ended), best(3, ended)]
     greedy = shallow_fusion(decoder, language, start, 1, weight=0.0)
     assert greedy[:, 1].tolist() == [int(tables[0][row].argmax()) for row in (1, 3)]
+    forbidding = tables[1].masked_fill(torch.tensor([True, False, False, False, False]), -math.inf)
+    for share, model in ((0.0, forbidding), (0.4, forbidding)):
+        logs = [table.log_softmax(-1) for table in (tables[0], model)]
+        want = [int((logs[0] + (share * logs[1] if share else 0))[row].argmax()) for row in (1, 3)]
+        assert shallow_fusion(decoder, lambda ids, model=model: model[ids], start, 1, weight=share)[:, 1].tolist() == want
+    both = shallow_fusion(
+        lambda ids: forbidding[ids], language, start, 1, internal=lambda ids: forbidding[ids], internal_weight=0.2, beams=5
+    )
+    assert bool((both[:, 1] != 0).all())  # never the forbidden one, though the internal model gives it nothing either
     with pytest.raises(RegardError, match="internal"):
         shallow_fusion(decoder, language, start, 1, internal_weight=0.1)
     with pytest.raises(RegardError, match="5 and 4 symbols"):

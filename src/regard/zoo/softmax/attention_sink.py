@@ -170,6 +170,8 @@ def sink_experiment(
 ) -> SinkResult:
     """Train one layer of `mechanism` for `steps` of `batch` sequences (a few seconds) and look at its weights. post_norm, prefix, window: the
     model's (`Tiny`); the tokens of a prefix, which see what comes, are not learned."""
+    if not 0 <= prefix < length:
+        raise RegardError(f"prefix={prefix}; expected 0 to length - 1 = {length - 1}: tokens behind it are learned")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Tiny(mechanism, dim, heads, length, post_norm, prefix, window)

@@ -253,6 +253,10 @@ class DualStack(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "position" and x.shape[1] > len(self.library.library):
+            raise RegardError(
+                f"x has {x.shape[1]} tokens and symbols of {len(self.library.library)} positions; expected max_len of at least as many"
+            )
         fixed = {"attention": None, "position": self.library.library[: x.shape[1]], "relative": self.library.library}[self.kind]
         for block in self.blocks:
             x = block(x, self.library(x) if fixed is None else fixed, self.kind == "relative")

@@ -73,6 +73,7 @@ class RelaxedAttention(Attention):
         return self.close(o, x), LayerState(inner, conv, state.position + x.shape[1])
 
 
+IMPOSSIBLE = -1e4  # the log of a probability that is as good as 0
 Scores = Callable[[Tensor], Tensor]  # tokens (B, L) -> logits (B, L, V)
 
 
@@ -95,9 +96,10 @@ def shallow_fusion(
     without its source, which relaxed cross-attention weakens. end: a token behind which a beam goes on with itself alone, at no cost. RegardError:
     vocabularies that differ, bad numbers.
     """
-    if count < 1 or beams < 1 or internal_weight < 0 or (internal is None) != (internal_weight == 0):
+    if count < 1 or beams < 1 or weight < 0 or internal_weight < 0 or (internal is None) != (internal_weight == 0):
         raise RegardError(
-            f"count={count}, beams={beams}, internal_weight={internal_weight}: expected positive numbers, and internal=... where it has a weight"
+            f"count={count}, beams={beams}, weight={weight}, internal_weight={internal_weight}: expected positive numbers, and internal=... where it "
+            "has a weight"
         )
     rows, n = start.shape
     beam = start[:, None]
@@ -105,12 +107,14 @@ def shallow_fusion(
     for _ in range(count):
         flat = beam.flatten(0, 1)
         parts = [(decoder, 1.0), (language, weight), *([(internal, -internal_weight)] if internal is not None else [])]
-        logs = [share * part(flat)[:, -1].double().log_softmax(-1) for part, share in parts]
+        logs = [part(flat)[:, -1].double().log_softmax(-1) for part, _ in parts]
         if len({one.shape for one in logs}) > 1:
             raise RegardError(
                 f"decoder and language model give {' and '.join(str(x.shape[-1]) for x in logs)} symbols; expected the same ones"
             )
-        step = sum(logs[1:], logs[0]).view(rows, beam.shape[1], -1)
+        # What the decoder or the language model forbids stays forbidden; what the internal one forbids is no reward without end.
+        spoken = [share * (one if share > 0 else one.clamp_min(IMPOSSIBLE)) for one, (_, share) in zip(logs, parts, strict=True) if share]
+        step = sum(spoken[1:], spoken[0]).view(rows, beam.shape[1], -1)
         if end is not None:
             done = (beam[:, :, n:] == end).any(-1)
             only = torch.full_like(step[0, 0], float("-inf"))
