@@ -1,5 +1,7 @@
 """Layers and models sharded by FSDP2: forward, backward, steps and parameters drawn anew are those of the whole model."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,6 +49,7 @@ def host(rank, meeting, found):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=COUNT)
     torch.save(run(fully_shard), f"{found}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # FSDP2 keeps gloo's threads, and one that meets the end of the interpreter aborts the process
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
