@@ -149,6 +149,44 @@ def test_an_experiment_s_numbers() -> None:
     assert len(sinks.sink_experiment("sigmoid", steps=1, length=4, dim=4, heads=1, batch=2).head_rates) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"post_norm": True}, {"prefix": 2}, {"prefix": 3, "window": 4}])
+def test_an_experiment_reads_its_numbers_off_the_trained_model(options: dict[str, int]) -> None:
+    """A rate of zero leaves the model as it begins, so that all of them can be made again."""
+    found = sinks.sink_experiment("softmax", steps=2, length=9, dim=8, heads=2, lr=0.0, batch=4, seed=3, **options)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    model, generator = sinks.Tiny("softmax", 8, 2, 9, **options), torch.Generator().manual_seed(3)  # type: ignore[arg-type]
+    prefix, losses = options.get("prefix", 0), []
+    with torch.no_grad():
+        for tokens in sinks.text(8, 9, generator)[0].split(4):
+            log_p = model(tokens[:, :-1]).log_softmax(-1)
+            losses.append(-sum(float(log_p[b, t, tokens[b, t + 1]]) for b in range(4) for t in range(prefix, 9)) / 4 / (9 - prefix))
+        tokens, copied = sinks.text(256, 9, generator)
+        x = model.stream(tokens[:, :-1])
+        guess, w, added = model(tokens[:, :-1]).argmax(-1), model.weights(x), model.added(x).double().flatten()
+    assert found.loss == pytest.approx(losses, rel=1e-4) and w is not None
+    asked = [(b, t) for b in range(256) for t in range(prefix, 9) if copied[b, t]]
+    assert found.accuracy == pytest.approx(sum(int(guess[b, t] == tokens[b, t + 1]) for b, t in asked) / len(asked))
+    first = w[..., 0].double().mean(-1) > 0.3
+    assert found.head_rates == pytest.approx(first.double().mean(0).tolist()) and found.logit_range == sinks.logit_range(model.attention, x)
+    away = added - added.mean()
+    assert found.kurtosis == pytest.approx(float((away**4).mean() / (away**2).mean() ** 2))
+    assert found.positions == pytest.approx(sinks.sink_metric(w).tolist())
+
+
+def test_training_warms_up_over_twenty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *given: object) -> None:  # type: ignore[override]
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+            super().step(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    found = sinks.sink_experiment("softmax", steps=23, length=4, dim=8, heads=1, batch=8, lr=0.04)
+    assert [one for one, _ in seen] == pytest.approx([0.04 * min(n, 20) / 20 for n in range(1, 24)]) and {two for _, two in seen} == {0.01}
+    assert len(set(found.loss)) == 23
+
+
 @torch.no_grad()
 def test_the_range_of_logits() -> None:
     layer, x = regard.nn.Attention(8, 2), torch.randn(2, 5, 8)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regard import RegardError
 from regard.zoo.softmax.dat import (
     DualAttention,
+    DualBlock,
     DualDecoder,
     DualViT,
     PositionalSymbols,
@@ -220,6 +221,37 @@ def test_blocks_and_models_by_hand(kind: str) -> None:
     if kind == "position":
         with pytest.raises(RegardError, match="max_len"):
             model(torch.zeros(1, 10, dtype=torch.long))
+
+
+def test_blocks_drop_both_branches_in_training_alone() -> None:
+    block, x, symbols = DualBlock(16, 1, 1, hidden=5, dropout=0.5).double(), *(torch.randn(2, 6, 16, dtype=torch.float64) for _ in range(2))
+    assert block.mlp[0].out_features == block.mlp[2].in_features == 5 and DualBlock(16, 1, 1).drop.p == 0
+    for training in (True, False):
+        block.train(training)
+        torch.manual_seed(1)
+        found = block(x, symbols)
+        torch.manual_seed(1)
+        y = x + nn.functional.dropout(block.dual(block.norm1(x), symbols), 0.5, training)
+        torch.testing.assert_close(found, y + nn.functional.dropout(block.mlp(block.norm2(y)), 0.5, training))
+
+
+@pytest.mark.parametrize("kind", ["attention", "position", "relative"])
+def test_options_reach_every_block_of_both_models(kind: str) -> None:
+    given = {"dim": 24, "layers": 3, "heads_sa": 1, "heads_ra": 2, "symbols": kind, "count": 5, "hidden": 7, "relations": 4, "bias": True}
+    for model in (DualDecoder(9, max_len=11, **given), DualViT(2, 6, 2, **given)):  # type: ignore[arg-type]
+        library = model.stack.library
+        held = {"attention": lambda one: one.templates, "position": lambda one: one.library, "relative": lambda one: one.library}[kind](
+            library
+        )
+        longest = 11 if isinstance(model, DualDecoder) else 10  # nine patches and the class token
+        assert held.shape == ({"attention": 5, "position": longest, "relative": 11}[kind], 24) and getattr(library, "heads", 3) == 3
+        assert [block.mlp[0].out_features for block in model.stack.blocks] == [7, 7, 7]
+        for block in model.stack.blocks:
+            assert block.dual.relational.relations == 4 and block.dual.relational.k.bias is not None and block.dual.out.bias is not None
+            assert (block.dual.sensory.rope is not None) == isinstance(model, DualDecoder) == block.dual.relational.causal
+    assert DualViT(2, 6, 2, dim=24, heads_sa=1, heads_ra=2).patches.in_channels == 3
+    out = DualViT(2, 6, 2, **given)(torch.randn(2, 3, 6, 6))  # type: ignore[arg-type]
+    assert out.shape == (2, 2) and bool(out.isfinite().all())
 
 
 def test_images() -> None:

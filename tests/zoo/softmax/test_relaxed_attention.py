@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.zoo.softmax.relaxed_attention import RelaxedAttention
+from regard.zoo.softmax.relaxed_attention import RelaxedAttention, shallow_fusion
 
 
 @torch.no_grad()
@@ -95,3 +95,16 @@ def test_defaults_and_refusals() -> None:
     regard.get("relaxed-attention", gamma=1.0)
     with pytest.raises(regard.RegardError, match="train or matched"):
         RelaxedAttention(12, 3, when="eval")
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"beams": 0}, {"weight": -0.1}, {"internal_weight": -0.1}, {"internal_weight": 0.1}])
+def test_fused_decoding_refuses_numbers_that_mean_nothing(wrong: dict[str, float]) -> None:
+    def even(ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, 3)
+
+    given = {"count": 1, **wrong}
+    for internal in (None, even):
+        if not (internal is even and wrong == {"internal_weight": 0.1}):
+            with pytest.raises(regard.RegardError, match="expected positive numbers"):
+                shallow_fusion(even, even, torch.zeros(1, 1, dtype=torch.long), internal=internal, **given)  # type: ignore[arg-type]
+    assert shallow_fusion(even, even, torch.zeros(1, 1, dtype=torch.long), 1, weight=0.0, beams=9).shape == (1, 2)
