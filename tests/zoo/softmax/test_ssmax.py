@@ -48,4 +48,4 @@ def test_the_layer(learn_bias: bool) -> None:
 
 def test_a_scale_for_conversion() -> None:
     logs = [math.log(i) for length in (3, 8) for i in range(1, length + 1)]
-    assert calibrated_scale([3, 8]) == pytest.approx(len(logs) / sum(logs))
+    assert calibrated_scale([3, 8]) == pytest.approx(len(logs) / sum(logs), rel=1e-12)  # in double precision

@@ -1,10 +1,12 @@
 """MQSA-TED: empty sequences, dropout, bad input."""
 
+import math
+
 import pytest
 import torch
 
 from regard import RegardError
-from regard.zoo.systems.mqsa_ted import MQSATED, transition_counts, window_mean
+from regard.zoo.systems.mqsa_ted import MQSATED, QueryBlock, ranking, transition_counts, window_mean
 
 
 def test_a_sequence_of_padding_is_finite_and_learns_nothing():
@@ -58,3 +60,46 @@ def test_total_loss_and_its_weights():
     assert {m.eps for m in MQSATED(9, 8).modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-24}
     assert MQSATED(9, 8, hidden=5).short_blocks[0].up.out_features == 5 and MQSATED(9, 8).long_blocks[0].up.out_features == 8
     assert len(MQSATED(9, 8, blocks=3).long_blocks) == 3
+
+
+def test_first_values():
+    torch.manual_seed(0)
+    model = MQSATED(300, 64, hidden=32)
+    assert float(model.embed.weight[1:].std()) == pytest.approx(0.01, rel=0.05) and float(model.embed.weight[0].abs().max()) == 0
+    assert float(model.place.weight.std()) == pytest.approx(0.01, rel=0.1) and model.place.weight.shape == (50, 64)
+    for block in (*model.short_blocks, *model.long_blocks):
+        for layer in (block.q, block.k, block.v, block.up, block.down):
+            bound = (6 / sum(layer.weight.shape)) ** 0.5
+            assert 0.98 * bound < float(layer.weight.abs().max()) <= bound and float(layer.bias.abs().max()) == 0
+
+
+def test_dropout_of_attention_and_of_both_layers_of_the_network():
+    torch.manual_seed(0)
+    block, x, keep = QueryBlock(8, 2, dropout=0.5).double(), torch.randn(1, 40, 8, dtype=torch.float64), torch.ones(1, 40, dtype=torch.bool)
+    y = block.norm1(x)
+    q, k, v = (layer(z).unflatten(-1, (2, 4)).transpose(1, 2) for layer, z in ((block.q, y), (block.k, x), (block.v, x)))
+    p = (q @ k.mT / 2).masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    block.down.weight.data.zero_()  # the network is silent: what differs are weights of attention
+    assert not torch.allclose(block(x, x, keep), block(x, x, keep))
+    assert torch.allclose(block.eval()(x, x, keep), block.norm2((p @ v).transpose(1, 2).flatten(2) + y))
+    block.train().v.weight.data.zero_()  # attention is silent: an entry of the network comes through twice or not at all
+    block.down.weight.data = torch.eye(8, dtype=torch.float64)
+    u = block.norm2(y)
+    hidden = torch.relu(block.up(u))
+    times = ((block(x, x, keep) - u) / hidden)[hidden > 1e-3].round(decimals=6)
+    assert set(times.tolist()) == {0.0, 4.0} and 0.15 < float((times > 0).double().mean()) < 0.35
+
+
+def test_distillation_drops_in_training():
+    model, counts, items = MQSATED(9, 8), torch.rand(10, 10), torch.tensor([3, 4])
+    assert float(model.distillation(counts, items)) != float(model.distillation(counts, items))
+    assert float(model.eval().distillation(counts, items)) == float(model.distillation(counts, items))
+
+
+def test_ranks():
+    scores = torch.tensor([[0.9, 0.5, 0.1, 0.3], [0.2, 0.8, 0.8, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    places = torch.tensor([4, 2, 4])  # behind two, tied with one (which counts against), last
+    assert ranking(scores, places, 3) == pytest.approx((2 / 3, (1 / 2 + 1 / math.log2(3)) / 3))
+    assert ranking(scores, places, 4) == pytest.approx((1.0, (1 / 2 + 1 / math.log2(3) + 1 / math.log2(5)) / 3))
+    wide = torch.arange(12.0)[None]
+    assert ranking(wide, torch.tensor([3]))[0] == 1.0 and ranking(wide, torch.tensor([2]))[0] == 0.0
