@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard import RegardError
-from regard.zoo.softmax.gin_attention import Adjacency, GINAttention, HeadMLP, PNAAttention, SparseGINAdapter, aggregated
+from regard.zoo.softmax.gin_attention import Adjacency, GINAttention, GraphAdapted, HeadMLP, PNAAttention, SparseGINAdapter, aggregated
 
 PROCESS = {
     "none": lambda a, t, b: a,
@@ -177,6 +177,45 @@ def test_an_adapter_starts_silent_and_teaches_the_layer_before_it_nothing() -> N
     nn.init.ones_(adapter.scale)
     adapter(h, maps).sum().backward()
     assert maps.grad is None and adapter.scale.grad is not None
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@torch.no_grad()
+def test_gin_without_a_projection_and_with_a_network_of_the_caller(paper: bool) -> None:
+    layer, x = (
+        GINAttention(8, 2, paper=paper, project=False, mlp=nn.Tanh(), kind="raw", sharpen=2.0).double(),
+        torch.randn(2, 6, 8).double(),
+    )
+    assert layer.adjacency.kind == "raw" and layer.adjacency.factor == 2.0 and isinstance(layer.out, nn.Identity)
+    layer.eps.fill_(-0.3)
+    own = x.unflatten(-1, (2, 4)).transpose(1, 2)
+    want = torch.tanh((0.7 if paper else -0.3) * own + layer.adjacency(x) @ own)
+    torch.testing.assert_close(layer(x), want.transpose(1, 2).flatten(-2))
+    assert PNAAttention(8, 2, process="relu").adjacency.process == "relu"
+
+
+def test_a_frozen_decoder_of_transformers_with_adapters() -> None:
+    pytest.importorskip("transformers")
+    from regard.lab.checks.shared.decoding import llama
+
+    model, ids = llama(), torch.randint(1, 50, (1, 5))
+    model.set_attn_implementation("eager")
+    plain = model(ids, use_cache=False).logits
+    adapted = GraphAdapted(model, 32, mean=True, scale=0.1)
+    assert [*adapted.adapters] == ["0", "1"] and all(
+        one.mean and one.norm.weight.dtype == torch.float64 for one in adapted.adapters.values()
+    )
+    assert {name.split(".")[0] for name, p in adapted.named_parameters() if p.requires_grad} == {"adapters"}
+    assert not torch.allclose(adapted(ids, use_cache=False).logits, plain)
+    for one in adapted.adapters.values():
+        nn.init.zeros_(one.scale)
+    torch.testing.assert_close(adapted(ids, use_cache=False).logits, plain)
+    cache = adapted(ids, use_cache=True).past_key_values
+    with pytest.raises(RegardError, match="use_cache=False"):
+        adapted(ids[:, :1], past_key_values=cache)
+    for layers in ([], [-1], [2]):
+        with pytest.raises(RegardError, match="expected some of 0"):
+            GraphAdapted(model, 32, layers=layers)
 
 
 @pytest.mark.parametrize(

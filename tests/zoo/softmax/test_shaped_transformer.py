@@ -115,3 +115,51 @@ def test_measures() -> None:
     assert 0 < few < 1 and few == shaped.token_cosine("shaped", 2, 16, 3, 2, 0.5) != shaped.token_cosine("shaped", 2, 16, 3, 2, 0.9)
     same = shaped.token_cosine("softmax", depth=40, width=16, tokens=3, seeds=1)
     assert 0.9 < same <= 1.0
+
+
+@pytest.mark.parametrize("kind", ["shaped", "softmax"])
+@torch.no_grad()
+def test_cosines_between_tokens_after_random_layers(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, total = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64), 0.0
+    for _ in range(2):
+        x = shaped.Layer(0.7, kind=kind)(x, generator)
+        x = torch.stack([one / one.square().mean().sqrt() for one in x])
+    for one in x:
+        for a, b in itertools.permutations(one, 2):
+            total += abs(float(a @ b / (a.norm() * b.norm()))) / 12
+    assert shaped.token_cosine(kind, depth=2, width=16, tokens=3, seeds=2, gamma=0.7) == pytest.approx(total)
+
+
+def test_measured_drift_averages_over_pairs_of_draws() -> None:
+    """E over W_V in closed form, W_Q and -W_Q; rounds of 500 pairs, the part of a round that is left out, but one at least."""
+    x, layer = torch.randn(3, 8, dtype=torch.float64), shaped.Layer(0.6, 1.5, key_dim=4)
+    v = x @ x.T / 8
+    for draws, rounds in ((1200, 1), (2000, 2), (100, 1)):
+        generator, total = torch.Generator().manual_seed(2), torch.zeros(3, 3, dtype=torch.float64)
+        for _ in range(rounds):
+            queries, keys = torch.randn(2, 500, 8, 4, generator=generator, dtype=torch.float64)
+            for sign in (1, -1):
+                y = (sign * x @ queries) @ (x @ keys).mT / 8 / math.sqrt(4)
+                a = torch.eye(3) + (y / (1.5 * math.sqrt(8))).softmax(-1) - 1 / 3
+                total += (a @ v @ a.mT).sum(0) / (1000 * rounds)
+        torch.testing.assert_close(shaped.measured_drift(x, layer, draws, seed=2), 8 * 0.36 * (total - v))
+
+
+def test_blocks_take_heads_temperatures_and_direction() -> None:
+    block, x = shaped.ShapedBlock(8, 2, tau0=2.0, causal=True).double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    assert block.gamma == 0.5 and block.up.out_features == 8 and block.slopes == pytest.approx((1.0, 1 - 1 / math.sqrt(8)))
+    q, k, v = (w(x).unflatten(-1, (2, 4)).transpose(1, 2) for w in (block.attention.q, block.attention.k, block.attention.v))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    s = (q @ k.mT / 2 / (2 * math.sqrt(8))).masked_fill(~seen, -math.inf)
+    a = torch.eye(5) + s.softmax(-1) - seen / seen.sum(-1, keepdim=True)
+    keep = math.sqrt(0.75)
+    y = keep * x + 0.5 * (a @ v).transpose(1, 2).flatten(-2)
+    h = block.up(y)
+    torch.testing.assert_close(block(x), keep * y + 0.5 * block.down(torch.where(h > 0, h, h * (1 - 1 / math.sqrt(8)))))
+    for gamma in (0.0, 1.0):
+        with pytest.raises(regard.RegardError, match="between 0 and 1"):
+            shaped.ShapedBlock(8, gamma=gamma)
+    before = [p.clone() for p in block.parameters()]
+    block.reset_parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
