@@ -5,7 +5,7 @@ import torch
 
 from regard import RegardError
 from regard.lab.checks.shared.decoding import llama
-from regard.zoo.systems.s2_attention import S2Cache, csr, s2_attention, s2_block_mask
+from regard.zoo.systems.s2_attention import S2Cache, csr, kv_efficient, s2_attention, s2_block_mask
 
 
 def test_rows_of_a_padded_batch_get_what_they_get_alone():
@@ -103,3 +103,46 @@ def test_shares_of_heads_by_hand():
             for g in range(1 if own.get("homo_head") else kv)
         ]
         assert torch.equal(layout, torch.tensor(truth)), options
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_stays_is_what_a_later_token_can_see(shared):
+    model, ids = llama(), torch.randint(1, 50, (1, 14))
+    layout = s2_block_mask(4, 24, 4, 1, 3, n_kv_heads=2, homo_head=shared)
+    for steps in (1, 3, 6, 11):  # the last one reads the layout's last place
+        with S2Cache(layout, 4)(model) as session:
+            model.generate(ids, max_new_tokens=steps, do_sample=False)
+        last = 14 + steps - 2  # what was drawn last is not read
+        for layer in session.cache.layers:
+            for part in layer.parts:
+                for h, head in enumerate(part.heads.tolist()):
+                    own = layout[0 if shared else head]
+                    rows = range(min(last + 1, 23) // 4, 6)
+                    truth = {j for j in range(last + 1) if any(bool(own[i, j // 4]) for i in rows)}
+                    assert set(part.places[0, h][part.alive[0, h]].tolist()) == truth
+
+
+def test_a_layout_in_lists_of_columns():
+    torch.manual_seed(0)
+    for shape in ((1, 1, 1), (2, 5, 5), (3, 4, 7)):
+        layout = torch.rand(shape) < 0.4
+        layout[:, 0, 0] = True
+        starts, columns = csr(layout)
+        assert starts.dtype == columns.dtype == torch.int32 and starts.shape == (shape[0], shape[1] + 1)
+        for own, begin, listed in zip(layout, starts.tolist(), columns.tolist(), strict=True):
+            flat = [j for row in own.tolist() for j, seen in enumerate(row) if seen]
+            assert listed == flat + [-1] * (columns.shape[1] - len(flat))
+            assert begin == [int(own[:i].sum()) for i in range(shape[1] + 1)]
+        assert columns.shape[1] == int(layout.sum((1, 2)).max())
+
+
+def test_layouts_that_free_a_cache():
+    """A head that has left a block behind it out never reads it again."""
+    torch.manual_seed(0)
+    found = []
+    for _ in range(200):
+        layout = (torch.rand(2, 4, 4) < 0.7).tril()
+        again = [bool(layout[h, i, j]) and not bool(layout[h, i - 1, j]) for h in range(2) for i in range(1, 4) for j in range(i)]
+        assert kv_efficient(layout) == (not any(again))
+        found.append(kv_efficient(layout))
+    assert set(found) == {True, False}
