@@ -126,6 +126,11 @@ class Attention(Momentary):
         sizes = Sizes(1, heads, kv_heads, context_len, context_len, self.key_dim, self.value_dim)
         self.inputs = Inputs(self.mechanism, sizes, dim)
 
+    @property
+    def convolves(self) -> bool:
+        """Whether tokens meet before attention, so that documents and padding are kept apart there too."""
+        return bool(self.convs)
+
     def heads_of(
         self,
         x: Tensor,
@@ -173,7 +178,7 @@ class Attention(Momentary):
             mechanism, mask, given = given_mask(mechanism, mask, given)
         full = self.full_mask(mask)
         source = x if context is None else context
-        documents = documents_of(full, given, x.shape[1]) if self.convs else None
+        documents = documents_of(full, given, x.shape[1]) if self.convolves else None
         q, k, v, _ = self.heads_of(x, source, 0, None, documents)
         made = {**self.inputs(source, {"q": q, "k": k, "v": v}), **given}
         dropped = self.dropout if self.training else 0.0
@@ -198,7 +203,7 @@ class Attention(Momentary):
         if not self.causal:
             raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
         state = state or LayerState(None, (), 0)
-        documents = documents_of(mask, inputs, x.shape[1]) if self.convs else None
+        documents = documents_of(mask, inputs, x.shape[1]) if self.convolves else None
         q, k, v, conv = self.heads_of(x, x, state.position, state.conv, documents)
         made = {**self.inputs(x, {"q": q, "k": k, "v": v}), **inputs}
 

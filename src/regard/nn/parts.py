@@ -210,18 +210,20 @@ class ShortConv(nn.Module):
         if documents is None:
             out = F.conv1d(wide.transpose(1, 2), self.weight, self.bias, groups=x.shape[2]).transpose(1, 2)
         else:
-            out = self.apart(wide, documents)
+            out = conv_apart(wide, self.weight, self.bias, documents)
         return out if self.activation is None else self.activation(out), wide[:, wide.shape[1] - self.width + 1 :]
 
-    def apart(self, wide: Tensor, documents: Tensor) -> Tensor:
-        """The convolution as a sum over lags, each of which reads tokens of the same document alone."""
-        length = documents.shape[-1]
-        of = F.pad(documents, (self.width - 1, 0))
-        total: Tensor | float = 0.0 if self.bias is None else self.bias
-        for tap in range(self.width):
-            at = slice(tap, tap + length)
-            total = total + torch.where((of[..., at] == documents)[..., None], wide[:, at], 0.0) * self.weight[:, 0, tap]
-        return torch.as_tensor(total)
+
+def conv_apart(wide: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor) -> Tensor:
+    """A causal depthwise convolution as a sum over lags, each of which reads tokens of the same document alone: wide (..., width - 1 + L, channels),
+    weight (channels, 1, width), documents (..., L) -> (..., L, channels)."""
+    length, width = documents.shape[-1], weight.shape[-1]
+    of = F.pad(documents, (width - 1, 0))
+    total: Tensor | float = 0.0 if bias is None else bias
+    for tap in range(width):
+        at = slice(tap, tap + length)
+        total = total + torch.where((of[..., at] == documents)[..., None], wide[..., at, :], 0.0) * weight[:, 0, tap]
+    return torch.as_tensor(total)
 
 
 def documents_of(mask: Any, inputs: Mapping[str, Any], length: int) -> Tensor | None:

@@ -60,6 +60,26 @@ def test_the_layer_and_its_steps(options: dict[str, object]) -> None:
     torch.testing.assert_close(torch.cat(outs, 1)[0], want)
 
 
+@pytest.mark.parametrize("conv", [True, False])
+def test_packed_documents_and_padding_are_as_if_alone(conv: bool) -> None:
+    layer, x = scrambled(conv=conv, kernel=4), torch.randn(2, 9, 8, dtype=torch.float64)
+    ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 1 + [3] * 8])
+    want = torch.stack([torch.cat([layer(part)[0] for part in x[b : b + 1].split(cut, 1)]) for b, cut in ((0, [4, 5]), (1, [1, 8]))])
+    torch.testing.assert_close(layer(x, mask=regard.Segments(), segments=ids), want)
+    keep = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
+    found = layer(torch.where(keep[..., None], x, 99.0), mask=regard.Padding(), keep=keep)
+    torch.testing.assert_close(found[0, 3:], layer(x[:1, 3:])[0])
+    torch.testing.assert_close(found[1], layer(x[1:])[0])
+    state, outs = None, []
+    for a, b in ((0, 2), (2, 5), (5, 9)):
+        y, state = layer.step(x[:, a:b], state, mask=regard.Padding(), keep=keep[:, :b])
+        outs.append(y)
+    torch.testing.assert_close(torch.cat(outs, 1)[0, 3:], layer(x[:1, 3:])[0])
+    if conv:
+        with pytest.raises(regard.RegardError, match="reads neighbours"):
+            layer(x, mask=regard.Window(3))
+
+
 def test_the_block() -> None:
     block, x = SquaredReLUBlock(scrambled(), 20).double(), torch.randn(2, 5, 8, dtype=torch.float64)
 

@@ -15,6 +15,7 @@ from regard.algebra import Weighted
 from regard.algebra.pairings import Relative
 from regard.catalog.registry import register
 from regard.nn.attention import Attention
+from regard.nn.parts import conv_apart
 
 
 class HeadConv(nn.Module):
@@ -25,13 +26,17 @@ class HeadConv(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.zeros(width, kernel)), nn.Parameter(torch.zeros(width))
         self.weight.data[:, 0] = 1
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """weight[:, r] belongs to the token r steps back; `past`: the inputs before x."""
-        reach = self.weight.shape[1] - 1
+    def forward(self, x: Tensor, past: Tensor | None = None, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """weight[:, r] belongs to the token r steps back; `past`: the inputs before x; documents (B or 1, L): as of `ShortConv`."""
+        reach, weight = self.weight.shape[1] - 1, self.weight.flip(1).unsqueeze(1)
         past = x.new_zeros(*x.shape[:2], reach, x.shape[3]) if past is None else past
-        x = torch.cat((past, x), 2)
-        flat = F.conv1d(x.flatten(0, 1).transpose(1, 2), self.weight.flip(1).unsqueeze(1), self.bias, groups=x.shape[3])
-        return flat.transpose(1, 2).unflatten(0, x.shape[:2]), x[:, :, x.shape[2] - reach :]
+        x = x if documents is None else torch.where(documents[:, None, :, None] >= 0, x, 0.0)
+        wide = torch.cat((past, x), 2)
+        tail = wide[:, :, wide.shape[2] - reach :]
+        if documents is not None:
+            return conv_apart(wide, weight, self.bias, documents[:, None]), tail
+        flat = F.conv1d(wide.flatten(0, 1).transpose(1, 2), weight, self.bias, groups=x.shape[3])
+        return flat.transpose(1, 2).unflatten(0, x.shape[:2]), tail
 
 
 @register("rcmha", kind="module")
@@ -50,6 +55,10 @@ class RelativeConvMHA(Attention):
         widths = (self.key_dim, self.key_dim, self.value_dim) if conv else ()
         self.head_convs = nn.ModuleList([HeadConv(width, kernel) for width in widths])
 
+    @property
+    def convolves(self) -> bool:
+        return bool(self.head_convs)
+
     def heads_of(
         self,
         x: Tensor,
@@ -61,7 +70,9 @@ class RelativeConvMHA(Attention):
         q, k, v, _ = super().heads_of(x, source, position, None)
         if not self.head_convs:
             return q, k, v, ()
-        made = [layer(y, conv[at] if conv else None) for at, (layer, y) in enumerate(zip(self.head_convs, (q, k, v), strict=True))]
+        made = [
+            layer(y, conv[at] if conv else None, documents) for at, (layer, y) in enumerate(zip(self.head_convs, (q, k, v), strict=True))
+        ]
         return made[0][0], made[1][0], made[2][0], tuple(tail for _, tail in made)
 
 
