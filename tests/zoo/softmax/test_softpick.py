@@ -1,11 +1,38 @@
-"""Softpick's divisor stands over e^m, m the row's largest score: its gradient passes through m, in every float64 executor."""
+"""Softpick's map along any dimension; its divisor stands over e^m, m the row's largest score, and its gradient passes through m, in every float64 executor."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 import regard
+from regard.zoo.softmax.softpick import softpick_weights
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+@pytest.mark.parametrize("eps", [1e-8, 0.3])
+def test_the_map_along_any_dimension(dim: int, eps: float) -> None:
+    x = 2 * torch.randn(3, 4, 5, dtype=torch.float64)
+    x[1, 2, 3] = -math.inf
+    x[0] -= 9  # entries below zero alone
+    given = ({} if dim == -1 else {"dim": dim}) | ({} if eps == 1e-8 else {"eps": eps})
+    found = softpick_weights(x, **given).movedim(dim, -1)  # type: ignore[arg-type]
+    for row, got in zip(x.movedim(dim, -1).flatten(0, 1).tolist(), found.flatten(0, 1).tolist(), strict=True):
+        seen = [y for y in row if y > -math.inf]
+        total = sum(abs(math.exp(y) - 1) for y in seen) + eps * math.exp(max(0.0, *seen))
+        assert got == pytest.approx([max(math.exp(y) - 1, 0.0) / total for y in row])
+
+
+def test_the_map_is_finite_for_huge_and_for_hidden_entries() -> None:
+    x = torch.tensor(
+        [[900.0, 899.0, -900.0], [-math.inf, -math.inf, -math.inf], [-900.0, -1.0, -math.inf], [0.0, 0.0, 0.0]], requires_grad=True
+    )
+    y = softpick_weights(x, eps=0.0)
+    e = math.exp(-1)
+    torch.testing.assert_close(y, torch.tensor([[1 / (1 + e), e / (1 + e), 0.0], [0.0] * 3, [0.0] * 3, [0.0] * 3]))
+    assert bool(torch.autograd.grad(y.square().sum(), x)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("executor", ["tiled", "reference"])
