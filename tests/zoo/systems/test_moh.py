@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
+from regard.engine.meter import pairs_read
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.moh import MoHAttention, convert_moh
 
@@ -98,3 +99,38 @@ def test_the_share_of_heads_is_rounded_down():
             assert all(bool((one[..., :s] == 1).all()) and bool((one[..., s:].sum(-1).round(decimals=6) == k).all()) for one in gates)
             assert float(routing.aux_loss) == pytest.approx(float(sum(routing.losses.values()) / 2))
     assert not model.model.layers[0].self_attn.q_proj._forward_hooks
+
+
+def test_pairs_that_the_skipping_path_reads():
+    """Every token of a head reads all keys, or those up to its own."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 12)
+    for causal in (False, True):
+        layer = MoHAttention(12, 4, shared=0, routed=2, skip=True, causal=causal).eval()
+        taken = (layer.gates(x) != 0).sum(-1)
+        with pairs_read() as read:
+            layer(x)
+        assert read.read == sum(int(taken[b, t]) * (t + 1 if causal else 7) for b in range(2) for t in range(7))
+        with pairs_read() as read:  # in training nothing is skipped
+            layer.train()(x)
+        assert read.read != sum(int(taken[b, t]) * (t + 1 if causal else 7) for b in range(2) for t in range(7))
+
+
+def test_dropout_in_training_alone():
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 8)
+    for options in ({"attn_drop": 0.5}, {"proj_drop": 0.5}):
+        layer = MoHAttention(8, 4, **options)
+        assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+    layer = MoHAttention(8, 4, proj_drop=0.5)
+    whole = layer.eval()(x)
+    times = (layer.train()(x) / whole).round(decimals=4)
+    assert set(times.flatten().tolist()) == {0.0, 2.0}
+
+
+def test_a_model_that_is_refused_keeps_no_hooks():
+    model = llama()
+    model.model.layers[1].self_attn.head_dim = 32  # one head: none to choose from
+    with pytest.raises(RegardError, match="of 1 heads"):
+        convert_moh(model)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())

@@ -36,6 +36,9 @@ def test_half_precision_takes_softmax_in_single():
     truth = torch.cat(ring_self_attention(q, k, v), 2)
     half = torch.cat(ring_self_attention(*([x.bfloat16() for x in one] for one in (q, k, v))), 2)
     assert half.dtype == torch.bfloat16 and (half.float() - truth).abs().max() < 0.05
+    a, b, c = (x[0].bfloat16() for x in (q, k, v))
+    weights = (a @ b.mT * 0.25).float().softmax(-1).bfloat16()
+    assert torch.equal(ring_self_attention([a], [b], [c])[0], weights @ c)
 
 
 def test_parts_that_do_not_fit_are_refused():

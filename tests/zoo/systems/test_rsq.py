@@ -116,6 +116,9 @@ def test_importances_by_hand():
     apart = torch.stack([torch.stack([(a - b).square().sum() for b in x]).mean() for a in x])
     truth = [x.square().sum(1).sqrt(), -(x - y).square().sum(1).sqrt(), -counts.float(), apart, torch.ones(7)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(near, truth, strict=True))
+    close = 0.1 * x  # tokens that lie near one another, and one that lies on all others
+    assert torch.allclose(IMPORTANCES["tokensim"](text_of(close)), 0.01 * apart, atol=1e-5)
+    assert float(IMPORTANCES["tokensim"](text_of(torch.full((3, 4), 5.1))).min()) >= 0
     assert chunks((0, 2), 3)(text_of(torch.randn(9, 2))).tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert chunks((1,), 2)(text_of(torch.randn(5, 2))).tolist() == [0, 0, 1, 1, 0]
     assert scaled(torch.tensor([2.0, 4, 3]), 0.1, 0.5).tolist() == pytest.approx([0.1, 0.5, 0.3])
@@ -140,3 +143,12 @@ def test_every_option_reaches_the_rounding(monkeypatch):
         weight = (r * 8 / r.sum()) ** exponent
         x = (h * weight[:, None]).flatten(0, 1).double()
         assert torch.allclose(seen[0][0].double(), 2 / 3 * x.T @ x, rtol=1e-4, atol=1e-4) and seen[0][1].bits == 3
+
+
+def test_the_copy_keeps_no_hooks_and_half_precision_adds_up_in_single(monkeypatch):
+    model, ids, seen = llama().bfloat16(), torch.randint(50, (2, 9)), []
+    monkeypatch.setattr(rsq, "gptq", lambda weight, gram, *given: seen.append(gram.dtype) or gptq(weight, gram, *given))
+    found = rsq_quantize(model, ids)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for one in (found.model, model) for part in one.modules())
+    assert set(seen) == {torch.float32} and all(p.dtype == torch.bfloat16 for p in found.model.parameters())
+    assert not found.model.training
