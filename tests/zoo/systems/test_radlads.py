@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from regard import RegardError, adapt
+from regard.adapt.host import cache_argument
 from regard.engine import stream
-from regard.lab.checks.shared.converting import student_of, turned
+from regard.lab.checks.shared.converting import shaken, student_of, turned
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.radlads import KINDS, output_distance, radlads_convert, radlads_stages
 
@@ -116,3 +117,26 @@ def test_the_recurrence_is_kept_in_single_precision_under_autocast(kind, monkeyp
     with torch.autocast("cpu", torch.bfloat16):
         layer.run(x, tuple(y.float() for y in turned(llama(), x)))
     assert seen == [{torch.float32}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_padding_before_a_row_or_behind_it_is_as_if_it_were_not_there(kind):
+    torch.manual_seed(0)
+    model = llama()
+    for student in radlads_convert(model, kind).students.values():
+        shaken(student, 0.2)
+    ids, keep = torch.randint(1, 50, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    keep[1, :5] = keep[2, 8:] = 0
+    places = (keep.cumsum(1) - 1).clamp_min(0)  # as `generate` counts them: decays by channel see where turned keys stand
+    truth = [model(row[None, own.bool()], use_cache=False).logits[0] for row, own in zip(ids, keep, strict=True)]
+    for padding in (0, 7):
+        given = torch.where(keep.bool(), ids, padding)
+        found = model(given, attention_mask=keep, position_ids=places, use_cache=False).logits
+        for b in range(3):
+            assert torch.allclose(found[b, keep[b].bool()], truth[b], atol=1e-9)
+    row, own, at = (x[1:2] for x in (torch.where(keep.bool(), ids, 7), keep, places))
+    first = model(row[:, :7], attention_mask=own[:, :7], position_ids=at[:, :7], use_cache=True)  # two tokens behind five of padding
+    told = {cache_argument(model): first.past_key_values}
+    more = model(row[:, 7:], attention_mask=own, position_ids=at[:, 7:], use_cache=True, **told)
+    assert torch.allclose(torch.cat((first.logits[0, 5:], more.logits[0])), truth[1], atol=1e-9)
