@@ -37,6 +37,8 @@ def test_penalties_and_their_proximal_step() -> None:
         0.75
     )
     assert bool((groups[1] == 0).all()) and bool((groups[2] == 0).all())
+    localist.proximal_step(groups[2:], 0.5, 0.0)
+    assert bool((groups[2] == 0).all())  # and no number at all without a penalty
     assert localist.critical_strength(torch.full((2, 8), 0.5)) == pytest.approx(0.5)
 
 
@@ -69,6 +71,8 @@ def test_measures_and_bounds() -> None:
     h2 = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
     want = torch.tensor([math.log(2) + h2 + 0.3 * math.log(2), 0.0], dtype=torch.float64)
     torch.testing.assert_close(localist.entropy_bound(inside, leaked), want)
+    one_out, some = torch.tensor([[True, True, True, False]]), torch.tensor([0.3], dtype=torch.float64)
+    torch.testing.assert_close(localist.entropy_bound(one_out, some), torch.tensor([math.log(3) + h2], dtype=torch.float64))
     whole = torch.ones(1, 4, dtype=torch.bool)
     torch.testing.assert_close(
         localist.entropy_bound(whole, torch.zeros(1, dtype=torch.float64)), torch.tensor([math.log(4)], dtype=torch.float64)

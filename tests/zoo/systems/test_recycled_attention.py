@@ -29,13 +29,14 @@ def test_chosen_keys_are_those_of_most_weight_around_them(pool, join):
         assert set(found) == chosen and len(found) == len(chosen)
 
 
-def decoded(policy, q, k, v, prompt):
-    """Outputs (B, H, steps, D) of the steps after a prompt, and what was read: q (B, H, L, D), k, v (B, Hkv, L, D), one layer."""
+def decoded(policy, q, k, v, prompt, hidden=()):
+    """Outputs (B, H, steps, D) of the steps after a prompt, and what was read: q (B, H, L, D), k, v (B, Hkv, L, D), one layer. hidden: how many tokens
+    of padding each row begins with."""
     policy.begin(1, k.shape[1])
     layer, outs = KeptLayer(), []
     for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, q.shape[2]))]:
         layer.update(k[:, :, start:stop], v[:, :, start:stop])
-        layer.take(torch.ones(len(q), stop - start, dtype=torch.bool))
+        layer.take(torch.arange(start, stop) >= torch.tensor(hidden or [0] * len(q))[:, None])
         query = q[:, :, start:stop].unflatten(1, (k.shape[1], -1))
         view = View(0, 1, start == 0, prompt, layer.parts[0], query, q.shape[-1] ** -0.5, None, layer.memory)
         outs.append(policy.compute(view, torch.arange(start, stop)).flatten(1, 2))
@@ -57,6 +58,19 @@ def test_rows_of_a_batch_choose_alone(every, join):
     assert read == [max(counts) for counts in zip(*(counts for _, counts in alone), strict=True)]
     full = [[n == 31 + t for t, n in enumerate(counts)] for _, counts in alone]
     assert sum(full[1]) == 1 and full[0] != full[2] and any(a != b for a, b in zip(full[0], full[1], strict=True))
+
+
+@pytest.mark.parametrize("k", [6, 40])
+def test_padding_is_never_chosen(k):
+    torch.manual_seed(0)
+    q, keys, v = torch.randn(2, 4, 44, 8, dtype=torch.float64), *(torch.randn(2, 2, 44, 8, dtype=torch.float64) for _ in range(2))
+    keys[1, :, :20] = 50 * q[1, :2, -1:]  # padding that any step would choose
+    policy = RecycledAttention(5, k, pool=3)
+    found, _ = decoded(policy, q, keys, v, 30, (0, 20))
+    alone, read = decoded(policy, q[1:, :, 20:], keys[1:, :, 20:], v[1:, :, 20:], 10)
+    torch.testing.assert_close(found[1:], alone)
+    torch.testing.assert_close(found[:1], decoded(policy, q[:1], keys[:1], v[:1], 30)[0])
+    assert decoded(policy, q[1:], keys[1:], v[1:], 30, (20,))[1] == read
 
 
 def test_a_second_piece_of_text_is_attended_whole_and_chooses_anew():
