@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -57,6 +58,31 @@ def test_cross_attention_chooses_by_the_keys() -> None:
     assert type(layer.mechanism) is type(regard.get("taylorshift"))
     layer(torch.randn(1, 9, 4), torch.randn(1, 3, 4))
     assert type(layer.mechanism) is type(regard.get("taylorshift", mode="direct"))
+
+
+@pytest.mark.parametrize("mode", ["direct", "efficient"])
+def test_outputs_are_scaled_by_the_keys_that_are_seen(mode: str) -> None:
+    """A padded row gets what it gets alone, and other lengths of queries change nothing."""
+    layer, x = TaylorShiftAttention(4, 2, mode=mode).double(), torch.randn(2, 9, 4, dtype=torch.float64)
+    keep = torch.tensor([[True] * 9, [True, False] * 2 + [True] * 2 + [False] * 3])
+    alone = layer(x[1:, keep[1]])
+    masks = ({"mask": regard.Padding(), "keep": keep}, {"mask": keep[:, None, None]})
+    for given in masks if mode == "direct" else masks[:1]:  # a recurrence takes no table of pairs
+        found = layer(x, **given)  # type: ignore[arg-type]
+        torch.testing.assert_close(found[1:, keep[1]], alone)
+        torch.testing.assert_close(found[0], layer(x[:1])[0])
+    torch.testing.assert_close(layer(x[:, :3], x), layer(x)[:, :3])
+    half = copy.deepcopy(layer).bfloat16()(x.bfloat16(), mask=regard.Padding(), keep=keep)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), layer(x, mask=regard.Padding(), keep=keep), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(layer(x[:, :3], x, mask=regard.Padding(), keep=keep)[1:, :1], alone[:, :1])
+    ids = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    with pytest.raises(regard.RegardError, match="output_scale=False"):
+        layer(x, mask=regard.Segments(), segments=ids)
+    layer.output_scale = False
+    if mode == "direct":
+        packed = layer(x, mask=regard.Segments(), segments=ids)
+        torch.testing.assert_close(packed, torch.cat((layer(x[:, :4]), layer(x[:, 4:])), 1))
 
 
 def test_steps_without_the_output_scale() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from regard import RegardError
+from regard.adapt.host import cache_argument
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.s2_attention import S2Cache, csr, kv_efficient, s2_attention, s2_block_mask
 
@@ -146,3 +147,15 @@ def test_layouts_that_free_a_cache():
         assert kv_efficient(layout) == (not any(again))
         found.append(kv_efficient(layout))
     assert set(found) == {True, False}
+
+
+@torch.no_grad()
+def test_the_model_s_own_scale_of_scores():
+    model, ids = llama(sharp=2), torch.randint(1, 50, (1, 11))
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+    truth = model(ids, use_cache=False).logits
+    with S2Cache(s2_block_mask(4, 16, 4, 1, 1, n_kv_heads=2), 4)(model):  # a stride of 1 sees everything
+        first = model(ids[:, :9], use_cache=True)
+        later = model(ids[:, 9:], use_cache=True, **{cache_argument(model): first.past_key_values})
+    assert torch.allclose(torch.cat((first.logits, later.logits), 1), truth, atol=1e-5)

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.algebra import Dot, FeatureMap, Input, Learned, Mask, Recurrent, RowLocal, Weighted, bind, identity
+from regard.algebra import Dot, FeatureMap, Input, Learned, Mask, Recurrent, RowLocal, Segments, Weighted, bind, identity
+from regard.algebra.mask import conjuncts
 from regard.catalog import get
 from regard.catalog.registry import register
+from regard.engine.given import given_mask
+from regard.engine.problem import keys_in_sight
 from regard.errors import RegardError
 from regard.nn.attention import Attention
 from regard.nn.parts import whole
@@ -91,7 +94,8 @@ def crossover_memory(head_dim: int) -> float:
 class TaylorShiftAttention(Attention):
     """x (B, L, dim) -> (B, L, dim), both forms equal. mode: "auto" (efficient from L = D^2 + D + 1 on), "direct" or "efficient".
 
-    a, b, c: the polynomial's coefficients. output_scale: multiply outputs by sqrt(L / D), which keeps their size as L grows.
+    a, b, c: the polynomial's coefficients. output_scale: multiply outputs by sqrt(L / D), which keeps their size as L grows; L counts the keys that
+    some query sees, without padding. Packed documents, each of a length of its own, are refused with it.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class TaylorShiftAttention(Attention):
         self.forms = {form: get("taylorshift", mode=form, a=a, b=b, c=c) for form in ("direct", "efficient")}
         super().__init__(dim, heads, self.forms["efficient"], causal=causal, **options)
         self.mode, self.output_scale = mode, output_scale
+        self.key_count: int | Tensor = 1  # of the last call, where outputs are scaled by it
 
     def form(self, length: int) -> str:
         """Which form a call of this length takes."""
@@ -119,10 +124,28 @@ class TaylorShiftAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Any = None, **inputs: Any) -> Tensor:
         length = x.shape[1] if context is None else context.shape[1]
         self.mechanism = self.forms[self.form(length)]
+        self.key_count = self.counted(mask, inputs, length) if self.output_scale else 1
         return super().forward(x, context, mask, **inputs)
 
+    def counted(self, mask: Any, inputs: dict[str, Any], length: int) -> int | Tensor:
+        """How many keys some query of a sample sees: a number, or (B or 1, 1, 1, 1)."""
+        if isinstance(mask, Tensor):
+            _, mask, inputs = given_mask(self.mechanism, mask, inputs)
+        if mask is None:
+            return length
+        if any(isinstance(part, Segments) for part in conjuncts(mask)):
+            raise RegardError(
+                "packed documents with output_scale=True: each would need its own length; build the layer with output_scale=False"
+            )
+        seen = keys_in_sight(mask, inputs)
+        return length if seen is None or seen.shape[-1] == 1 else seen.sum(-1)[:, None, None, None]
+
     def close(self, o: Tensor, x: Tensor) -> Tensor:
-        return super().close(o * (x.shape[1] / self.key_dim) ** 0.5 if self.output_scale else o, x)
+        if not self.output_scale:
+            return super().close(o, x)
+        count = self.key_count
+        count = count.to(torch.promote_types(o.dtype, torch.float32)) if isinstance(count, Tensor) else count
+        return super().close((o * (count / self.key_dim) ** 0.5).to(o.dtype), x)
 
     @whole
     def step(self, x: Tensor, state: Any = None, mask: Mask | None = None, **inputs: Any) -> Any:
