@@ -196,6 +196,7 @@ def test_gin_without_a_projection_and_with_a_network_of_the_caller(paper: bool) 
 
 def test_a_frozen_decoder_of_transformers_with_adapters() -> None:
     pytest.importorskip("transformers")
+    from regard.adapt.host import cache_argument
     from regard.lab.checks.shared.decoding import llama
 
     model, ids = llama(), torch.randint(1, 50, (1, 5))
@@ -212,7 +213,7 @@ def test_a_frozen_decoder_of_transformers_with_adapters() -> None:
     torch.testing.assert_close(adapted(ids, use_cache=False).logits, plain)
     cache = adapted(ids, use_cache=True).past_key_values
     with pytest.raises(RegardError, match="use_cache=False"):
-        adapted(ids[:, :1], past_key_values=cache)
+        adapted(ids[:, :1], **{cache_argument(model): cache})
     for layers in ([], [-1], [2]):
         with pytest.raises(RegardError, match="expected some of 0"):
             GraphAdapted(model, 32, layers=layers)
