@@ -184,7 +184,7 @@ def test_training_warms_up_over_twenty_steps(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     found = sinks.sink_experiment("softmax", steps=23, length=4, dim=8, heads=1, batch=8, lr=0.04)
     assert [one for one, _ in seen] == pytest.approx([0.04 * min(n, 20) / 20 for n in range(1, 24)]) and {two for _, two in seen} == {0.01}
-    assert len(set(found.loss)) == 23
+    assert len(set(found.loss)) == 23 and found.plot().startswith("<svg")
 
 
 @torch.no_grad()

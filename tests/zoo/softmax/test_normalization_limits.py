@@ -73,6 +73,11 @@ def test_separation_its_bound_and_who_can_be_told_apart(radius: float | None) ->
     assert found.jacobian == pytest.approx(float(torch.linalg.matrix_norm((torch.diag(a) - torch.outer(a, a)) / 0.7, 2)))
 
 
+def test_a_plot_has_all_three_lines() -> None:
+    drawn = limits.attention_limits(logits(), tops=(1, 2, 5), draws=2, jacobian=False).plot()
+    assert drawn.startswith("<svg") and all(name in drawn for name in ("separation", "bound", "random sets"))
+
+
 def test_distinguishable_tokens() -> None:
     a, x = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, -8.0]])
     chosen = torch.tensor([True, True, False])  # s = (1, 1); distances 1, 1 and sqrt(10)
