@@ -50,7 +50,7 @@ def test_rewards_of_a_run_are_those_of_its_recipe() -> None:
 def test_a_run_draws_its_rewards_and_refuses_unknown_losses() -> None:
     svg = PolicyRun((0.25, 0.75), "cispo").plot()
     assert all(text in svg for text in ("Rewards", ">round<", ">mean reward<"))
-    assert LOSSES == {"cispo": cispo_loss, "ppo": ppo_loss, "grpo": grpo_loss, "dapo": dapo_loss}
+    assert {"cispo": cispo_loss, "ppo": ppo_loss, "grpo": grpo_loss, "dapo": dapo_loss} == LOSSES
     with pytest.raises(RegardError, match="loss='other'; expected one of cispo, ppo, grpo, dapo"):
         policy_run("other")
 
