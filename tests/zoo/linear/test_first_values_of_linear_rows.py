@@ -173,3 +173,7 @@ def test_mega_tells_its_state_s_size_and_refuses_what_it_cannot_do() -> None:
     for wrong in ({"attn": "other"}, {"positions": "other"}, {"norm": "other"}):
         with pytest.raises(regard.RegardError, match="'other'"):
             MegaLayer(8, **wrong)  # type: ignore[arg-type]
+
+
+def test_agent_attention_s_layer_names_its_agents() -> None:
+    assert regard.nn.AgentAttention(16, 2, (4, 4), agents=9).mechanism == regard.get("agent-attention", agents=9)
