@@ -10,7 +10,16 @@ import torch
 from regard import RegardError
 from regard.nn import QLSTM, Attention, Decoder, NormalizedAttention
 from regard.tasks.synthetic import recall
-from regard.zoo.analysis.dsf import Recaller, System, from_linear_attention, from_softmax_attention, monomials, recall_accuracy
+from regard.zoo.analysis.dsf import (
+    Recaller,
+    System,
+    from_linear_attention,
+    from_s6,
+    from_softmax_attention,
+    from_ssd,
+    monomials,
+    recall_accuracy,
+)
 
 
 @pytest.mark.parametrize("make", [lambda: NormalizedAttention(16, 2, 8), lambda: QLSTM(16)])
@@ -145,3 +154,14 @@ def test_recall_runs_follow_their_recipe():
     with torch.no_grad():
         answers = model.eval()(tokens).argmax(-1)
     assert found == pytest.approx(float((answers[asked] == labels[asked]).double().mean()), abs=2e-3) and found > 0
+
+
+def test_systems_stand_where_their_inputs_do():
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    s6 = from_s6(empty(2, 3, 7), empty(2, 3, 7), empty(3, 4), empty(2, 4, 7), empty(2, 4, 7), empty(3))
+    ssd = from_ssd(empty(2, 2, 7, 3), empty(2, 2, 7), empty(2, 2, 7, 5), empty(2, 2, 7, 5))
+    for system, shape in ((s6, (2, 7, 3)), (ssd, (2, 7, 6))):
+        y = system.recurrence()
+        assert y.is_meta and y.shape == shape

@@ -118,6 +118,9 @@ def test_what_learns_at_low_rank():
     assert torch.allclose(model.value.weight, model.value.parametrizations.weight.original + part.up @ part.down)
     model(ids).sum().backward()
     assert model.readout[2].parametrizations.weight.original.grad is None
+    wide = FilterStore(9, 4, 6).to("meta", torch.float64)
+    low_rank(wide, 2)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in wide.parameters())
     held = FilterStore(9, 4, 6, "frozen")
     low_rank(held, 1)
     assert not hasattr(held.readout, "parametrizations")

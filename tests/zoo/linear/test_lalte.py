@@ -112,6 +112,7 @@ def test_the_controller_starts_small_and_moves_every_32_steps() -> None:
     none = torch.zeros(2, 3, 9, dtype=torch.bool)
     control.update(none)
     assert control.count.tolist() == pytest.approx([0.0, 8.1, 3.6])
+    assert BudgetController(3, 4, interval=1).update(kept.to("meta")).is_meta  # weights stand where decisions do
 
 
 def test_layers_take_turns() -> None:
