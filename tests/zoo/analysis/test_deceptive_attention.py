@@ -167,3 +167,14 @@ def test_a_translator_s_training_by_its_recipe(kind, attention, lam):
     right = sum(int(logits[b, t].argmax()) == int(target[b, t]) for b in range(300) for t in range(4)) / 1200
     mass = float(torch.stack([alpha[b, t, aligned[b, t].argmax()] for b in range(300) for t in range(4)]).mean())
     assert found == pytest.approx((right, mass), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_orders_of_words(length):
+    words = list(range(length))
+    orders = {"copy": words, "reverse": words[::-1], "flip": [w for pair in zip(words[1::2], words[::2], strict=False) for w in pair]}
+    for kind, order in orders.items():
+        order = order + words[len(order) :]  # the last of an odd number stays
+        source, target, aligned = translation(kind, 3, length, 50, torch.Generator().manual_seed(length))
+        assert torch.equal(target, source[:, order]) and torch.equal(aligned.argmax(-1), torch.tensor([order] * 3))
+        assert aligned.shape == (3, length, length) and bool((aligned.sum(-1) == 1).all())
