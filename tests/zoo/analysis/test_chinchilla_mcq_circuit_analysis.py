@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard import RegardError, models, taps
+from regard import RegardError, models, nn, taps
 from regard.interpret.direct import direct_effects
 from regard.tasks.choices import ASK, BEGIN, END, WORDS, choices, vocabulary
 from regard.zoo.analysis.chinchilla_mcq_circuit_analysis import (
@@ -128,3 +128,59 @@ def test_projections_have_no_more_dimensions_than_vectors():
     p = projector([few], 4)
     assert torch.allclose(p @ p, p, atol=1e-9) and float(p.trace()) == pytest.approx(2) and torch.allclose(few.double() @ p, few.double())
     assert torch.equal(projector([few], 0), torch.zeros(5, 5).double())
+
+
+@pytest.mark.parametrize(("scores", "values"), [(True, False), (False, True), (True, True), (False, False)])
+@torch.no_grad()
+def test_a_patched_head_reads_from_another_position_what_is_compressed_alone(scores, values):
+    model, places = models.load("tiny").double(), [1, 3, 4]
+    ids = torch.randint(1, 200, (6, 8), generator=torch.Generator().manual_seed(0))
+    found = low_rank_head(model, (0, 1), ids, places, 2, position=5, scores=scores, values=values)
+    with taps.read(model, ["q", "k", "v", "heads"], layers=[0]) as plain:
+        model(ids)
+    with found.patched(model), taps.read(model, "heads", layers=[0]) as seen:
+        model(ids)
+    group = plain["q", 0].shape[1] // plain["k", 0].shape[1]
+    q, k, v = plain["q", 0][:, 1, 5], plain["k", 0][:, 1 // group, :6].clone(), plain["v", 0][:, 1 // group, :6].clone()
+    s = (k @ q[..., None])[..., 0] / q.shape[-1] ** 0.5
+    if scores:
+        near = found.q0 + (q - found.q0) @ found.qk
+        s[:, places] = ((found.k0 + (k[:, places] - found.k0) @ found.qk) @ near[..., None])[..., 0] / q.shape[-1] ** 0.5
+    if values:
+        v[:, places] = found.v0 + (v[:, places] - found.v0) @ found.values
+    want = plain["heads", 0].clone()
+    want[:, 1, 5] = (s.softmax(-1)[:, None] @ v)[:, 0]
+    torch.testing.assert_close(seen["heads", 0], want)
+    assert torch.allclose(want, plain["heads", 0]) != (scores or values)
+    with taps.read(model, "heads", layers=[0]) as after:
+        model(ids)
+    assert torch.equal(after["heads", 0], plain["heads", 0])
+
+
+@torch.no_grad()
+def test_total_effects_at_some_positions():
+    """Of one node at a time, where another prompt's output stands at those positions alone."""
+    model = nn.Decoder(vocab=20, dim=16, layers=3, heads=4).double()
+    ids, other = (torch.randint(20, (2, 6), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def metric(out):
+        return out[:, -1, 7]
+
+    found = total_effect(model, ids, metric, other, positions=[2, 4])
+    with taps.read(model, ["heads", "mlp"]) as seen:
+        model(other)
+    clean = metric(model(ids))
+
+    def swapped(new):
+        def edit(x):
+            out = x.clone()
+            out[..., [2, 4], :] = new[..., [2, 4], :]
+            return out
+
+        return edit
+
+    with taps.edit(model, {"heads": swapped(seen["heads", 1][:, [3]])}, layers=[1], heads=[3]):
+        assert float(found.heads.scores[1, 3]) == pytest.approx(float((clean - metric(model(ids))).mean()), abs=1e-9)
+    with taps.edit(model, {"mlp": swapped(seen["mlp", 2])}, layers=[2]):
+        assert float(found.mlps[2]) == pytest.approx(float((clean - metric(model(ids))).mean()), abs=1e-9)
+    assert found.mlps.shape == (3,) and found.heads.scores.dtype == torch.float64

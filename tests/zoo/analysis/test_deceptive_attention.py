@@ -13,6 +13,7 @@ from regard.zoo.analysis.deceptive_attention import (
     Translator,
     attention_penalty,
     deception_report,
+    train_translator,
     translation,
 )
 
@@ -120,3 +121,60 @@ def test_translators_and_the_report_by_hand():
     assert found.mass == pytest.approx(float((alpha * gone).sum(1).mean())) and found.norms == pytest.approx(
         float(norms[[2, 4, 7]].mean() / norms[[1, 3, 5, 6]].mean())
     )
+
+
+def test_a_transformer_read_at_its_first_token_by_hand():
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 8, 2]])
+    model = ClsTransformer(9, 8, 2, 2, 3, length=7)
+    assert abs(float(ClsTransformer(9, 64, length=64).place.detach().std()) / 0.02 - 1) < 0.1
+    assert {tuple(sorted(p.shape)) for name, p in model.named_parameters() if "mlp" in name and p.dim() == 2} == {(8, 16)}
+    assert len(model.blocks) == 2 and all(isinstance(block.norm1, torch.nn.LayerNorm) for block in model.blocks)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = model.embed.weight[ids] + model.place[:5]
+    hidden = (ids == 0)[:, None, None]
+    for block in model.blocks:
+        y, mixer = block.norm1(x), block.mixer
+        q, k, v = (one(y).unflatten(-1, (2, 4)).transpose(1, 2) for one in (mixer.q, mixer.k, mixer.v))
+        alpha = (q @ k.mT / 2).masked_fill(hidden, -torch.inf).softmax(-1)
+        x = x + mixer.out((alpha @ v).transpose(1, 2).flatten(-2))
+        x = x + block.mlp(block.norm2(x))
+    logits, found = model(ids)
+    torch.testing.assert_close(found, alpha[:, :, :1])
+    torch.testing.assert_close(logits, x[:, 0] @ model.out.weight.T + model.out.bias)
+
+
+@pytest.mark.parametrize(("kind", "attention", "lam"), [("reverse", "learned", 0.5), ("flip", "uniform", 0.0)])
+def test_a_translator_s_training_by_its_recipe(kind, attention, lam):
+    """Cross-entropy of every word plus the penalty on aligned words; scores on 300 sentences of another seed."""
+    sizes = {"length": 4, "vocab": 5, "dim": 8, "steps": 3, "batch": 6, "lr": 0.05, "seed": 2}
+    found = train_translator(kind, lam, attention, **sizes)
+    torch.manual_seed(2)
+    model, generator = Translator(5, 8, attention), torch.Generator().manual_seed(2)
+    optimiser = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(3):
+        source, target, aligned = translation(kind, 6, 4, 5, generator)
+        logits, alpha = model(source, target)
+        loss = -logits.log_softmax(-1).gather(-1, target[..., None]).mean() - lam * (1 - (alpha * aligned).sum(-1)).log().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    source, target, aligned = translation(kind, 300, 4, 5, torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        logits, alpha = model(source, target)
+    right = sum(int(logits[b, t].argmax()) == int(target[b, t]) for b in range(300) for t in range(4)) / 1200
+    mass = float(torch.stack([alpha[b, t, aligned[b, t].argmax()] for b in range(300) for t in range(4)]).mean())
+    assert found == pytest.approx((right, mass), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_orders_of_words(length):
+    words = list(range(length))
+    orders = {"copy": words, "reverse": words[::-1], "flip": [w for pair in zip(words[1::2], words[::2], strict=False) for w in pair]}
+    for kind, order in orders.items():
+        order = order + words[len(order) :]  # the last of an odd number stays
+        source, target, aligned = translation(kind, 3, length, 50, torch.Generator().manual_seed(length))
+        assert torch.equal(target, source[:, order]) and torch.equal(aligned.argmax(-1), torch.tensor([order] * 3))
+        assert aligned.shape == (3, length, length) and bool((aligned.sum(-1) == 1).all())

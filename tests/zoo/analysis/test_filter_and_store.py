@@ -118,6 +118,9 @@ def test_what_learns_at_low_rank():
     assert torch.allclose(model.value.weight, model.value.parametrizations.weight.original + part.up @ part.down)
     model(ids).sum().backward()
     assert model.readout[2].parametrizations.weight.original.grad is None
+    wide = FilterStore(9, 4, 6).to("meta", torch.float64)
+    low_rank(wide, 2)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in wide.parameters())
     held = FilterStore(9, 4, 6, "frozen")
     low_rank(held, 1)
     assert not hasattr(held.readout, "parametrizations")
@@ -137,3 +140,48 @@ def test_questions_are_asked_each_so_often_with_other_fillers():
     extraction(Counter(), facts, subjects, each=3, seed=6)
     assert [len(ids) for ids in seen] == [16, 6, 6] and not torch.equal(seen[1], seen[2])
     assert torch.equal(seen[1], facts.questions(subjects.repeat(3), torch.Generator().manual_seed(5))[0])
+
+
+@pytest.mark.parametrize(("rank", "leak"), [(None, 0.3), (2, 0.0)])
+def test_a_run_by_its_recipe(rank, leak):
+    """Adam on statements, then on questions about the first of the order; attention of all statements is looked at before steps."""
+    facts, state = small(), torch.get_rng_state()
+    options = {"dim": 8, "hidden": 6, "batch": 8, "every": 3, "steps": (4, 3), "lr": (0.05, 0.02), "std": 0.5, "seed": 7}
+    found = acquire(facts, 0.5, rank=rank, leak=leak, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    model = FilterStore(facts.vocab, 8, 6, "mlp", 0.5)
+    pairs = [(s, 6 + int(phrase)) for s in range(6) for phrase in facts.phrases[s]]
+    told, truth = facts.sequences(*torch.tensor(pairs).T, torch.Generator().manual_seed(8))
+    looks, losses = [], ([], [])
+
+    def look(step):
+        w = model.weights(told).detach().mean(0)
+        looks.append((step, float(w[[0, 2]].mean()), float(w[1]), float(w[3])))
+
+    def learn(batches, lr, into, watched):
+        optimiser = torch.optim.Adam(model.parameters(), lr)
+        for step, (ids, answer) in enumerate(batches):
+            if watched and step % 3 == 0:
+                look(step)
+            loss = -model(ids).log_softmax(-1).gather(1, answer[:, None]).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            into.append(float(loss))
+
+    generator = torch.Generator().manual_seed(7)
+    learn((facts.statements(8, generator, leak) for _ in range(4)), 0.05, losses[0], True)
+    look(4)
+    loss = -float(model(told).detach().log_softmax(-1).gather(1, truth[:, None]).mean())
+    if rank is not None:
+        low_rank(model, rank)
+    generator = torch.Generator().manual_seed(9)
+    own = facts.order[:3]
+    learn((facts.questions(own[torch.randint(3, (8,), generator=generator)], generator) for _ in range(3)), 0.02, losses[1], False)
+    assert found.pretrain == pytest.approx(losses[0], rel=1e-5) and found.loss == pytest.approx(loss, rel=1e-5)
+    assert [step for step, *_ in looks] == found.steps == [0, 3, 4]
+    for name, values in zip(("filler", "subject", "relation"), list(zip(*looks, strict=True))[1:], strict=True):
+        assert getattr(found, name) == pytest.approx(values, rel=1e-4)
+    assert found.seen == extraction(model, facts, own) and found.unseen == extraction(model, facts, facts.order[3:])
+    assert found.finetune == pytest.approx(losses[1], rel=1e-5) and found.facts is facts

@@ -93,3 +93,16 @@ def test_scale_and_what_else_is_hidden():
                 p = (0.3 * k[b, h, seen] @ q[b, h, i]).softmax(0)
                 assert torch.allclose(found[b, h, i], p @ v[b, h, seen])
     assert torch.equal(sf_attention(q, k, v), sf_attention(q, k, v, 4, 4, 0.5, 1.0))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_one_head_and_an_odd_number_of_them(heads, share):
+    """Shifted heads are rounded up: the first int(heads (1 - share)) stay."""
+    q, k, v = (torch.randn(1, heads, 12, 4, dtype=torch.float64) for _ in range(3))
+    found, at = sf_attention(q, k, v, 4, 1, share), torch.arange(12)
+    for h in range(heads):
+        place = at // 4 if h < int(heads * (1 - share)) else (at + 2) // 4
+        seen = ((place[:, None] == place) | (at < 1)) & (at[:, None] >= at)
+        p = (q[0, h] @ k[0, h].T / 2).masked_fill(~seen, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found[0, h], p @ v[0, h])

@@ -169,7 +169,7 @@ def from_normalized_attention(layer: NormalizedAttention, u: Tensor) -> System:
 
 def from_s6(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor | None = None) -> System:
     """As `regard.nn.selective_scan` takes them: x, delta (B, C, L), a (C, n), b, c (B, n, L), skip (C,)."""
-    u, channels = x.mT, torch.eye(x.shape[1], dtype=x.dtype)
+    u, channels = x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     decay = torch.einsum("bcl,cn->blcn", delta, a).exp().flatten(2)
     write = torch.einsum("bcl,bnl,cd->blcnd", delta, b, channels).flatten(2, 3)
     read = torch.einsum("bnl,ce->blecn", c, channels).flatten(3)
@@ -179,7 +179,7 @@ def from_s6(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Ten
 def from_ssd(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> System:
     """x (B, H, L, d), log_decay (B, H, L), b, c (B, H, L, n): S_i = e^{log_decay} S_{i-1} + b_i x_i', y_i = S_i' c_i; u and y are heads side by side."""
     heads, width, size = x.shape[1], x.shape[3], b.shape[3]
-    u, own = x.transpose(1, 2).flatten(2), torch.eye(heads * width, dtype=x.dtype).view(heads, width, -1)
+    u, own = x.transpose(1, 2).flatten(2), torch.eye(heads * width, dtype=x.dtype, device=x.device).view(heads, width, -1)
     decay = log_decay.exp().mT[..., None].expand(-1, -1, -1, width * size).flatten(2)
     write = torch.einsum("bhln,hvd->blhvnd", b, own).flatten(2, 4)
     return System(u, decay, write, torch.einsum("bhln,hve->blehvn", c, own).flatten(3))

@@ -79,7 +79,7 @@ def low_rank(model: FilterStore, rank: int) -> None:
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     model.requires_grad_(False)
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", LowRank(layer.out_features, layer.in_features, rank))
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.out_features, layer.in_features, rank).to(layer.weight))
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ class BudgetController:
     def update(self, kept: Tensor) -> Tensor:
         """Take a step's decisions (B, heads, N) and return lambda (heads,)."""
         now = kept.float().sum(-1).mean(0)
+        self.weight = self.weight.to(now.device)
         self.count = now if self.steps == 0 else self.average * self.count + (1 - self.average) * now
         self.steps += 1
         if self.steps % self.interval == 0:

@@ -77,9 +77,9 @@ def token_mixing_matrix(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def effective_rank(m: Tensor) -> Tensor:
-    """exp of the entropy of the singular values over their sum, of (..., L, L)."""
+    """exp of the entropy of the singular values over their sum, of (..., L, L); 1 for a matrix of zeros."""
     p = torch.linalg.svdvals(m)
-    p = p / p.sum(-1, keepdim=True).clamp_min(1e-300)
+    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
