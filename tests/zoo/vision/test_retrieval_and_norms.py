@@ -122,7 +122,7 @@ def rows_of(layer):
 
 def test_norm_loss_decoupled_draws_every_kind_of_row_with_the_rate_of_its_group():
     layers = nn.ModuleList(
-        [nn.Linear(3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 3, 2, groups=2), nn.ConvTranspose2d(4, 3, 2)]
+        [nn.Linear(3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ConvTranspose2d(4, 3, 2)]
     )
     idle = nn.Linear(3, 2)
     rates = [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -143,7 +143,7 @@ def test_norm_loss_decoupled_draws_every_kind_of_row_with_the_rate_of_its_group(
 
 
 def test_norm_loss_spread_of_rows():
-    layers = nn.ModuleList([nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 3, 2, groups=2), nn.MultiheadAttention(4, 2)])
+    layers = nn.ModuleList([nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.MultiheadAttention(4, 2)])
     found = row_spread(layers)
     assert list(found) == ["0.weight", "1.weight", "2.in_proj_weight", "2.out_proj.weight"]
     for name, rows in {
