@@ -6,12 +6,10 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .layer import KeptLayer, Part
-from .packed import Form, Packed
+from .packed import Form, Packed, unpacked
 from .policies import Full, Planned
 from .policy import Policy
 from .view import View
-
-BITS = (2, 4, 8)
 
 
 class KIVI(Policy):
@@ -32,10 +30,6 @@ class KIVI(Policy):
         base: Policy | None = None,
     ):
         form = Form(bits if key_bits is None else key_bits, bits if value_bits is None else value_bits, group, recent)
-        if form.key_bits not in BITS or form.value_bits not in BITS:
-            raise RegardError(f"key_bits={form.key_bits}, value_bits={form.value_bits}: expected 2, 4 or 8")
-        if group < 4 or group % 4 or recent < group or recent % group:
-            raise RegardError(f"group={group}, recent={recent}: expected a multiple of 4, and a multiple of the group")
         self.base = Full() if base is None else base
         if (
             self.base.decode
@@ -58,17 +52,14 @@ class KIVI(Policy):
         self.base.begin(layers, heads)
 
     def reading(self, view: View) -> Part:
-        part = view.part
-        return part.numbers() if isinstance(part, Packed) else part
+        return unpacked(view.part)
 
     def scores(self, view: View) -> Tensor:
         return self.base.scores(view)
 
     def run(self, layer: KeptLayer, number: int, view: View) -> None:
-        if isinstance(view.part, Packed):
-            layer.parts[number] = view.part.settled()
-            return
         before = len(layer.parts)
-        self.base.run(layer, number, view)
+        if not isinstance(view.part, Packed):
+            self.base.run(layer, number, view)
         for at in range(number, number + 1 + len(layer.parts) - before):
             layer.parts[at] = Packed.stored(layer.parts[at], self.form)

@@ -51,14 +51,24 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
+BITS = (2, 4, 8)
+
+
 @dataclass(frozen=True)
 class Form:
-    """How entries are stored; see `KIVI`."""
+    """How entries are stored; see `KIVI`. RegardError for bits other than 2, 4, 8 and groups that do not divide."""
 
     key_bits: int
     value_bits: int
-    group: int
-    recent: int
+    group: int = 32
+    recent: int = 128
+
+    def __post_init__(self) -> None:
+        group, recent = self.group, self.recent
+        if self.key_bits not in BITS or self.value_bits not in BITS:
+            raise RegardError(f"key_bits={self.key_bits}, value_bits={self.value_bits}: expected 2, 4 or 8")
+        if group < 4 or group % 4 or recent < group or recent % group:
+            raise RegardError(f"group={group}, recent={recent}: expected a multiple of 4, and a multiple of the group")
 
 
 class Packed(Part):
@@ -79,7 +89,9 @@ class Packed(Part):
 
     @classmethod
     def stored(cls, part: Part, form: Form) -> Packed:
-        """What a part remembers, stored; RegardError where channels make no whole groups."""
+        """What a part remembers, stored, with the call's tokens if it is stored already; RegardError where channels make no whole groups."""
+        if isinstance(part, Packed):
+            return part.settled()
         k, v, g = part.keys, part.values, form.group
         for name, x in (("keys", k), ("values", v)):
             if x.shape[3] % g:
@@ -180,6 +192,11 @@ class Packed(Part):
     @property
     def held(self) -> int:
         return self.bytes + self.fresh.held - self.fresh.bytes + sum(x.numel() * x.element_size() for x in (self.where, self.count))
+
+
+def unpacked(part: Part) -> Part:
+    """All entries as numbers."""
+    return part.numbers() if isinstance(part, Packed) else part
 
 
 def nothing(part: Part) -> Part:

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("transformers")
 from regard import RegardError
+from regard.cache import KIVI
+from regard.cache.packed import Form, Packed
 from regard.lab.checks.shared.decoding import llama
 from regard.zoo.systems.duoattention import DuoAttention, identify_heads
 
@@ -94,3 +96,31 @@ def test_what_is_refused():
     with pytest.raises(RegardError, match="expected the same shape"):
         identify_heads(model, lambda step: (data[0], data[1][:1]), 1)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def run(policy, steps=8):
+    torch.manual_seed(0)
+    model, ids = llama(layers=3, sharp=2), torch.randint(1, 50, (2, 30))
+    with policy(model) as session, torch.no_grad():
+        out = [model(ids).logits[:, -1]]
+        for _ in range(steps):
+            out.append(model(out[-1].argmax(-1)[:, None], past_key_values=session.cache).logits[:, -1])
+        return torch.stack(out[1:], 1), session.cache
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_retrieving_heads_keep_may_be_stored_in_few_bits(bits):
+    """All heads retrieving: KIVI. Half of them: those alone in codes, the rest as they came; near the numbers' answer at 8 bits."""
+    form, gates = Form(bits, bits, 4, 8), torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.8, 0.7]])
+    assert torch.equal(run(DuoAttention(gates, 0.0, bits=form))[0], run(KIVI(bits, 4, 8))[0])
+    settings = {"sparsity": 0.5, "sink": 2, "recent": 6}
+    found, cache = run(DuoAttention(gates, **settings, bits=form))
+    truth, plain = run(DuoAttention(gates, **settings))
+    assert 0 < (found - truth).abs().max() < (0.05 if bits == 8 else 1.5) * truth.std()
+    for layer, other, row in zip(cache.layers, plain.layers, gates >= float(gates.double().quantile(0.5)), strict=True):
+        for part in layer.parts:
+            kept = bool(row[part.heads].all())
+            assert isinstance(part, Packed) == kept and part.keys.shape[2] == (38 if kept else 8)
+        assert layer.bytes < other.bytes if bool(row.any()) else layer.bytes == other.bytes
+    with pytest.raises(RegardError, match="key_bits=3"):
+        DuoAttention(gates, bits=3)

@@ -2,7 +2,7 @@
 
 identify: head output a Full + (1 - a) Stream, a in [0, 1] a key head, the model frozen; loss = sum over asked tokens of mean_d (h - h')^2 / their
 number + 0.05 mean |a|, h the final hidden state with all heads full;   deploy: a >= quantile(a, sparsity) retrieves, others stream
-Not built: an int4 or int8 cache, and weights in another order of heads (parts of the cache know their heads).
+Not built: weights in another order of heads (parts of the cache know their heads).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from regard.adapt.attending import attending
 from regard.algebra import Causal, Sinks, Weighted, Window
-from regard.cache.layer import KeptLayer
+from regard.cache.layer import KeptLayer, Part
+from regard.cache.packed import Form, Packed, unpacked
 from regard.cache.policy import Policy, oldest
 from regard.cache.view import View, read
 from regard.catalog.registry import register
@@ -106,11 +107,19 @@ class DuoAttention(Policy):
 
     sparsity: the share of heads that stream (0.5 for grouped heads in the paper, 0.75 for others); or threshold: gates below it stream. sink,
     recent: tokens that streaming heads keep. Prompts are read by streaming heads in chunks of `chunk` queries, whose keys are the first tokens, the
-    newest ones before the chunk and the chunk. Positions are those of the text.
+    newest ones before the chunk and the chunk. Positions are those of the text. bits: what retrieving heads keep is stored in 2, 4 or 8 bits a number
+    as `regard.cache.KIVI` does (or a `regard.cache.packed.Form`), streaming heads' few entries are not; None: as the model gives them.
     """
 
     def __init__(
-        self, gates: Tensor, sparsity: float = 0.5, threshold: float | None = None, sink: int = 64, recent: int = 256, chunk: int = 512
+        self,
+        gates: Tensor,
+        sparsity: float = 0.5,
+        threshold: float | None = None,
+        sink: int = 64,
+        recent: int = 256,
+        chunk: int = 512,
+        bits: int | Form | None = None,
     ):
         super().__init__(1.0, decode=True)
         if gates.dim() != 2 or not bool(gates.isfinite().all()) or not 0 <= sparsity <= 1 or sink < 0 or recent < 1 or chunk < 1:
@@ -122,6 +131,7 @@ class DuoAttention(Policy):
             threshold = -1.0 if sparsity == 0 else 2.0 if sparsity == 1 else float(gates.double().flatten().quantile(sparsity))
         self.retrieves = gates.double() >= threshold
         self.sink, self.recent, self.chunk = sink, recent, chunk
+        self.form = Form(bits, bits) if isinstance(bits, int) else bits
 
     def begin(self, layers: int, heads: int) -> None:
         if self.retrieves.shape != (layers, heads):
@@ -131,6 +141,9 @@ class DuoAttention(Policy):
         """Whether nothing of the part is ever dropped."""
         kinds = self.retrieves[view.layer].tolist()
         return all(kinds[head] for head in view.part.heads.tolist())
+
+    def reading(self, view: View) -> Part:
+        return unpacked(view.part)
 
     def compute(self, view: View, places: Tensor) -> Tensor:
         if len(places) == 1 or self.all_retrieve(view):
@@ -162,7 +175,12 @@ class DuoAttention(Policy):
         return torch.where(whole, view.length, self.sink + self.recent).expand(len(scores), -1)
 
     def run(self, layer: KeptLayer, number: int, view: View) -> None:
-        if self.all_retrieve(view):
+        before = len(layer.parts)
+        if not self.all_retrieve(view):
+            oldest(view, self.sink)  # which are the first is known while they are there
+            super().run(layer, number, view)
+        if self.form is None:
             return
-        oldest(view, self.sink)  # which are the first is known while they are there
-        super().run(layer, number, view)
+        for at in range(number, number + 1 + len(layer.parts) - before):
+            if bool(self.retrieves[view.layer][layer.parts[at].heads.cpu()].all()):
+                layer.parts[at] = Packed.stored(layer.parts[at], self.form)
