@@ -1,13 +1,13 @@
 """Agent attention: a few agent tokens gather from the keys and spread to the queries (id 174; Han et al., 2023).
 
 o = softmax(s Q A^T + B2) softmax(s A K^T + B1) V,   A = pooled queries;   rank <= number of agents
-Not built: the patch of AgentSD into diffusion models; `agent_attention` is its call.
+AgentSD: `agent_sd(unet)`, agents being merged tokens, without training.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.images.planes import StridedTokens, grid_of, query_and_rest, sequence_of
+
+if TYPE_CHECKING:
+    from regard.adapt.merged import MergedAttention
 
 
 def biased(s: Tensor, bias: Tensor) -> Tensor:
@@ -41,6 +44,31 @@ def agent_attention(q: Tensor, a: Tensor, k: Tensor, v: Tensor, *, spread_power:
     s = q.shape[-1] ** -0.5
     out = attend(q, a, attend(a, k, v, "softmax"), "softmax", scale=s**spread_power)
     return out + shortcut * v if shortcut else out
+
+
+def agent_sd(
+    unet: nn.Module,
+    ratio: float = 0.5,
+    agent_ratio: float = 0.8,
+    spread_power: float = 0.3,
+    shortcut: float = 0.075,
+    **options: Any,
+) -> MergedAttention:
+    """AgentSD in a diffusers UNet, until `.restore()` or the end of a `with` block. options: of `regard.adapt.merged.MergedAttention`.
+
+    Queries, keys and values are those of merged tokens (ratio), agents the queries of tokens merged further (agent_ratio), where they are fewer than
+    half of the merged ones; otherwise the merged tokens attend plainly. With the defaults a map of even sides keeps half of its tokens and makes a
+    quarter into agents, which are not fewer: as released, ratio=0.4 or below is where agents work.
+    """
+
+    from regard.adapt.merged import MergedAttention  # which brings the hosts
+
+    def read(q: Tensor, agents: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+        if agents is None:
+            return attend(q, k, v, "softmax")
+        return agent_attention(q, agents, k, v, spread_power=spread_power, shortcut=shortcut)
+
+    return MergedAttention(unet, read, ratio, agent_ratio, **options)
 
 
 class AgentAttention(nn.Module):

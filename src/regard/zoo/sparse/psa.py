@@ -1,8 +1,8 @@
 """PSA: blocks read at full, half, quarter or eighth resolution, or not at all (id 264; Li et al., 2025).
 
 level p in {1, 2, 4, 8} of a (query block, key block) pair: the keys are means of p tokens, weigh exp(s + log p); 0: skipped
-Orders of tokens before blocks are cut: p = `regard.algebra.curve.gilbert(shape)` or `regard.algebra.permute.tiles(...)`, then
-p.invert(attend(p.apply(q), p.apply(k), p.apply(v), "psa")). Not built: clusters as an order.
+Orders of tokens before blocks are cut: p = `regard.algebra.curve.gilbert(shape)`, `regard.algebra.permute.tiles(...)` or, of the keys' own order,
+`regard.algebra.clusters.by_cluster(k, count)`; then p.invert(attend(p.apply(q), p.apply(k), p.apply(v), "psa")).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SeerAttention: a small gate learns from the dense attention which blocks matter (Gao et al., 2024).
 
 G = rope(W_q avg(Q_u)) . rope(W_k [max; min; avg](K_w)) / sqrt(d_g);  trained: KL(GT || softmax G), GT_uw = max of the probabilities in (u, w)
-Not built: the gate's variant for decoding (which runs dense), and joint training of gate and model.
+Trained together: the loss of the model, whose sparse attention `forward` is, plus `distil` times a scale. Decoding: `SeerDecoding`, whose gate
+scores blocks for every token and key head (SeerAttention-R).
 """
 
 from __future__ import annotations
@@ -12,21 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.algebra import Causal, Chosen, Input, Rope, Selection, View, Weighted
-from regard.algebra.blocks import HIDDEN, cut, heads_of, pooled, top_k
+from regard.algebra.blocks import HIDDEN, heads_of, top_k
 from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.parts import takes
-
-POOLS = ("max", "min", "avg")
-
-
-def pooled_by(x: Tensor, size: int, pools: tuple[str, ...]) -> Tensor:
-    """What `pools` make of each block of (..., L, D), side by side in the order max, min, avg: (..., n, len(pools) D)."""
-    short = -x.shape[-2] % size
-    blocks = cut(torch.cat((x, x[..., -1:, :].expand(*x.shape[:-2], short, -1)), -2) if short else x, size)
-    made = {"max": lambda: blocks.amax(-2), "min": lambda: blocks.amin(-2), "avg": lambda: pooled(x, size)}
-    return torch.cat([made[name]() for name in POOLS if name in pools], -1)
+from regard.nn.token_gate import POOLS, TokenGate, pooled_by, token_maxima
 
 
 class AttnGate(nn.Module):
@@ -190,3 +182,64 @@ class SeerAttention(nn.Module):
         q, k = q.detach(), k.detach()
         turned_q, turned_k = self.rotated(q, k)
         return gate_loss(self.gate(q, k), block_maxima(turned_q, turned_k, self.gate.block_size))
+
+
+def token_blocks(q: Tensor, k: Tensor, view: View, keep: Tensor, size: Tensor) -> Selection:
+    return Selection(keep, 1, int(size))
+
+
+BY_TOKEN = Weighted(
+    mask=Causal(), select=Chosen(token_blocks, ahead=True), inputs=(Input("keep", "bhff", dtype="bool"), Input("size", "", dtype="int"))
+)
+
+
+class SeerDecoding(nn.Module):
+    """Sparse attention of new tokens' q (B, H, n, D), at the end of k, v (B, Hkv, L, D), all before rotary positions; n may be L, or 1.
+
+    A block is read where its softmax score exceeds `threshold`, or, with `budget` (tokens), where it is among the best budget / block_size blocks;
+    a token's own block is always read. options: of `TokenGate`. `distil(q, k)` is the loss of the gate alone.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        threshold: float = 2e-3,
+        budget: int | None = None,
+        rope: bool = True,
+        base: float = 10000.0,
+        **options: Any,
+    ):
+        super().__init__()
+        self.gate = TokenGate(heads, kv_heads, head_dim, rope=Rope(base) if rope else None, **options)
+        if budget is not None and budget < self.gate.block_size:
+            raise RegardError(f"budget={budget}; expected at least a block of {self.gate.block_size} tokens")
+        self.threshold, self.budget, self.rope = threshold, budget, self.gate.rope
+
+    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rope is None:
+            return q, k
+        at = torch.arange(k.shape[2], device=k.device)
+        return self.rope.rotate(q, at[k.shape[2] - q.shape[2] :]), self.rope.rotate(k, at)
+
+    @torch.no_grad()
+    def blocks(self, q: Tensor, k: Tensor) -> Tensor:
+        """(B, Hkv, n, blocks) bool: which are read."""
+        logits, size = self.gate(q, k), self.gate.block_size
+        own = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=k.device)[:, None] // size
+        if self.budget is None:
+            keep = logits.softmax(-1) > self.threshold
+        else:
+            keep = top_k(logits, torch.isfinite(logits), self.budget // size)
+        return keep | (torch.arange(logits.shape[-1], device=k.device) == own)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned_q, turned_k = self.rotated(q, k)
+        return attend(turned_q, turned_k, v, BY_TOKEN, keep=heads_of(self.blocks(q, k), q.shape[1]), size=self.gate.block_size)
+
+    def distil(self, q: Tensor, k: Tensor) -> Tensor:
+        """KL of the gate to the largest probability of each block among the query heads of a key head; q and k get no gradient."""
+        q, k = q.detach(), k.detach()
+        return gate_loss(self.gate(q, k), token_maxima(*self.rotated(q, k), self.gate.block_size), 0.0)

@@ -3,19 +3,25 @@
 psi = vec(M) / |M|, legs: digits of the row index, then of the column index;   cut l: singular values s of psi as (first l legs) x (the others),
 p = s^2 / sum s^2, S(l) = -sum p log p.   Middle cut: S <= log rank(M);   BA of rank r: a valley there;   Gaussian: Page's curve log m - m / (2 n)
 MPS adapter: dW[o, i] = sum over bonds of prod_j G_j[b_{j-1}, o_j, i_j, b_j]
-Not built: the probe that fine-tunes a toy language model by LoRA, in full and by MPS; `no_hair` compares what such runs give.
+`probe` fine-tunes a language model's W_Q and W_V by LoRA, in full and by MPS; `no_hair` compares two of them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.catalog.registry import register
 from regard.errors import RegardError
+
+if TYPE_CHECKING:
+    from regard.adapt.recipe import Draw
 
 
 def factors(size: int) -> list[int]:
@@ -122,3 +128,59 @@ def no_hair(first: Sequence[Tensor], second: Sequence[Tensor], maps: tuple[Tenso
         "external": float((a - b).abs().mean()),
         "external_scale": float((a + b).mean() / 2),
     }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A way of fine-tuning: losses of its steps, updates dW (out, in) by the names of the matrices, maps (B, layers H, L, L) of the held-out text."""
+
+    losses: list[float]
+    updates: dict[str, Tensor]
+    maps: Tensor
+
+
+def probe(
+    model: nn.Module,
+    draw: Draw,
+    held: Tensor,
+    *,
+    steps: int = 100,
+    lr: float = 1e-3,
+    rank: int = 4,
+    bond: int = 4,
+    targets: tuple[str, ...] = ("q_proj", "v_proj"),
+    seed: int = 0,
+) -> dict[str, Tuned]:
+    """A transformers decoder's `targets` alone fine-tuned on next tokens three ways, "lora", "full" and "mps", each from the model as it is, which
+    stays so. draw: batches, as `regard.adapt.carry_out` has it, the same for all three; held (B, L): ids whose attention maps are taken.
+
+    Two ways side by side: no_hair(list(a.updates.values()), list(b.updates.values()), (a.maps, b.maps)).
+    """
+    from regard.adapt.conversion import Conversion
+    from regard.adapt.recipe import carry_out
+    from regard.adapt.replace import Replaced, replace
+    from regard.adapt.stages import Lora, Tune
+
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.endswith(targets)]
+    if not names or steps < 1:
+        raise RegardError(f"targets={targets}, steps={steps}: expected ends of names of linear layers of the model, and at least one step")
+    found = {}
+    for way in ("lora", "full", "mps"):
+        own: Any = copy.deepcopy(model)
+        before = {name: own.get_submodule(name).weight.detach().clone() for name in names}
+        torch.manual_seed(seed)
+        if way == "mps":
+            replace(own, lambda name, m: name in names, lambda m: MPSAdapter(m, bond))  # type: ignore[arg-type]
+        stage: Any = {
+            "lora": lambda: Lora(steps, lr, targets=targets, rank=rank, alpha=rank),
+            "full": lambda: Tune(steps, lr, learn=tuple(f"{name}.weight" for name in names)),
+            "mps": lambda: Tune(steps, lr, learn=tuple(f"{name}.cores.*" for name in names)),
+        }[way]()
+        report = carry_out(Conversion(own, Replaced(own, {}), {}), [stage], draw, seed=seed)
+        parts = {name: own.get_submodule(name) for name in names}
+        with torch.no_grad():
+            updates = {name: part.update() if way == "mps" else part.weight - before[name] for name, part in parts.items()}
+            own.set_attn_implementation("eager")
+            maps = torch.cat(own(input_ids=held, output_attentions=True, use_cache=False).attentions, 1)
+        found[way] = Tuned(report.losses[0], {name: x.detach() for name, x in updates.items()}, maps)
+    return found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regard.algebra.clusters import between, farthest
 from regard.catalog.registry import register
 from regard.errors import RegardError
 from regard.nn.images.vit_host import after_attention, attention, embedded, host_of, weights_of
@@ -35,24 +36,6 @@ def of(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def between(x: Tensor, y: Tensor) -> Tensor:
-    """Distances (B, N, M), without the rounding of products of whole matrices."""
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def farthest(distances: Tensor, count: int) -> Tensor:
-    """Token 0, then again and again the one farthest from those taken: (B, count), of distances (B, N, N)."""
-    chosen, rows = (
-        [torch.zeros(len(distances), dtype=torch.long, device=distances.device)],
-        torch.arange(len(distances), device=distances.device),
-    )
-    near = distances[:, 0]
-    for _ in range(count - 1):
-        chosen.append(near.argmax(1))
-        near = torch.minimum(near, distances[rows, chosen[-1]])
-    return torch.stack(chosen, 1)
-
-
 def clustering_loss(x: Tensor, centres: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_i w_i min_j |x_i - c_j|^2, (B,)."""
     near = between(x, centres).amin(2).square()
@@ -65,7 +48,7 @@ def clusters(x: Tensor, count: int, weights: Tensor | None, method: str, iters: 
     the tokens (B, K) that they are, or started as."""
     distances = between(x, x)
     w = torch.ones_like(distances[..., 0]) if weights is None else weights
-    at = farthest(distances, count) if weights is None else weights.topk(count, 1).indices
+    at = farthest(x, count) if weights is None else weights.topk(count, 1).indices
     centres, shares = of(x, at), x.new_zeros(*x.shape[:2], count)
     for _ in range(iters):
         member = nn.functional.one_hot(between(x, centres).argmin(2), count).to(x.dtype) * w[..., None]
