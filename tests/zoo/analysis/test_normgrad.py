@@ -172,3 +172,11 @@ def test_layers_that_do_not_run_once_are_refused():
         with pytest.raises(regard.RegardError, match=f"ran {times} times"):
             saliency(net, given, 1, layer)
         assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_the_largest_map_has_the_most_places():
+    maps = [torch.rand(1, 1, *shape) for shape in ((8, 2), (4, 6), (3, 7))]
+    found = combine(maps)
+    assert found.shape == (1, 1, 4, 6) and combine(maps[::-1]).shape == (1, 1, 4, 6)
+    own = (maps[1] - maps[1].min()) / (maps[1].max() - maps[1].min())
+    torch.testing.assert_close(combine(maps, (0, 1, 0)), own)
