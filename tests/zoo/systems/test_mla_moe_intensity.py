@@ -3,7 +3,7 @@
 import pytest
 
 from regard import RegardError
-from regard.zoo.systems.mla_moe_intensity import FeedForward, Heads, Intensity, Latent, balanced_batch, intensity, ridge, sweep
+from regard.zoo.systems.mla_moe_intensity import FeedForward, Heads, Intensity, Latent, balanced_batch, intensity, plot, ridge, sweep
 
 
 def test_devices_widths_and_bounds():
@@ -51,3 +51,18 @@ def test_sweep_and_its_widths():
     assert Intensity(10.0, 2.0).bound((5.0, 1.0)) == "compute" and Intensity(10.0, 2.0).bound((5.1, 1.0)) == "memory"
     assert Intensity(10.0, 2.0).seconds((5.0, 4.0)) == 2.0 and Intensity(10.0, 20.0).seconds((5.0, 4.0)) == 5.0
     assert balanced_batch(FeedForward(9, 8, 3), 4) == 11
+
+
+def test_plots_have_a_line_for_each_architecture_and_a_point_for_each_row():
+    archs = {"heads": Heads(4, 1, 8), "moe": FeedForward(64, 8, 2)}
+    rows = sweep(archs, (1, 4, 16), (32,))
+    told = plot(rows, device=(100.0, 2.0))
+    assert told.startswith("<svg") and ">heads<" in told and ">moe<" in told and ">ridge<" in told
+    for row in rows:
+        assert f"{row['ratio']:.4g} FLOP a byte" in told
+    assert "50 FLOP a byte" in told and "ridge" not in plot(rows)
+    several = plot(sweep(archs, (1, 4), (32, 64)), over="length")
+    assert all(f">{name}, batch {batch}<" in several for name in archs for batch in (1, 4))
+    for options in ({"over": "dtype"}, {"rows": []}):
+        with pytest.raises(RegardError, match="expected batch or length"):
+            plot(**{"rows": rows, **options})

@@ -2,10 +2,12 @@
 
     cluster c takes its w nearest queries and keys; o = softmax(q k^T / sqrt(D)) v inside it; mean over a token's clusters
 The layer with local heads and centroids that follow the data: `regard.nn.RoutingAttention`.
-Not built: decoding by the new token's centroid against stored members.
+Decoding: `RoutingAttention.step`, a new token against the stored members of its centroid.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,18 @@ def commitment_loss(centroids: Tensor, x: Tensor, weight: float = 1e-4, form: st
     return weight * (x - centroids[heads, nearest]).square().mean()
 
 
+@dataclass
+class RoutingState:
+    """What decoding keeps of the tokens so far: routed keys as they attend, (B, routed, n, D), values, and clusters (B, routed, n); local
+    heads' keys and values, of the last window - 1 tokens."""
+
+    keys: Tensor
+    values: Tensor
+    cluster: Tensor
+    near_k: Tensor
+    near_v: Tensor
+
+
 class RoutingAttention(nn.Module):
     """x (B, L, dim) -> (y (B, L, dim), commitment loss). Centroids are buffers, moved by an average of assigned tokens in training.
 
@@ -123,8 +137,38 @@ class RoutingAttention(nn.Module):
         self.mechanism = get("routing-transformer", clusters=clusters, members=members, shared=causal)
         self.register_buffer("centroids", nn.functional.normalize(torch.randn(self.routed, clusters, dim // heads), dim=-1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: RoutingState | None = None) -> tuple[Tensor, RoutingState]:
+        """New tokens (B, n, dim), one or several: a routed head reads the stored tokens whose nearest centroid is the new token's, and the token itself
+        where there are none. This is not `forward`, whose clusters take their tokens from the whole sequence, those that follow too."""
+        if not self.causal:
+            raise RegardError("step needs causal=True: without it earlier outputs would change with every token")
+        (q, k, v), split, n = self.split(x), self.routed, x.shape[1]
+        own = formed(q[:, :split], "layer+unit")
+        cluster = (own @ self.centroids.mT).argmax(-1)
+        if state is None:
+            none = [y[:, :, :0] for y in (own, v[:, :split], cluster, k[:, split:], v[:, split:])]
+            state = RoutingState(*none)
+        new = (own, v[:, :split], cluster, k[:, split:], v[:, split:])
+        old = (state.keys, state.values, state.cluster, state.near_k, state.near_v)
+        keys, values, clusters, near_k, near_v = (torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+        token = torch.arange(keys.shape[2] - n, keys.shape[2], device=x.device)[:, None]
+        place = torch.arange(keys.shape[2], device=x.device)
+        seen = (clusters[:, :, None] == cluster[..., None]) & (place < token)
+        seen |= ~seen.any(-1, keepdim=True) & (place == token)
+        out = [nn.functional.scaled_dot_product_attention(own, keys, values, attn_mask=seen)]
+        if split < self.heads:
+            out.append(attend(q[:, split:], near_k, near_v, "softmax", mask=Causal() & Window(self.window)))
+        last = max(0, near_k.shape[2] - self.window + 1)
+        kept = RoutingState(keys, values, clusters, near_k[:, :, last:], near_v[:, :, last:])
+        return self.out(torch.cat(out, 1).transpose(1, 2).flatten(-2)), kept
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.split(x)
         mask, split = (Causal() if self.causal else None), self.routed
         far_q, far_k = q[:, :split], q[:, :split] if self.causal else k[:, :split]
         out = [attend(far_q, far_k, v[:, :split], self.mechanism, mask=mask, centroids=self.centroids)]

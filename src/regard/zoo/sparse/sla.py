@@ -1,10 +1,13 @@
 """SLA: critical blocks by softmax, the rest by linear attention through one learned map (Zhang et al., 2025).
 
 o = softmax over critical blocks + W_l [phi(Q_u) H_u / (phi(Q_u) Z_u)] + b_l, H_u, Z_u sums of phi(K_w)^T V_w over marginal blocks w
-Not built: the recipe that swaps the layer into a diffusion transformer and fine-tunes it.
+In a diffusion transformer: swap_sla(model), then finetune_sla(model, patch, draw, loss).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,9 @@ from regard.catalog.registry import register
 from regard.engine.door import attend
 from regard.errors import RegardError
 from regard.nn.parts import takes
+
+if TYPE_CHECKING:
+    from regard.adapt.intercept import LayerPatch
 
 FEATURES = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
 
@@ -94,3 +100,35 @@ class SparseLinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparse, linear = self.branches(q, k, v)
         return sparse + self.linear(linear)  # type: ignore[no-any-return]
+
+
+def swap_sla(model: nn.Module, layers: Iterable[int] | None = None, **options: Any) -> LayerPatch:
+    """The layer in the attention of a diffusion transformer (or another model of diffusers or timm), until `.restore()`; patch.layers are the
+    `SparseLinearAttention`s, which begin as sparse attention alone. layers: numbers of attention layers (None: all). options: of the layer."""
+    from regard.adapt.intercept import patch_layers  # which brings the hosts
+
+    return patch_layers(model, lambda heads, width: SparseLinearAttention(width, **options), layers)
+
+
+def finetune_sla(
+    model: nn.Module,
+    patch: LayerPatch,
+    draw: Callable[[int], Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    steps: int = 2000,
+    lr: float = 1e-4,
+    whole: bool = True,
+) -> list[float]:
+    """Steps of AdamW (no decay) on loss(model, draw(step)), such as the model's own of diffusion, for the patch's maps and, with whole, the model too,
+    as in the paper. Returns the loss of every step."""
+    if steps < 1:
+        raise RegardError(f"steps={steps}; expected at least 1")
+    learned = [*patch.layers.parameters(), *(model.parameters() if whole else ())]
+    optimizer, losses = torch.optim.AdamW(learned, lr, weight_decay=0.0), []
+    for step in range(steps):
+        value = loss(model, draw(step))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+    return losses

@@ -3,7 +3,7 @@
 decode, a token and layer, context L: heads 4 H d L FLOPs over 4 Hkv d L bytes (at 2 bytes): H / Hkv;   latent, absorbed:
 q~ = W_UK^T q;  s_j = q~ . c_j + q_r . k_r,j;  o = W_UV (sum_j p_j c_j):  H (2 (dc + dr) + 2 dc) over 2 (dc + dr) a cached token
 feed-forward, batch B: B;   experts: B k / E each, so that B must grow by E / k to match
-Not built: plots; `sweep` gives the rows.
+`sweep` gives rows over batches and contexts, and `plot` draws them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regard.algebra import Rope
 from regard.catalog.registry import register
 from regard.errors import RegardError
+from regard.plots import Plot, figure
 
 # Peak FLOP/s of dense bf16 products and bytes/s of memory, from the vendors' data sheets.
 DEVICES = {"a100": (312e12, 2.039e12), "h100": (989.4e12, 3.35e12), "h200": (989.4e12, 4.8e12)}
@@ -154,6 +155,22 @@ def sweep(archs: dict[str, Any], batches: Sequence[int], lengths: Sequence[int],
                     {"name": name, "batch": batch, "length": length, "flops": found.flops, "bytes": found.bytes, "ratio": found.ratio}
                 )
     return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], over: str = "batch", device: str | tuple[float, float] | None = None) -> Plot:
+    """Intensity over "batch" or "length" of `sweep`'s rows, a line for each name (and each value of the other, where there are several), and the
+    ridge of a device, where it is given."""
+    if over not in ("batch", "length") or not rows:
+        raise RegardError(f"over={over!r}, {len(rows)} rows; expected batch or length, and rows of a sweep")
+    other = "length" if over == "batch" else "batch"
+    several = len({row[other] for row in rows}) > 1
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['name']}, {other} {row[other]}" if several else row["name"], []).append((row[over], row["ratio"]))
+    if device is not None:
+        at = [float(row[over]) for row in rows]
+        lines["ridge"] = [(x, ridge(device)) for x in (min(at), max(at))]
+    return figure("Arithmetic intensity of decoding", over, "FLOP a byte", lines, log_x=True, log_y=True)
 
 
 class LatentAttention(nn.Module):

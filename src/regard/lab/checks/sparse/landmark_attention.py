@@ -13,7 +13,8 @@ from regard.lab.checks.shared.byhand import join_heads, rotary, split_heads
 from regard.lab.checks.shared.comparing import F64
 from regard.lab.checks.shared.long_context import grouped_loop
 from regard.lab.verification import check
-from regard.zoo.sparse.landmark_attention import LandmarkAttention, LandmarkCache, grouped_softmax, with_landmarks
+from regard.nn.landmarks import grouped_softmax, with_landmarks
+from regard.zoo.sparse.landmark_attention import LandmarkAttention, LandmarkCache
 
 
 @check(
