@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import regard
+from regard.zoo.analysis import icl_linear_regression
 from regard.zoo.analysis.icl_linear_regression import (
     RegressionHeads,
     approximate_risk,
@@ -15,6 +16,7 @@ from regard.zoo.analysis.icl_linear_regression import (
     planted_heads,
     regression_prompts,
     ridge,
+    train_regression,
 )
 
 
@@ -98,3 +100,23 @@ def test_patterns_by_hand():
     assert found.omega.tolist() == pytest.approx(omega) and found.mu.tolist() == [1.0, -0.5]
     assert found.off == pytest.approx(0.6 / size) and found.spread == pytest.approx((6 - 14 / 3) / size)
     assert found.other == pytest.approx(0.2) and found.balance == pytest.approx(0.5)
+
+
+def test_what_heads_learn_from(monkeypatch):
+    """Fresh prompts of the law asked for, and the mean square of the query's error."""
+    seen = []
+    monkeypatch.setattr(icl_linear_regression, "fit", lambda *given, **options: seen.append((given, options)))
+    law = {"sigma": 0.4, "rho": 0.3, "tasks": 2}
+    model = train_regression(3, 4, 7, **law, normalizer="linear", steps=5, batch=6, lr=0.2, seed=9)
+    (trained, draw, loss, steps), options = seen[0]
+    assert trained is model and steps == 5 and options == {"lr": 0.2, "seed": 9} and model.normalizer == "linear"
+    torch.manual_seed(9)
+    assert torch.equal(model.q, RegressionHeads(4, 3, 2).q)
+    found = draw(torch.Generator().manual_seed(1))
+    truth = regression_prompts(6, 7, 4, **law, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    x, y, query, answer = truth
+    assert float(loss(truth)) == pytest.approx(float(((model(x, y, query) - answer) ** 2).mean()))
+    train_regression()
+    usual = seen[1][0][1](torch.Generator().manual_seed(1))
+    assert torch.equal(usual[1], regression_prompts(256, generator=torch.Generator().manual_seed(1))[1])

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard.zoo.analysis import mha_memorization_capacity
-from regard.zoo.analysis.mha_memorization_capacity import MemoryAttention, capacity, examples, kruskal_rank, memorise, saturation
+from regard.zoo.analysis.mha_memorization_capacity import MemoryAttention, bound, capacity, examples, kruskal_rank, memorise, saturation
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,45 @@ def test_what_is_memorised_is_counted_by_hand(monkeypatch):
         assert torch.equal(found.saturated, saturation(seen[-1], queries, contexts)) and seen[-1].out.out_features == 6
     assert capacity([2, 4, 30], 2, 3, 2, tol=1e-6) in (2, 4) and capacity([2, 4, 30], 2, 3, 2, tol=1e6) == 30
     assert capacity([2], 2, 3, 2, tol=0.0) == 0
+
+
+def test_contexts_of_every_kind():
+    for kind in ("random", "shared", "permuted"):
+        queries, contexts = examples(200, 3, 4, kind, bag=7, seed=2, dtype=torch.float64)
+        assert queries.shape == (200, 4) and contexts.shape == (200, 3, 4) and queries.dtype == contexts.dtype == torch.float64
+        for x in (queries, contexts):
+            assert float(x.min()) >= 0 and float(x.max()) < 1
+        assert float(queries.mean()) == pytest.approx(0.5, abs=0.05) and float(queries.var()) == pytest.approx(1 / 12, rel=0.1)
+        again, other = (examples(200, 3, 4, kind, bag=7, seed=s, dtype=torch.float64)[1] for s in (2, 3))
+        assert torch.equal(again, contexts) and not torch.equal(other, contexts)
+        tokens = {tuple(token) for row in contexts.tolist() for token in row}
+        rows = [tuple(map(tuple, row)) for row in contexts.tolist()]
+        if kind == "random":
+            assert len(tokens) == 600
+        elif kind == "shared":
+            assert set(rows) == {rows[0]} and len(tokens) == 3
+        else:
+            assert len(tokens) == 7 and all(len(set(row)) == 3 for row in rows) and len(set(rows)) > 100
+            firsts = [sum(row[0] == token for row in rows) for token in tokens]
+            assert min(firsts) > 10  # any token may come first
+    assert examples(2, 3)[1].shape == (2, 3, 64) and examples(2, 3, 4, "permuted", bag=3)[1].shape == (2, 3, 4)
+    assert [bound(h, n, d) for h, n, d in ((20, 32, 64), (20, 64, 32), (1, 1, 5))] == [20 * 31 + 1, 20 * 31 + 1, 1]
+
+
+def test_what_a_layer_learns_from(monkeypatch):
+    """Batches of `batch` examples, cross-entropy of labels or squares of numbers, by the rate and steps asked for."""
+    seen = []
+    monkeypatch.setattr(mha_memorization_capacity, "fit", lambda *given, **options: seen.append((given, options)) or [1.0])
+    queries, contexts = examples(30, 4, 6, "random")
+    for labels, classes, batch in ((torch.randint(3, (30,)), 3, 8), (torch.randn(30), None, 99)):
+        memorise(queries, contexts, labels, heads=2, key_dim=3, classes=classes, steps=5, batch=batch, lr=0.2, seed=4, weights="sigmoid")
+        (model, draw, loss, steps), options = seen[-1]
+        assert steps == 5 and options == {"lr": 0.2, "seed": 4} and model.kind == "sigmoid" and model.q.shape == (2, 3, 6)
+        rows = draw(torch.Generator().manual_seed(0))
+        assert rows.shape == (min(batch, 30),) and int(rows.max()) < 30
+        out = model(queries[rows], contexts[rows])
+        truth = torch.nn.functional.cross_entropy(out, labels[rows]) if classes else ((out[:, 0] - labels[rows]) ** 2).mean()
+        torch.testing.assert_close(loss(rows), truth)
+        assert out.shape == (len(rows), classes or 1)
+        torch.manual_seed(4)
+        assert torch.equal(model.q, MemoryAttention(6, 2, key_dim=3, model_dim=6, outputs=classes or 1).q)

@@ -134,3 +134,49 @@ def test_sensitivity_and_the_step_before_a_map_by_hand():
         )
         torch.testing.assert_close(seen[0][0], before + sign * 0.5 * slope)
         assert not seen[0][1] and model.training and torch.equal(model[5].weight, before)
+
+
+class Reader(nn.Module):
+    """A recurrent layer, whose output is a tuple, a mark behind its first part, and a readout that reads its state too."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.mark, self.last, self.idle = nn.GRU(3, 4, batch_first=True), nn.Identity(), nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y, state = self.read(x)
+        return self.last(input=self.mark(y).tanh()).mean(1) + state[0][:, :2]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_give_more_than_one_tensor_are_seen_by_their_first(frozen):
+    torch.manual_seed(0)
+    model, x = Reader().requires_grad_(not frozen), torch.randn(2, 5, 3)
+    for rule in ("normgrad", "gradient_x_input"):
+        own, behind = (saliency(model, x, 1, layer, rule) for layer in ("read", "mark"))
+        assert own.shape == (2, 5) and bool(own.all())
+        torch.testing.assert_close(own, behind)
+
+
+def test_a_layer_that_is_called_by_the_name_of_its_input():
+    torch.manual_seed(0)
+    model, x = Reader(), torch.randn(2, 5, 3)
+    found = saliency(model, x, 1, "last", "true_layer")
+    torch.testing.assert_close(found, model.read(x)[0].detach().tanh().norm(dim=-1) / 5)  # the slope of a mean of five
+
+
+def test_layers_that_do_not_run_once_are_refused():
+    model, x = Reader(), torch.randn(2, 5, 3)
+    twice = nn.Sequential(model.idle, nn.ReLU(), model.idle)
+    for net, given, layer, times in ((model, x, "idle", 0), (twice, torch.randn(2, 4), "0", 2)):
+        with pytest.raises(regard.RegardError, match=f"ran {times} times"):
+            saliency(net, given, 1, layer)
+        assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_the_largest_map_has_the_most_places():
+    maps = [torch.rand(1, 1, *shape) for shape in ((8, 2), (4, 6), (3, 7))]
+    found = combine(maps)
+    assert found.shape == (1, 1, 4, 6) and combine(maps[::-1]).shape == (1, 1, 4, 6)
+    own = (maps[1] - maps[1].min()) / (maps[1].max() - maps[1].min())
+    torch.testing.assert_close(combine(maps, (0, 1, 0)), own)

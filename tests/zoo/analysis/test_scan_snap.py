@@ -71,6 +71,8 @@ def test_what_a_run_says_by_hand():
         return ScanRun(data, [10 * n for n in range(len(values))], rows, [0.0] * len(values))
 
     slow = grown(0, 0.2, 1, 3, 6, 6.2, 6.3, 6.3)
+    # shares to the number: the value is there with it, and growth by just the share is not slow
+    assert grown(0, 4, 6, 7, 8).phases(0.5) == (10, 30)
     assert slow.phases() == (20, 50) and slow.phases(0.02) == (10, 70) and grown(0, 0.1, 1, 3).phases() == (20, 30)
 
 

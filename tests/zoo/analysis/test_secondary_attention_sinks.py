@@ -6,6 +6,7 @@ import torch
 import regard
 from regard import taps
 from regard.interpret import detect_sinks, mlp_alignment, sink_score, suppress
+from regard.zoo.analysis.secondary_attention_sinks import Sink, sink_levels
 
 pytest.importorskip("transformers")
 
@@ -116,3 +117,20 @@ def test_outputs_along_a_direction_are_shortened():
             hit = t >= skip and float(near[t]) > cosine
             truth = y[0, t] * (length / y[0, t].norm() if hit else 1.0)
             assert torch.allclose(seen["mlp", 0][0, t], truth) and (hit or t != 5)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2, 5])
+def test_levels_are_what_steps_of_reach_join(reach):
+    places = [(9, 5), (3, 5), (3, 5), (4, 6), (5, 6), (9, 8), (2, 9)]
+    sinks = [Sink(at, tuple(range(c, c + n)), "secondary") for at, (c, n) in enumerate(places)]
+    others = [Sink(20, (3, 4, 5, 6, 7), "noise"), Sink(30, tuple(range(9)), "primary")]
+    name = list(range(len(places)))  # of each one's level: the least number that steps lead to
+    for _ in places:
+        for i, (a, b) in enumerate(places):
+            name[i] = min(name[j] for j, (c, d) in enumerate(places) if abs(a - c) <= reach and abs(b - d) <= reach)
+    levels = [{i for i, own in enumerate(name) if own == level} for level in set(name)]
+    levels.sort(key=lambda level: min(places[i] for i in level))
+    for order in (sinks + others, others + sinks[::-1]):
+        assert [{one.position for one in level} for level in sink_levels(order, reach=reach)] == levels
+        assert [[one.position for one in level] for level in sink_levels(order, "noise", reach)] == [[20]]
+    assert sink_levels(sinks) == sink_levels(sinks, "secondary", 0) and sink_levels([]) == []

@@ -67,3 +67,24 @@ def test_mixtures_are_sums_of_tones_of_their_bands():
     noisy, _ = tones(20, torch.Generator().manual_seed(0), sources=3, noise=0.5)
     assert float((noisy - x).std()) == pytest.approx(0.5, rel=0.05)
     assert float(si_sdr(3 * y[0, 0] + 1, y[0, 0])) > 60
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("causal", [False, True])
+def test_joint_attention_of_short_sequences_token_by_token(length, causal):
+    torch.manual_seed(0)
+    group = 4
+    a, b, c, d = (torch.randn(2, length, 3, dtype=torch.float64) for _ in range(4))
+    v, rows = torch.randn(2, length, 5, dtype=torch.float64), []
+    for t in range(length):
+        row = torch.zeros(2, 5, dtype=torch.float64)
+        for s in range(length):
+            far = (c[:, t] * d[:, s]).sum(-1, keepdim=True) * v[:, s]
+            if s // group == t // group and (s <= t or not causal):
+                row = row + ((a[:, t] * b[:, s]).sum(-1, keepdim=True) / group).clamp_min(0) ** 2 * v[:, s]
+            if not causal:
+                row = row + far / length
+            elif s // group < t // group:
+                row = row + far / group
+        rows.append(row)
+    torch.testing.assert_close(joint_attention(a, b, c, d, v, group, causal), torch.stack(rows, 1))

@@ -111,3 +111,50 @@ def test_inverted_softmax_metrics_of_some_queries_and_hubness_by_hand():
     spread = (sum((c - mean) ** 2 for c in counts) / 3) ** 0.5
     assert hubness(sims) == pytest.approx(sum((c - mean) ** 3 for c in counts) / 3 / spread**3)
     assert hubness(torch.eye(3)) == 0
+
+
+def rows_of(layer):
+    """Views of the rows of a layer's weight, one an output unit."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return [part[:, o] for part in layer.weight.chunk(layer.groups) for o in range(layer.weight.shape[1])]
+    return list(layer.weight)
+
+
+def test_norm_loss_decoupled_draws_every_kind_of_row_with_the_rate_of_its_group():
+    layers = nn.ModuleList(
+        [nn.Linear(3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ConvTranspose2d(4, 3, 2)]
+    )
+    idle = nn.Linear(3, 2)
+    rates = [0.1, 0.2, 0.3, 0.4, 0.5]
+    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip([*layers, idle], rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    decoupled_norm(optimizer, nn.ModuleList([*layers, idle]), 0.7)
+    for p in layers.parameters():
+        p.grad = torch.zeros_like(p)
+    kept = [[row.detach().clone() for row in rows_of(layer)] for layer in layers]
+    biases, still = [layer.bias.detach().clone() for layer in layers], idle.weight.detach().clone()
+    optimizer.step()
+    for layer, before, rate, bias in zip(layers, kept, rates, biases, strict=False):
+        for row, old in zip(rows_of(layer), before, strict=True):
+            size = float(old.flatten().norm())
+            torch.testing.assert_close(row.detach(), old - rate * 2 * 0.7 * (size - 1) * old / size)
+        assert torch.equal(layer.bias, bias)
+    assert torch.equal(idle.weight, still)  # without a gradient it takes no part in the step
+
+
+def test_norm_loss_spread_of_rows():
+    layers = nn.ModuleList([nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.MultiheadAttention(4, 2)])
+    found = row_spread(layers)
+    assert list(found) == ["0.weight", "1.weight", "2.in_proj_weight", "2.out_proj.weight"]
+    for name, rows in {
+        "0.weight": rows_of(layers[0]),
+        "1.weight": rows_of(layers[1]),
+        "2.in_proj_weight": layers[2].in_proj_weight,
+    }.items():
+        sizes = [float(row.detach().flatten().norm()) for row in rows]
+        mean = sum(sizes) / len(sizes)
+        std = (sum((size - mean) ** 2 for size in sizes) / len(sizes)) ** 0.5
+        assert found[name] == pytest.approx({"min": min(sizes), "mean": mean, "max": max(sizes), "std": std}, rel=1e-4)
+    apart = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    assert list(row_spread(apart)) == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert row_spread([torch.ones(2, 4)], row_dim=1)["0"]["max"] == pytest.approx(2**0.5)

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from regard import RegardError
-from regard.zoo.vision.spa import SelectGate, SelectPackAttention, SelectPackBlock, SelectPackNet, first_fit, pack, selection_labels, unpack
+from regard.zoo.vision.spa import (
+    SelectGate,
+    SelectPackAttention,
+    SelectPackBlock,
+    SelectPackNet,
+    first_fit,
+    pack,
+    selection_labels,
+    selection_loss,
+    unpack,
+)
 
 
 def test_images_go_into_the_first_package_with_room():
@@ -57,6 +67,18 @@ def test_labels_are_pooled_by_their_largest():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, 5, 2] = True
     assert selection_labels(mask, (2, 2)).tolist() == [[[False, False], [True, False]]]
+
+
+def test_the_loss_of_choices_by_hand():
+    torch.manual_seed(0)
+    scores, mask = [torch.randn(2, 2, 3), torch.randn(2, 1, 1)], torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[0, 1, 5] = mask[1, 3, 0] = mask[1, 0, 3] = True
+    labels = [torch.tensor([[[0.0, 0, 1], [0, 0, 0]], [[0, 1, 0], [1, 0, 0]]]), torch.ones(2, 1, 1)]
+    terms = []
+    for s, y in zip(scores, labels, strict=True):
+        p = 1 / (1 + (-s).exp())
+        terms.append(float(-(y * p.log() + (1 - y) * (1 - p).log()).mean()))
+    assert float(selection_loss(scores, mask)) == pytest.approx(sum(terms) / 2, rel=1e-5)
 
 
 def test_task_loss_alone_reaches_the_gates():

@@ -95,13 +95,14 @@ def saliency(
     module = module_of(model, layer)
     held: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
         leaf = first + torch.zeros_like(first, requires_grad=True) if not first.requires_grad else first * 1.0
-        held.append((args[0] if args else first, leaf))
+        came: Any = args[0] if args else named.get("input", first)  # as nn.Linear and nn.Conv2d call what they read
+        held.append((came, leaf))
         return (leaf, *out[1:]) if isinstance(out, tuple) else leaf
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep, with_kwargs=True)
     try:
         with torch.enable_grad():
             total = score_of(model(**x) if isinstance(x, Mapping) else model(x), target)

@@ -27,9 +27,10 @@ def weights_of(source: Source) -> list[tuple[str, Tensor, int, int]]:
         return [(str(at), weight, 0, 1) for at, weight in enumerate(source)]
     found: dict[int, tuple[str, Tensor, int, int]] = {}
     for name, layer in source.named_modules():
-        if isinstance(layer, LAYERS):
-            turned = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-            own = {"weight": (layer.weight, int(turned), int(layer.groups) if isinstance(layer, nn.modules.conv._ConvNd) and turned else 1)}
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            own = {"weight": (layer.weight, 1, layer.groups)}
+        elif isinstance(layer, LAYERS):
+            own = {"weight": (layer.weight, 0, 1)}
         elif isinstance(layer, nn.MultiheadAttention):
             own = {key: (getattr(layer, key), 0, 1) for key in OF_ATTENTION if getattr(layer, key) is not None}
         else:

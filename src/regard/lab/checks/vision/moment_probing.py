@@ -40,7 +40,7 @@ def second_by_hand(layer: CrossCovHead, c: Tensor) -> Tensor:
 
 @check(
     "moment-probing",
-    "values and gradients of covariances and logits, three choices of pairs, class token and mean, with its norm and without == by hand",
+    "values and gradients of covariances and logits, four choices of pairs, class token and mean, with its norm and without == by hand",
     below=1e-10,
     control="means taken off channel by channel",
 )
@@ -49,6 +49,7 @@ def _() -> tuple[float, float]:
     for pairs, wanted, unit in (
         ("near", [(0, 1), (1, 2), (2, 3)], True),
         ("half", [(0, 2), (1, 3)], True),
+        ("first", [(0, 1), (0, 2), (0, 3)], True),
         ("all", [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], False),
     ):
         for mean_norm in (False, True):

@@ -20,6 +20,7 @@ def layers() -> nn.ModuleList:
     made = [
         nn.Linear(20, 7),
         nn.Conv2d(3, 5, 3),
+        nn.Conv2d(4, 6, 3, groups=2),
         nn.ConvTranspose1d(6, 3, 2),
         nn.ConvTranspose2d(4, 6, 2, groups=2),
         nn.MultiheadAttention(4, 2),
@@ -49,7 +50,7 @@ def _() -> tuple[float, float]:
     loss = norm_loss(model, 0.3)
     loss.backward()  # type: ignore[no-untyped-call]
     total, gaps, decay = 0.0, [], 0.0
-    touched = {id(m.weight): m for m in list(model)[:4]} | {id(model[4].in_proj_weight): model[4], id(model[4].out_proj.weight): model[4]}  # type: ignore[union-attr]
+    touched = {id(m.weight): m for m in list(model)[:5]} | {id(model[5].in_proj_weight): model[5], id(model[5].out_proj.weight): model[5]}  # type: ignore[union-attr]
     for p in model.parameters():
         if id(p) not in touched:
             gaps.append(0.0 if p.grad is None else 1.0)
