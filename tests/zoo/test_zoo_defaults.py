@@ -34,7 +34,10 @@ def functions(name, thing):
 def defaults(slug):
     """function -> parameter -> its default, of all that a row's module defines; "" -> its named numbers."""
     module = importlib.import_module(entries()[slug].module)
-    found = {"": {name: said(value) for name, value in vars(module).items() if name.isupper() and isinstance(value, (int, float, tuple))}}
+    numbers = {
+        name: x for name, x in vars(module).items() if name.isupper() and name != "TYPE_CHECKING" and isinstance(x, (int, float, tuple))
+    }
+    found = {"": {name: said(value) for name, value in numbers.items()}}
     for name, thing in vars(module).items():
         if getattr(thing, "__module__", None) != module.__name__ or not callable(thing):
             continue
