@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import regard
+from regard import Padding, RegardError, Segments
 from regard.zoo.softmax import attention_sink as sinks
 
 
@@ -92,6 +93,30 @@ def test_one_more_key(value: bool, kv_heads: int) -> None:
         y, state = layer.step(x[:, a:c], state)
         outs.append(y)
     torch.testing.assert_close(torch.cat(outs, 1), layer(x))
+
+
+@torch.no_grad()
+def test_one_more_key_beside_padding_and_masks() -> None:
+    """A padded row gives what its text gives alone, whole and in steps; masks of the tokens leave the pair in sight."""
+    layer = sinks.KeyValueBias(8, 2, rope=False).double()
+    for p in (layer.key_bias, layer.value_bias):
+        nn.init.normal_(p)
+    texts = [torch.randn(1, n, 8, dtype=torch.float64) for n in (3, 5)]
+    x, keep = (
+        torch.cat((nn.functional.pad(texts[0], (0, 0, 2, 0), value=9.0), texts[1])),
+        torch.tensor([[False] * 2 + [True] * 3, [True] * 5]),
+    )
+    truth = [layer(text) for text in texts]
+    found = layer(x, mask=Padding(), keep=keep)
+    torch.testing.assert_close(found[:1, 2:], truth[0])
+    torch.testing.assert_close(found[1:], truth[1])
+    torch.testing.assert_close(layer(x, mask=keep[:, None, None])[:1, 2:], truth[0])
+    torch.testing.assert_close(layer(x, mask=torch.where(keep, 0.0, -torch.inf)[:, None, None].double())[:1, 2:], truth[0])
+    y, state = layer.step(x[:, :4], mask=Padding(), keep=keep[:, :4])
+    torch.testing.assert_close(y[:1, 2:], truth[0][:, :2])
+    torch.testing.assert_close(layer.step(x[:, 4:], state, mask=Padding(), keep=keep)[0], found[:, 4:])
+    with pytest.raises(RegardError, match="packed documents"):
+        layer(x, mask=Segments(), segments=torch.zeros(2, 5, dtype=torch.long))
 
 
 def test_the_chain_and_its_text() -> None:

@@ -20,21 +20,25 @@ from regard.algebra import (
     FeatureMap,
     Headwise,
     Input,
+    Mask,
     Mechanism,
     Prefix,
     Recurrent,
     RowLocal,
+    Segments,
     Weighted,
     Window,
     elu_plus_one,
     identity,
 )
+from regard.algebra.mask import conjuncts
 from regard.algebra.normalizer import exp_shifted, with_sink
 from regard.catalog import get
 from regard.catalog.registry import register
 from regard.engine import weights
 from regard.errors import RegardError, nearest
-from regard.nn.attention import Attention
+from regard.nn.attention import Attention, LayerState
+from regard.nn.parts import whole
 from regard.plots import figure
 from regard.tasks.statistics import importance, kurtosis, sink_rate
 
@@ -221,13 +225,32 @@ def logit_range(attention: Attention, x: Tensor) -> float:
 class KeyValueBias(Attention):
     """`Attention` with one more key k* and value v* a head, without query and position. value=False: v* is 0 ("K-bias").
 
-    With v* = 0 and softmax this is the null logit q.k*: p_ij = e^{s_ij} / (e^{s_i*} + sum_j e^{s_ij}).
+    With v* = 0 and softmax this is the null logit q.k*: p_ij = e^{s_ij} / (e^{s_i*} + sum_j e^{s_ij}). Masks are of the tokens: padding, and tensors
+    (..., L), leave the pair in sight. It belongs to no document: packed ones are refused.
     """
 
     def __init__(self, dim: int, heads: int, mechanism: str | Mechanism = "softmax", *, value: bool = True, **options: Any):
         super().__init__(dim, heads, mechanism, **options)
         self.key_bias = nn.Parameter(torch.randn(self.kv_heads, self.key_dim) * 0.02)
         self.value_bias = nn.Parameter(torch.zeros(self.kv_heads, self.value_dim), requires_grad=value)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask | Tensor | None = None, **inputs: Any) -> Tensor:
+        mask, inputs = self.beside(mask, inputs)
+        return super().forward(x, context, mask, **inputs)  # type: ignore[no-any-return]
+
+    @whole
+    def step(self, x: Tensor, state: LayerState | None = None, mask: Mask | None = None, **inputs: Any) -> tuple[Tensor, LayerState]:
+        mask, inputs = self.beside(mask, inputs)
+        return super().step(x, state, mask, **inputs)  # type: ignore[no-any-return]
+
+    def beside(self, mask: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A mask of the tokens and its inputs, with the pair in sight."""
+        if isinstance(mask, Mask) and any(isinstance(part, Segments) for part in conjuncts(mask)):
+            raise RegardError("packed documents: the key and value of the layer belong to none of them; expected one text a row")
+        if isinstance(mask, Tensor) and mask.dim() and mask.shape[-1] > 1:
+            mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+        keep = inputs.get("keep")
+        return mask, {**inputs, "keep": F.pad(keep, (1, 0), value=True)} if isinstance(keep, Tensor) else inputs
 
     def heads_of(
         self,
