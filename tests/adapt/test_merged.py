@@ -85,7 +85,7 @@ def by_hand(unet, given, read, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("ratio", [0.5, 0.3])
-def test_agents_of_merged_tokens_in_a_unet(batch, ratio):
+def test_agent_attention_of_merged_tokens_in_a_unet(batch, ratio):
     unet, (x, t, text) = make()
     given = x[:batch], t, text[:batch]
     own = unet(*given).sample
@@ -99,7 +99,7 @@ def test_agents_of_merged_tokens_in_a_unet(batch, ratio):
 
 
 @torch.no_grad()
-def test_settings_and_the_model_behind_them():
+def test_agent_attention_settings_and_the_model_behind_them():
     unet, given = make()
     own = unet(*given).sample
     with MergedAttention(unet, plain, 0.5, 0.8, draws=False):
@@ -117,7 +117,7 @@ def test_settings_and_the_model_behind_them():
     assert torch.equal(unet(*given).sample, own) and not any(m._forward_pre_hooks for m in unet.modules())
 
 
-def test_what_is_refused():
+def test_agent_attention_refused():
     unet, _ = make()
     for name, options in (
         ("ratio=0", {"ratio": 0.0}),

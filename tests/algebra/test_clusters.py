@@ -50,7 +50,7 @@ def test_tokens_of_a_cluster_follow_one_another_and_the_last_ones_stay():
     assert torch.equal(p.invert(p.apply(x)), x)
 
 
-def test_pooled_blocks_of_alike_tokens_say_what_dense_attention_says():
+def test_psa_on_pooled_blocks_of_alike_tokens_say_what_dense_attention_says():
     """Topics in random order: eight neighbours have nothing in common, eight of a cluster do."""
     torch.manual_seed(0)
     topic = torch.arange(16).repeat_interleave(32)[torch.randperm(512)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard import RegardError
+from regard import Causal, RegardError, attend, get
 from regard.zoo.sparse.routing_transformer import RoutingAttention
 
 
@@ -36,24 +36,35 @@ def by_hand(layer, x):
 
 
 @pytest.mark.parametrize("routed, window", [(2, 4), (1, 1), (4, 3)])
-def test_steps_by_loops(routed, window):
+def test_routing_transformer_steps_by_loops(routed, window):
     layer, x = RoutingAttention(32, 4, 3, routed=routed, window=window).double().eval(), torch.randn(2, 13, 32, dtype=torch.float64)
     truth, whole = by_hand(layer, x), layer.step(x)[0]
     assert torch.allclose(whole, truth, atol=1e-10)
-    state, outs = None, []
-    for piece in (x[:, :5], x[:, 5:6], x[:, 6:7], x[:, 7:]):
-        out, state = layer.step(piece, state)
-        outs.append(out)
-        assert state.near_k.shape[2] <= window - 1 and not out.requires_grad
-    assert torch.allclose(torch.cat(outs, 1), truth, atol=1e-10) and state.keys.shape[2] == 13
+    for cuts in ((5, 1, 1, 6), (1,) * 13, (2, 11)):
+        state, outs = None, []
+        for piece in x.split(cuts, 1):
+            out, state = layer.step(piece, state)
+            outs.append(out)
+            assert state.near_k.shape[2] <= window - 1 and not out.requires_grad
+        assert torch.allclose(torch.cat(outs, 1), truth, atol=1e-10) and state.keys.shape[2] == 13
 
 
-def test_where_all_share_a_cluster_a_step_is_what_forward_gives():
+def test_routing_transformer_where_all_share_a_cluster_a_step_is_what_forward_gives():
     """One centroid, all members: both read every earlier token, in any head."""
     layer, x = RoutingAttention(16, 2, 1, members=9, routed=1).double().eval(), torch.randn(1, 9, 16, dtype=torch.float64)
     assert torch.allclose(layer.step(x)[0], layer(x)[0], atol=1e-10)
 
 
-def test_both_ways_have_no_steps():
+@pytest.mark.parametrize("clusters, members", [(3, None), (2, 4)])
+def test_routing_transformer_layer_has_the_clusters_it_is_told(clusters, members):
+    """As the mechanism itself with those clusters and members, its heads' outputs side by side."""
+    layer, x = RoutingAttention(16, 2, clusters, members=members, routed=2).double().eval(), torch.randn(1, 12, 16, dtype=torch.float64)
+    q, _, v = layer.split(x)
+    told = get("routing-transformer", clusters=clusters, members=-(-12 // clusters) if members is None else members, shared=True)
+    out = attend(q, q, v, told, mask=Causal(), centroids=layer.centroids)
+    assert torch.allclose(layer(x)[0], layer.out(out.transpose(1, 2).flatten(2)), atol=1e-12)
+
+
+def test_routing_transformer_both_ways_has_no_steps():
     with pytest.raises(RegardError, match="causal=True"):
         RoutingAttention(16, 2, 2, causal=False).step(torch.randn(1, 3, 16))

@@ -87,6 +87,8 @@ def test_the_probe_fine_tunes_three_ways_from_one_model():
             if way == "full":
                 assert torch.allclose(dw, -1e-3 * weight.grad / (weight.grad.abs() + 1e-8), atol=1e-8)
             if way == "lora":
+                most = 1e-3 * 2 * weight.shape[1] ** -0.5  # B is a step of Adam, A at most 1 / sqrt(in): nothing scales their product
+                assert 0.5 * most < dw.abs().max() <= most * 1.001
                 assert torch.linalg.matrix_rank(dw, rtol=1e-6) <= 2 and cuts[middle] <= math.log(2) + 1e-6
             if way == "mps":
                 first = 2 if name.endswith("q_proj") else 1  # of the rows' legs; columns begin with 2

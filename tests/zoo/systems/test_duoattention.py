@@ -45,7 +45,7 @@ def test_loss_of_streaming_heads_is_the_distance_of_hidden_states_where_asked():
     assert loss(model, data) == pytest.approx(0.05, abs=1e-6)
 
 
-@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize("steps", [3, 6, 11])
 def test_gates_fall_by_the_schedule_under_a_strong_penalty(steps):
     """The sign of the gradient is known, so that each step of Adam is the rate: it rises over a fifth of the steps and falls over the last."""
     model, data, seen = llama(layers=2), batch(), []
