@@ -129,7 +129,7 @@ class Attention(Momentary):
     @property
     def convolves(self) -> bool:
         """Whether tokens meet before attention, so that documents and padding are kept apart there too."""
-        return bool(self.convs)
+        return len(self.convs) > 0  # bool() of a list of modules is not traced by torch 2.11
 
     def heads_of(
         self,

@@ -57,7 +57,7 @@ class RelativeConvMHA(Attention):
 
     @property
     def convolves(self) -> bool:
-        return bool(self.head_convs)
+        return len(self.head_convs) > 0
 
     def heads_of(
         self,
