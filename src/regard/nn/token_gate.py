@@ -56,6 +56,8 @@ class TokenGate(nn.Module):
     @takes(q="batch heads queries head_dim", k="batch kv_heads length head_dim")
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         length, size = k.shape[2], self.block_size
+        if q.shape[2] > length:
+            raise RegardError(f"{q.shape[2]} queries and {length} keys: queries are the last tokens of the keys; expected no more of them")
         token = torch.arange(length - q.shape[2], length, device=k.device)
         g_q = self.q_norm(torch.einsum("bhgnd,hgdw->bhnw", q.unflatten(1, (len(self.k), -1)), self.q))
         g_k = self.k_norm(pooled_by(k, size, self.k_pools) @ self.k)

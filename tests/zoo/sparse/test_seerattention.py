@@ -136,5 +136,10 @@ def test_what_is_refused():
     for name, options in (("budget=3", {"budget": 3}), ("k_pools=", {"k_pools": ("sum",)}), ("k_pools=", {"k_pools": ("max", "max")})):
         with pytest.raises(RegardError, match=name):
             SeerDecoding(4, 2, 8, block_size=5, **options)
+    q, k, v = tensors(6)
+    layer = SeerDecoding(4, 2, 8).double()
+    for call in (lambda: layer(q, k[:, :, :4], v[:, :, :4]), lambda: layer.distil(q, k[:, :, :4])):
+        with pytest.raises(RegardError, match="6 queries and 4 keys"):
+            call()
     with pytest.raises(RegardError, match="heads=3"):
         SeerDecoding(3, 2, 8)

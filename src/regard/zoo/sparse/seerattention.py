@@ -236,10 +236,12 @@ class SeerDecoding(nn.Module):
         return keep | (torch.arange(logits.shape[-1], device=k.device) == own)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = heads_of(self.blocks(q, k), q.shape[1])
         turned_q, turned_k = self.rotated(q, k)
-        return attend(turned_q, turned_k, v, BY_TOKEN, keep=heads_of(self.blocks(q, k), q.shape[1]), size=self.gate.block_size)
+        return attend(turned_q, turned_k, v, BY_TOKEN, keep=keep, size=self.gate.block_size)
 
     def distil(self, q: Tensor, k: Tensor) -> Tensor:
         """KL of the gate to the largest probability of each block among the query heads of a key head; q and k get no gradient."""
         q, k = q.detach(), k.detach()
-        return gate_loss(self.gate(q, k), token_maxima(*self.rotated(q, k), self.gate.block_size), 0.0)
+        logits = self.gate(q, k)
+        return gate_loss(logits, token_maxima(*self.rotated(q, k), self.gate.block_size), 0.0)

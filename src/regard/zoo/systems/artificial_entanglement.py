@@ -180,7 +180,7 @@ def probe(
         parts = {name: own.get_submodule(name) for name in names}
         with torch.no_grad():
             updates = {name: part.update() if way == "mps" else part.weight - before[name] for name, part in parts.items()}
-            own.set_attn_implementation("eager")
+            own.eval().set_attn_implementation("eager")
             maps = torch.cat(own(input_ids=held, output_attentions=True, use_cache=False).attentions, 1)
         found[way] = Tuned(report.losses[0], {name: x.detach() for name, x in updates.items()}, maps)
     return found
